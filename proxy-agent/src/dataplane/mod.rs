@@ -1,0 +1,107 @@
+//! The kernel as the agent sees it: map entries in, map entries out.
+//!
+//! Deliberately low: policies, expansion, ids and order are decided above it and tested without a
+//! kernel; what is below is too simple to be wrong.
+
+use std::collections::BTreeMap;
+
+use penstock_common::{Addr, Address, Backend, BackendId, Frontend, FrontendKey, V4, V6};
+
+/// The service maps of one address family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FamilyState<A: Addr + Ord> {
+    /// `ADDRESSES`.
+    pub addresses: BTreeMap<A, Address>,
+    /// `FRONTENDS`.
+    pub frontends: BTreeMap<FrontendKey<A>, Frontend>,
+    /// `BACKENDS`, without ids that were never used (all zero).
+    pub backends: BTreeMap<BackendId, Backend<A>>,
+}
+
+impl<A: Addr + Ord> Default for FamilyState<A> {
+    fn default() -> Self {
+        Self {
+            addresses: BTreeMap::new(),
+            frontends: BTreeMap::new(),
+            backends: BTreeMap::new(),
+        }
+    }
+}
+
+/// Every service map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MapState {
+    /// IPv4.
+    pub v4: FamilyState<V4>,
+    /// IPv6.
+    pub v6: FamilyState<V6>,
+    /// `SLOTS` as far as frontends cover them.
+    pub slots: BTreeMap<u32, BackendId>,
+}
+
+/// One write to the maps of a family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FamilyChange<A> {
+    /// Writes an element of `BACKENDS`.
+    PutBackend(BackendId, Backend<A>),
+    /// Writes an element of `FRONTENDS`.
+    PutFrontend(FrontendKey<A>, Frontend),
+    /// Removes an element of `FRONTENDS`; it being absent is no error.
+    DeleteFrontend(FrontendKey<A>),
+    /// Writes an element of `ADDRESSES`.
+    PutAddress(A, Address),
+    /// Removes an element of `ADDRESSES`; it being absent is no error.
+    DeleteAddress(A),
+}
+
+/// One write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// To the IPv4 maps.
+    V4(FamilyChange<V4>),
+    /// To the IPv6 maps.
+    V6(FamilyChange<V6>),
+    /// To `SLOTS`, consecutive slots from `base` on.
+    PutSlots {
+        /// The first slot.
+        base: u32,
+        /// What the slots hold.
+        backends: Vec<BackendId>,
+    },
+}
+
+/// Some change was not made; those before it were.
+#[derive(Debug, thiserror::Error)]
+#[error("change {applied} was refused: {source}")]
+pub struct ApplyError {
+    /// How many changes, from the first on, were made in full.
+    pub applied: usize,
+    /// Why the next one was not.
+    #[source]
+    pub source: MapError,
+}
+
+/// A map operation failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} on map {map}: {source}")]
+pub struct MapError {
+    /// The map's name.
+    pub map: &'static str,
+    /// What was tried.
+    pub operation: &'static str,
+    /// The kernel's answer; `E2BIG` from a hash map means that it is full.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// The service maps, wherever they are.
+pub trait Dataplane {
+    /// Reads every service map.
+    fn observe(&mut self) -> Result<MapState, MapError>;
+
+    /// Makes the changes in their order, as if one by one; stops at the first that fails.
+    ///
+    /// An implementation may batch neighbouring changes of one map. Every change is one map
+    /// element, but for [`Change::PutSlots`]: one that fails may have written some of its slots.
+    fn apply(&mut self, changes: &[Change]) -> Result<(), ApplyError>;
+}

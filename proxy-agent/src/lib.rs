@@ -1,0 +1,8 @@
+//! The agent: `API objects → desired state → map entries → kernel`, in this order and no other.
+//!
+//! Each module stands at one place on that line and imports only from its left neighbour's types:
+//! `watch` and `api` read objects, `model` (pure) decides what this node should serve, `plan`
+//! (pure) turns that into ordered map writes, `dataplane` makes them.
+
+pub mod dataplane;
+pub mod model;

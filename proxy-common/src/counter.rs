@@ -1,0 +1,93 @@
+//! What the programs count: one per-CPU counter a verdict, and a reason for every drop.
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal, $class:ident;)*) => {
+        /// Index into `COUNTERS`.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Counter {
+            $($(#[doc = $doc])+ $name,)*
+        }
+
+        impl Counter {
+            /// All of them, in the order of their indices.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            /// The name that operators see, in metrics and on the command line.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label),* }
+            }
+
+            /// What it counts, in a sentence.
+            pub const fn explanation(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc),+).trim_ascii()),* }
+            }
+
+            /// Whether each count is a packet, datagram or connection that did not go through.
+            pub const fn is_drop(self) -> bool {
+                match self { $(Self::$name => class::$class),* }
+            }
+        }
+    };
+}
+
+mod class {
+    pub(super) const COUNT: bool = false;
+    pub(super) const DROP: bool = true;
+}
+
+counters! {
+    /// Sockets connected to a backend.
+    SocketConnect = "socket_connect", COUNT;
+    /// Datagrams of unconnected sockets sent to a backend.
+    SocketDatagram = "socket_datagram", COUNT;
+    /// Packets to a service translated at a pod.
+    PacketRequest = "packet_request", COUNT;
+    /// Replies translated back at a pod.
+    PacketReply = "packet_reply", COUNT;
+    /// ICMP errors translated together with the packet that they quote.
+    IcmpError = "icmp_error", COUNT;
+    /// Flows that got a record.
+    FlowCreated = "flow_created", COUNT;
+    /// Embryonic, closing or expired flows that gave their record to a new flow.
+    FlowEvicted = "flow_evicted", COUNT;
+    /// UDP sockets that were connected but could not be remembered, the table being full.
+    ConnectedUdpUntracked = "connected_udp_untracked", COUNT;
+
+    /// Rejected: the service has no endpoint.
+    NoEndpoints = "no_endpoints", DROP;
+    /// Dropped: a Local traffic policy, and no endpoint on this node.
+    NoLocalEndpoints = "no_local_endpoints", DROP;
+    /// Rejected: the service's address has no such port.
+    UndefinedPort = "undefined_port", DROP;
+    /// Rejected, but without an answer: too many rejections within this second.
+    RejectRateLimited = "reject_rate_limited", DROP;
+    /// Dropped: a packet to a service that ends before its headers do.
+    Truncated = "truncated", DROP;
+    /// Dropped: a fragment to a service whose first fragment was not seen.
+    FragmentUnmatched = "fragment_unmatched", DROP;
+    /// Dropped: every flow record is in use by an established flow.
+    FlowTableFull = "flow_table_full", DROP;
+    /// Dropped: two packets created the same flow at once; the second sender repeats it.
+    FlowRace = "flow_race", DROP;
+    /// Dropped: a pod reached itself, and this node's address in that family is not known.
+    HairpinNoAddress = "hairpin_no_address", DROP;
+    /// Dropped: a pod reached itself, and no source port is free for it.
+    HairpinNoPort = "hairpin_no_port", DROP;
+    /// Dropped: a slot named a backend that does not exist; the agent repairs this.
+    BackendMissing = "backend_missing", DROP;
+    /// Dropped: the kernel refused to change the packet.
+    RewriteFailed = "rewrite_failed", DROP;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Counter;
+
+    #[test]
+    fn every_counter_lies_at_its_index() {
+        for (index, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(*counter as usize, index);
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Flows that are translated packet by packet: one record a flow, found from either direction.
+//!
+//! Invariant: `Flow::state` decides who owns a record. It leaves `FREE` and enters `RECLAIMING`
+//! only by compare-and-exchange, in a program or in the agent (which maps the array), so a record
+//! has one owner while it changes hands. An index entry may outlive its record for a moment: a
+//! reader compares the record with the packet before it uses it.
+
+use crate::{
+    net::{Addr, Be16, Proto, V4, V6},
+    plain::map_types,
+    service::{BackendId, ServiceId},
+};
+
+/// Index into `FLOWS4` or `FLOWS6`.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlowId(pub u32);
+
+/// A packet of a flow as one of the flow's two ends sends it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey<A> {
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// Source port.
+    pub src_port: Be16,
+    /// Destination port.
+    pub dst_port: Be16,
+    /// The protocol.
+    pub proto: Proto,
+    /// [`FlowKey::REQUEST`] or [`FlowKey::REPLY`].
+    pub direction: u8,
+    pad: [u8; 2],
+}
+
+impl<A: Addr> FlowKey<A> {
+    /// From the client to the service's address.
+    pub const REQUEST: u8 = 0;
+    /// From the backend to the client, or to the address that stands for it.
+    pub const REPLY: u8 = 1;
+
+    /// A key without stray bits.
+    #[inline(always)]
+    pub const fn new(direction: u8, proto: Proto, src: (A, Be16), dst: (A, Be16)) -> Self {
+        Self {
+            src: src.0,
+            dst: dst.0,
+            src_port: src.1,
+            dst_port: dst.1,
+            proto,
+            direction,
+            pad: [0; 2],
+        }
+    }
+}
+
+/// Values of [`Flow::state`].
+pub struct FlowState;
+
+impl FlowState {
+    /// Nobody's.
+    pub const FREE: u32 = 0;
+    /// Being written by the program that claimed it.
+    pub const CLAIMED: u32 = 1;
+    /// Seen in one direction only.
+    pub const EMBRYONIC: u32 = 2;
+    /// Seen in both directions.
+    pub const ESTABLISHED: u32 = 3;
+    /// A FIN or RST was seen.
+    pub const CLOSING: u32 = 4;
+    /// Being removed by whoever put it here.
+    pub const RECLAIMING: u32 = 5;
+}
+
+/// Bits of [`Flow::flags`].
+pub struct FlowFlags;
+
+impl FlowFlags {
+    /// Client and backend are the same pod: the source is translated too, and packets turn around
+    /// at the pod's own interface.
+    pub const HAIRPIN: u16 = 1;
+}
+
+/// A flow from a client through a service to a backend.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow<A> {
+    /// [`FlowState`].
+    pub state: u32,
+    /// When a packet was last seen, in seconds since boot.
+    pub seen_secs: u32,
+    /// The service port.
+    pub service: ServiceId,
+    /// The backend's id.
+    pub backend_id: BackendId,
+    /// The backend's generation.
+    pub backend_generation: u32,
+    /// Who opened the flow.
+    pub client: A,
+    /// Whom the client addressed.
+    pub frontend: A,
+    /// Who answers.
+    pub backend: A,
+    /// Who the backend believes the client is.
+    pub source: A,
+    /// The client's port.
+    pub client_port: Be16,
+    /// The frontend's port.
+    pub frontend_port: Be16,
+    /// The backend's port.
+    pub backend_port: Be16,
+    /// The port of `source`.
+    pub source_port: Be16,
+    /// [`FlowFlags`].
+    pub flags: u16,
+    /// The protocol.
+    pub proto: Proto,
+    /// Zero.
+    pub pad: u8,
+}
+
+impl<A: Addr> Flow<A> {
+    /// What the client sends.
+    #[inline(always)]
+    pub fn request_key(&self) -> FlowKey<A> {
+        FlowKey::new(
+            FlowKey::<A>::REQUEST,
+            self.proto,
+            (self.client, self.client_port),
+            (self.frontend, self.frontend_port),
+        )
+    }
+
+    /// What the backend sends.
+    #[inline(always)]
+    pub fn reply_key(&self) -> FlowKey<A> {
+        FlowKey::new(
+            FlowKey::<A>::REPLY,
+            self.proto,
+            (self.backend, self.backend_port),
+            (self.source, self.source_port),
+        )
+    }
+}
+
+/// All fragments of one datagram (RFC 791, 3.2; RFC 8200, 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Fragment<A> {
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// The identification field, as it lies in the packet; IPv4's 16 bits in the low half.
+    pub id: u32,
+    /// The protocol.
+    pub proto: Proto,
+    pad: [u8; 3],
+}
+
+impl<A: Addr> Fragment<A> {
+    /// A key without stray bits.
+    #[inline(always)]
+    pub const fn new(src: A, dst: A, id: u32, proto: Proto) -> Self {
+        Self {
+            src,
+            dst,
+            id,
+            proto,
+            pad: [0; 3],
+        }
+    }
+}
+
+/// The ports that only a datagram's first fragment carries.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentPorts {
+    /// Source port.
+    pub src_port: Be16,
+    /// Destination port.
+    pub dst_port: Be16,
+}
+
+map_types! {
+    FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
+    Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 4,
+}

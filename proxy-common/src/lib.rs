@@ -1,0 +1,83 @@
+//! The contract between Penstock's kernel programs and its agent: every map's key and value.
+//!
+//! Both sides depend on this crate and it depends on neither. A type here is laid out identically
+//! on both sides (`repr(C)`, explicit padding, sizes asserted at compile time), holds only what any
+//! bit pattern may be read as ([`Plain`]), and keeps addresses and ports in network byte order
+//! inside types that say so. [`ABI_VERSION`] is part of the path that the maps are pinned under, so
+//! that a program never meets a map of another layout.
+//!
+//! | map | kind | key → value | written by | when full |
+//! | --- | --- | --- | --- | --- |
+//! | `ADDRESSES4/6` | hash | address → [`Address`] | agent | the service is reported and retried |
+//! | `FRONTENDS4/6` | hash | [`FrontendKey`] → [`Frontend`] | agent | the service is reported and retried |
+//! | `SLOTS` | array | slot → [`BackendId`] | agent | the service is reported and retried |
+//! | `BACKENDS4/6` | array | [`BackendId`] → [`Backend`] | agent | the service is reported and retried |
+//! | `AFFINITY4/6` | LRU hash | [`AffinityKey`] → [`Affinity`] | programs | the least recently used client is forgotten |
+//! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
+//! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
+//! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
+//! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
+//! | `CONNECTED_UDP` | hash | socket cookie → [`ConnectedUdp`] | programs | the socket is not translated |
+//! | `DATAGRAMS` | LRU hash | [`DatagramKey`] → [`Datagram`] | programs | the oldest pair is forgotten |
+//! | `DATAGRAM_PEERS` | LRU hash | [`DatagramKey`] → [`SockEndpoint`] | programs | the oldest pair is forgotten |
+//! | `NETNS` | hash | network namespace cookie → [`Netns`] | agent | affinity falls back to the cookie |
+//! | `EXCLUDED_CGROUPS` | hash | cgroup id → 1 | agent | reported |
+//! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
+//! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
+#![cfg_attr(target_arch = "bpf", no_std)]
+
+mod config;
+mod counter;
+mod flow;
+mod net;
+mod plain;
+mod service;
+mod socket;
+
+pub use config::{Config, Timeouts};
+pub use counter::Counter;
+pub use flow::{
+    Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
+};
+pub use net::{Addr, Be16, Proto, V4, V6};
+pub use plain::Plain;
+pub use service::{
+    Address, AddressKind, Affinity, AffinityKey, Backend, BackendFlags, BackendId, Frontend,
+    FrontendFlags, FrontendKey, ServiceId, SlotRange, slot_at,
+};
+pub use socket::{
+    ConnectedUdp, Datagram, DatagramKey, Netns, NetnsFlags, SockEndpoint, SocketPeer,
+};
+
+/// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
+/// incrementing it.
+pub const ABI_VERSION: u32 = 1;
+
+/// How many entries each map holds.
+pub mod limits {
+    /// Frontends of one family; one a port, protocol and address of a service.
+    pub const FRONTENDS: u32 = 262_144;
+    /// Addresses of one family that belong to services or to this node.
+    pub const ADDRESSES: u32 = 262_144;
+    /// Slots of all blocks together.
+    pub const SLOTS: u32 = 1_048_576;
+    /// Backends of one family.
+    pub const BACKENDS: u32 = 524_288;
+    /// Clients of one family that are bound to a backend.
+    pub const AFFINITY: u32 = 65_536;
+    /// Flows of one family that are translated packet by packet.
+    pub const FLOWS: u32 = 131_072;
+    /// Fragmented datagrams of one family whose ports are remembered.
+    pub const FRAGMENTS: u32 = 8_192;
+    /// Connected UDP sockets that were translated.
+    pub const CONNECTED_UDP: u32 = 65_536;
+    /// Pairs of an unconnected UDP socket and a service that it sends to.
+    pub const DATAGRAMS: u32 = 65_536;
+    /// Network namespaces on this node whose addresses are known.
+    pub const NETNS: u32 = 4_096;
+    /// Cgroups that opted out of socket translation.
+    pub const EXCLUDED_CGROUPS: u32 = 1_024;
+    /// How deep below the root an excluded cgroup may lie.
+    pub const CGROUP_DEPTH: u32 = 8;
+}
