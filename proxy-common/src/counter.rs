@@ -60,8 +60,8 @@ counters! {
     NoLocalEndpoints = "no_local_endpoints", DROP;
     /// Rejected: the service's address has no such port.
     UndefinedPort = "undefined_port", DROP;
-    /// Rejected, but without an answer: too many rejections within this second.
-    RejectRateLimited = "reject_rate_limited", DROP;
+    /// Rejected, but without an answer: a reset, or more than 1,000 ICMP errors within this second.
+    RejectUnanswered = "reject_unanswered", DROP;
     /// Dropped: a packet to a service that ends before its headers do.
     Truncated = "truncated", DROP;
     /// Dropped: a fragment to a service whose first fragment was not seen.
@@ -72,8 +72,8 @@ counters! {
     FlowRace = "flow_race", DROP;
     /// Dropped: a pod reached itself, and this node's address in that family is not known.
     HairpinNoAddress = "hairpin_no_address", DROP;
-    /// Dropped: a pod reached itself, and no source port is free for it.
-    HairpinNoPort = "hairpin_no_port", DROP;
+    /// Dropped: no source port is free for one more flow of this client to this backend.
+    NoSourcePort = "no_source_port", DROP;
     /// Dropped: a slot named a backend that does not exist; the agent repairs this.
     BackendMissing = "backend_missing", DROP;
     /// Dropped: the kernel refused to change the packet.

@@ -52,11 +52,13 @@ impl fmt::Display for Be16 {
 /// An IPv4 address in network byte order.
 #[repr(transparent)]
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(target_arch = "bpf", derive(Debug))]
 pub struct V4(u32);
 
 /// An IPv6 address in network byte order, as four words.
 #[repr(transparent)]
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(target_arch = "bpf", derive(Debug))]
 pub struct V6([u32; 4]);
 
 /// What both address families have in common.

@@ -1,2 +1,255 @@
-//! x
-fn main() {}
+//! The programs' entry points: each binds a kernel context to the library and its answer to the
+//! number that the kernel expects.
+#![cfg_attr(
+    target_arch = "bpf",
+    no_std,
+    no_main,
+    feature(asm_experimental_arch, core_intrinsics)
+)]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(internal_features, reason = "compare-and-exchange")
+)]
+
+#[cfg(target_arch = "bpf")]
+mod kernel;
+
+#[cfg(target_arch = "bpf")]
+mod programs {
+    use aya_ebpf::{
+        bindings::{__sk_buff, TC_ACT_SHOT},
+        macros::{cgroup_sock, cgroup_sock_addr, classifier},
+        programs::{SockAddrContext, SockContext, TcContext},
+    };
+    use penstock_common::{Counter, Proto, V4, V6};
+    use penstock_ebpf::{
+        env::Env,
+        family::Family,
+        pod::{self, Path, Verdict},
+        socket::{self, Outcome},
+    };
+
+    use crate::kernel::{env::Kernel, skb::Skb, sock::HookSocket};
+
+    /// Leaves the packet to whoever is next at the hook, and else to the kernel.
+    const NEXT: i32 = -1;
+
+    /// A packet hook's functions for one family. Each has a stack of its own, since the family's
+    /// longest ways together do not fit into one.
+    macro_rules! family {
+        ($family:ty: $from_pod:ident, $to_pod:ident, $classify:ident,
+            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident) => {
+            family!(stage $request, request, $family);
+            family!(stage $open, open, $family);
+            family!(stage $refuse, refuse, $family);
+            family!(stage $icmp, error_about_reply, $family);
+            family!(stage $node, to_node, $family);
+            family!(stage $to_pod, to_pod, $family);
+
+            #[inline(never)]
+            fn $classify(skb: *mut __sk_buff) -> i32 {
+                let context = TcContext::new(skb);
+                let skb = Skb::new(&context);
+                match pod::classify::<$family>(&skb, &Kernel { context: &context }) {
+                    Ok(Path::Pass) => NEXT,
+                    Ok(Path::Request) => REQUEST,
+                    Ok(Path::Icmp) => ICMP,
+                    Ok(Path::Node) => NODE,
+                    Err(reason) => dropped(&context, reason),
+                }
+            }
+
+            #[inline(always)]
+            fn $from_pod(context: &TcContext) -> i32 {
+                let skb = context.skb.skb;
+                match $classify(skb) {
+                    REQUEST => {
+                        let mut verdict = $request(skb);
+                        if verdict == OPEN {
+                            verdict = $open(skb);
+                        }
+                        if verdict == OPENED {
+                            verdict = $request(skb);
+                        }
+                        match verdict {
+                            REFUSE => $refuse(skb),
+                            // The flow was gone again before its first packet.
+                            OPEN => dropped(context, Counter::FlowRace),
+                            verdict => verdict,
+                        }
+                    }
+                    ICMP => $icmp(skb),
+                    NODE => $node(skb),
+                    verdict => verdict,
+                }
+            }
+        };
+        (stage $name:ident, $path:ident, $family:ty) => {
+            #[inline(never)]
+            fn $name(skb: *mut __sk_buff) -> i32 {
+                let context = TcContext::new(skb);
+                let kernel = Kernel { context: &context };
+                let mut skb = Skb::new(&context);
+                match pod::$path::<$family, _>(&mut skb, &kernel) {
+                    Ok(Verdict::Pass) => NEXT,
+                    Ok(Verdict::TurnAround) => skb.turn_around(),
+                    Ok(Verdict::Open) => OPEN,
+                    Ok(Verdict::Opened) => OPENED,
+                    Ok(Verdict::Refuse) => REFUSE,
+                    Err(reason) => dropped(&context, reason),
+                }
+            }
+        };
+    }
+    family!(V4: from_pod4, to_pod4, classify4, request4, open4, refuse4, icmp4, node4);
+    family!(V6: from_pod6, to_pod6, classify6, request6, open6, refuse6, icmp6, node6);
+
+    // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const REQUEST: i32 = -7;
+    const ICMP: i32 = -6;
+    const NODE: i32 = -5;
+    const OPEN: i32 = -4;
+    const OPENED: i32 = -3;
+    const REFUSE: i32 = -2;
+
+    /// Counts a packet that goes no further.
+    #[inline(always)]
+    fn dropped(context: &TcContext, reason: Counter) -> i32 {
+        let kernel = Kernel { context };
+        kernel.count(reason);
+        kernel.trace(reason, Proto::default(), 0);
+        TC_ACT_SHOT as i32
+    }
+
+    /// Packets that a pod sends, at the host end of its interface.
+    #[classifier]
+    pub(crate) fn from_pod(context: TcContext) -> i32 {
+        match ethertype(&context) {
+            V4::ETHERTYPE => from_pod4(&context),
+            V6::ETHERTYPE => from_pod6(&context),
+            _ => NEXT,
+        }
+    }
+
+    /// Packets on their way to a pod, at the host end of its interface.
+    #[classifier]
+    pub(crate) fn to_pod(context: TcContext) -> i32 {
+        match ethertype(&context) {
+            V4::ETHERTYPE => to_pod4(context.skb.skb),
+            V6::ETHERTYPE => to_pod6(context.skb.skb),
+            _ => NEXT,
+        }
+    }
+
+    /// A frame's protocol, host order.
+    #[inline(always)]
+    fn ethertype(context: &TcContext) -> u16 {
+        u16::from_be(context.skb.protocol() as u16)
+    }
+
+    /// What a socket hook does with an outcome.
+    #[inline(always)]
+    fn allow(socket: &HookSocket<'_>, outcome: Outcome) -> i32 {
+        match outcome {
+            Outcome::Proceed => 1,
+            Outcome::Fail(errno) => socket.fail(errno),
+        }
+    }
+
+    /// connect(2) of an IPv4 socket.
+    #[cgroup_sock_addr(connect4)]
+    pub(crate) fn connect4(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v4(&context);
+        let addr = socket.addr4();
+        let outcome = socket::connect::<V4, _>(&mut socket, &Kernel { context: &context }, addr);
+        allow(&socket, outcome)
+    }
+
+    /// connect(2) of an IPv6 socket, to either family.
+    #[cgroup_sock_addr(connect6)]
+    pub(crate) fn connect6(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v6(&context);
+        let kernel = Kernel { context: &context };
+        let addr = socket.addr6();
+        let outcome = match addr.to_mapped_v4() {
+            Some(addr) => socket::connect::<V4, _>(&mut socket, &kernel, addr),
+            None => socket::connect::<V6, _>(&mut socket, &kernel, addr),
+        };
+        allow(&socket, outcome)
+    }
+
+    /// sendmsg(2) of an unconnected IPv4 UDP socket.
+    #[cgroup_sock_addr(sendmsg4)]
+    pub(crate) fn sendmsg4(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v4(&context);
+        let addr = socket.addr4();
+        let outcome = socket::send::<V4, _>(&mut socket, &Kernel { context: &context }, addr);
+        allow(&socket, outcome)
+    }
+
+    /// sendmsg(2) of an unconnected IPv6 UDP socket, to either family.
+    #[cgroup_sock_addr(sendmsg6)]
+    pub(crate) fn sendmsg6(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v6(&context);
+        let kernel = Kernel { context: &context };
+        let addr = socket.addr6();
+        let outcome = match addr.to_mapped_v4() {
+            Some(addr) => socket::send::<V4, _>(&mut socket, &kernel, addr),
+            None => socket::send::<V6, _>(&mut socket, &kernel, addr),
+        };
+        allow(&socket, outcome)
+    }
+
+    /// recvmsg(2) of an IPv4 UDP socket.
+    #[cgroup_sock_addr(recvmsg4)]
+    pub(crate) fn recvmsg4(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v4(&context);
+        let from = socket.named();
+        socket::receive(&mut socket, from);
+        1
+    }
+
+    /// recvmsg(2) of an IPv6 UDP socket.
+    #[cgroup_sock_addr(recvmsg6)]
+    pub(crate) fn recvmsg6(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v6(&context);
+        let from = socket.named();
+        socket::receive(&mut socket, from);
+        1
+    }
+
+    /// getpeername(2) of an IPv4 socket.
+    #[cgroup_sock_addr(getpeername4)]
+    pub(crate) fn getpeername4(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v4(&context);
+        let name = socket.named();
+        socket::peer_name(&mut socket, name);
+        1
+    }
+
+    /// getpeername(2) of an IPv6 socket.
+    #[cgroup_sock_addr(getpeername6)]
+    pub(crate) fn getpeername6(context: SockAddrContext) -> i32 {
+        let mut socket = HookSocket::v6(&context);
+        let name = socket.named();
+        socket::peer_name(&mut socket, name);
+        1
+    }
+
+    /// The last close of a socket.
+    #[cgroup_sock(sock_release)]
+    pub(crate) fn sock_release(context: SockContext) -> i32 {
+        crate::kernel::sock::released(&context);
+        1
+    }
+
+    #[panic_handler]
+    fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+        loop {}
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {
+    // For the host this crate is a library; its programs exist only for the kernel.
+}

@@ -1,0 +1,78 @@
+//! The kernel as the programs' logic sees it: maps, clock, randomness, counters.
+//!
+//! Values that another writer may change meanwhile are copied out, so that what was checked is
+//! what is used.
+
+use penstock_common::{
+    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Flow, FlowId, FlowKey,
+    FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto,
+};
+
+use crate::family::Family;
+
+/// What is there for both families.
+pub trait Env {
+    /// Seconds since boot on a coarse clock (CLOCK_MONOTONIC_COARSE).
+    fn now_secs(&self) -> u32;
+    /// A random word.
+    fn random(&self) -> u32;
+    /// This node's settings.
+    fn config(&self) -> Config;
+    /// Counts one.
+    fn count(&self, counter: Counter);
+    /// How often a search by chance is repeated: for a record to evict, for a free source port.
+    fn attempts(&self) -> u32;
+    /// Whether one more ICMP error may be sent within this second (RFC 4443, 2.4 (f)).
+    fn may_send_error(&self) -> bool;
+    /// Tells whoever traces what happened to a packet or socket of a service.
+    fn trace(&self, counter: Counter, proto: Proto, port: u16);
+}
+
+/// A flow's record in its array.
+pub trait Record<A>: Copy {
+    /// A copy of all of it.
+    fn load(self) -> Flow<A>;
+    /// Moves the state from `from` to `to`, unless somebody else moved it before.
+    fn exchange_state(self, from: u32, to: u32) -> bool;
+    /// Sets the state of a record that is this program's alone, or among its live states.
+    fn set_state(self, state: u32);
+    /// Notes that a packet was seen.
+    fn touch(self, now_secs: u32);
+    /// Writes all but the state of a record that is this program's alone.
+    fn store(self, flow: &Flow<A>);
+}
+
+/// The maps of one family.
+pub trait Maps<F: Family>: Env {
+    /// A flow's record.
+    type Record: Record<F::Addr>;
+
+    /// Whether an address is of interest.
+    fn address(&self, addr: &F::Addr) -> Option<Address>;
+    /// A frontend, if it is the key's own (see `Frontend::key_check`).
+    fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<Frontend>;
+    /// What a slot holds.
+    fn slot(&self, slot: u32) -> Option<BackendId>;
+    /// A backend.
+    fn backend(&self, id: BackendId) -> Option<Backend<F::Addr>>;
+    /// The backend that a client is bound to.
+    fn affinity(&self, key: &AffinityKey<F::Addr>) -> Option<Affinity>;
+    /// Binds a client to a backend.
+    fn set_affinity(&self, key: &AffinityKey<F::Addr>, affinity: &Affinity);
+    /// The record that a key leads to.
+    fn flow_id(&self, key: &FlowKey<F::Addr>) -> Option<FlowId>;
+    /// A record.
+    fn record(&self, id: FlowId) -> Option<Self::Record>;
+    /// Makes a key lead to a record, unless it leads to one already.
+    fn link(&self, key: &FlowKey<F::Addr>, id: FlowId) -> bool;
+    /// Makes a key lead nowhere.
+    fn unlink(&self, key: &FlowKey<F::Addr>);
+    /// A record that is probably free.
+    fn pop_free(&self) -> Option<FlowId>;
+    /// How many records there are.
+    fn records(&self) -> u32;
+    /// The ports of a fragmented datagram.
+    fn fragment(&self, key: &FragmentKey<F::Addr>) -> Option<FragmentPorts>;
+    /// Remembers the ports of a fragmented datagram.
+    fn set_fragment(&self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts);
+}

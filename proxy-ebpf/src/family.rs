@@ -1,0 +1,247 @@
+//! All that differs between IPv4 and IPv6 headers.
+
+use penstock_common::{Addr, Plain, Proto, V4, V6};
+
+use crate::{checksum, packet::Packet};
+
+/// The Ethernet header's length.
+pub const ETHERNET: usize = 14;
+
+/// Where the network header ends, and what follows.
+#[derive(Clone, Copy)]
+pub struct Network {
+    /// The offset of the transport header, at most [`MAX_TRANSPORT`].
+    pub transport: usize,
+    /// The transport protocol.
+    pub proto: Proto,
+    /// The length from the transport header to the packet's end, as the header says.
+    pub transport_length: u16,
+    /// The fragment, where this is one.
+    pub fragment: Fragment,
+}
+
+/// What part of a datagram this is.
+#[derive(Clone, Copy)]
+pub struct Fragment {
+    /// Not the datagram's first part: no ports here.
+    pub is_later: bool,
+    /// A part at all.
+    pub is_part: bool,
+    /// The datagram's identification.
+    pub id: u32,
+}
+
+impl Fragment {
+    /// A whole datagram.
+    pub const NONE: Self = Self {
+        is_later: false,
+        is_part: false,
+        id: 0,
+    };
+}
+
+/// Transport headers beyond this offset are not looked for.
+pub const MAX_TRANSPORT: usize = 255;
+
+/// An address family.
+pub trait Family: Copy + 'static {
+    /// Its addresses.
+    type Addr: Addr;
+    /// Its number in Ethernet frames, host order.
+    const ETHERTYPE: u16;
+    /// The offset of the source address; the destination's follows.
+    const ADDRS: usize;
+    /// The offset of the header's checksum.
+    const HEADER_CHECKSUM: Option<usize>;
+    /// The length of a header without options.
+    const HEADER: usize;
+    /// Its ICMP.
+    const ICMP: Proto;
+
+    /// Walks the header at `at`, or `None` where it is cut off or makes no sense.
+    fn network(packet: &impl Packet, at: usize) -> Option<Network>;
+
+    /// This family's of a pair of addresses.
+    fn of(v4: V4, v6: V6) -> Self::Addr;
+
+    /// A header of its own making as it lies in memory.
+    type Header: Plain + AsRef<[u32]>;
+    /// "Port unreachable": type and code.
+    const PORT_UNREACHABLE: [u8; 2];
+
+    /// A header without options, its checksum done.
+    fn header(src: Self::Addr, dst: Self::Addr, proto: Proto, payload: u16) -> Self::Header;
+
+    /// The header at `at` as an ICMP error quotes it: without options or extensions, followed at
+    /// once by `proto`'s header.
+    fn quoted_header(packet: &impl Packet, at: usize, proto: Proto) -> Option<Self::Header>;
+
+    /// Whether an ICMP type is an error's, which quotes a packet.
+    fn is_icmp_error(icmp_type: u8) -> bool;
+}
+
+impl Family for V4 {
+    type Addr = Self;
+    const ETHERTYPE: u16 = 0x0800;
+    const ADDRS: usize = 12;
+    const HEADER_CHECKSUM: Option<usize> = Some(10);
+    const HEADER: usize = 20;
+    const ICMP: Proto = Proto::ICMP;
+    type Header = [u32; 5];
+    const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+
+    #[inline(always)]
+    fn header(src: Self, dst: Self, proto: Proto, payload: u16) -> [u32; 5] {
+        // Version 4, 20 bytes; don't fragment, for which the identification may be 0 (RFC 6864).
+        let [high, low] = (payload + 20).to_be_bytes();
+        let first = u32::from_ne_bytes([0x45, 0, high, low]);
+        let second = u32::from_ne_bytes([0, 0, 0x40, 0]);
+        let third = u32::from_ne_bytes([64, proto.0, 0, 0]);
+        let sum = u64::from(first) + u64::from(second) + u64::from(third);
+        let [a, b] = (!checksum::fold(sum + checksum::sum_addr(src) + checksum::sum_addr(dst)))
+            .to_ne_bytes();
+        let third = third | u32::from_ne_bytes([0, 0, a, b]);
+        [first, second, third, src.raw(), dst.raw()]
+    }
+
+    #[inline(always)]
+    fn quoted_header(packet: &impl Packet, at: usize, _: Proto) -> Option<[u32; 5]> {
+        let mut header: [u32; 5] = packet.load(at)?;
+        let [first, ..] = &mut header;
+        *first = (*first & u32::from_ne_bytes([0xf0, 0xff, 0xff, 0xff]))
+            | u32::from_ne_bytes([5, 0, 0, 0]);
+        Some(header)
+    }
+
+    #[inline(always)]
+    fn network(packet: &impl Packet, at: usize) -> Option<Network> {
+        // RFC 791, 3.1: version and header length, total length, identification, flags and offset.
+        let version_ihl: u8 = packet.load(at)?;
+        let ihl = usize::from(version_ihl & 0x0f) << 2;
+        if version_ihl >> 4 != 4 || ihl < Self::HEADER {
+            return None;
+        }
+        let total = u16::from_be(packet.load(at + 2)?);
+        let id: u16 = packet.load(at + 4)?;
+        let offset = u16::from_be(packet.load(at + 6)?);
+        Some(Network {
+            transport: at + ihl,
+            proto: packet.load(at + 9)?,
+            transport_length: total.checked_sub(ihl as u16)?,
+            fragment: Fragment {
+                is_later: offset & 0x1fff != 0,
+                is_part: offset & 0x3fff != 0,
+                id: u32::from(id),
+            },
+        })
+    }
+
+    #[inline(always)]
+    fn of(v4: V4, _: V6) -> V4 {
+        v4
+    }
+
+    #[inline(always)]
+    fn is_icmp_error(icmp_type: u8) -> bool {
+        // RFC 792: destination unreachable, source quench, time exceeded, parameter problem.
+        matches!(icmp_type, 3 | 4 | 11 | 12)
+    }
+}
+
+impl Family for V6 {
+    type Addr = Self;
+    const ETHERTYPE: u16 = 0x86dd;
+    const ADDRS: usize = 8;
+    const HEADER_CHECKSUM: Option<usize> = None;
+    const HEADER: usize = 40;
+    const ICMP: Proto = Proto::ICMPV6;
+    type Header = [u32; 10];
+    const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+
+    #[inline(always)]
+    fn header(src: Self, dst: Self, proto: Proto, payload: u16) -> [u32; 10] {
+        let [high, low] = payload.to_be_bytes();
+        let [a, b, c, d] = src.raw();
+        let [e, f, g, h] = dst.raw();
+        let first = u32::from_ne_bytes([0x60, 0, 0, 0]);
+        [
+            first,
+            u32::from_ne_bytes([high, low, proto.0, 64]),
+            a,
+            b,
+            c,
+            d,
+            e,
+            f,
+            g,
+            h,
+        ]
+    }
+
+    #[inline(always)]
+    fn quoted_header(packet: &impl Packet, at: usize, proto: Proto) -> Option<[u32; 10]> {
+        let mut header: [u32; 10] = packet.load(at)?;
+        let [_, second, ..] = &mut header;
+        *second = (*second & u32::from_ne_bytes([0xff, 0xff, 0, 0xff]))
+            | u32::from_ne_bytes([0, 0, proto.0, 0]);
+        Some(header)
+    }
+
+    #[inline(always)]
+    fn network(packet: &impl Packet, at: usize) -> Option<Network> {
+        /// Extension headers that are walked; the kernel itself takes any number.
+        const EXTENSIONS: usize = 4;
+        let version: u8 = packet.load(at)?;
+        if version >> 4 != 6 {
+            return None;
+        }
+        let payload = u16::from_be(packet.load(at + 4)?);
+        let mut next: u8 = packet.load(at + 6)?;
+        let mut extensions = 0;
+        let mut fragment = Fragment::NONE;
+        let mut walked = 0;
+        // RFC 8200, 4: hop-by-hop 0, routing 43, fragment 44, destination options 60.
+        while walked < EXTENSIONS && matches!(next, 0 | 43 | 44 | 60) {
+            let header: [u8; 4] = packet.load(at + Self::HEADER + extensions)?;
+            let [following, length, high, low] = header;
+            let mut size = 8;
+            if next == 44 {
+                let offset = u16::from_be_bytes([high, low]);
+                let id: u32 = packet.load(at + Self::HEADER + extensions + 4)?;
+                fragment = Fragment {
+                    is_later: offset & 0xfff8 != 0,
+                    is_part: offset & 0xfff9 != 0,
+                    id,
+                };
+            } else {
+                size += usize::from(length) << 3;
+            }
+            extensions += size;
+            if extensions > MAX_TRANSPORT - ETHERNET - 2 * Self::HEADER - 8 {
+                return None;
+            }
+            next = following;
+            walked += 1;
+            if fragment.is_later {
+                break;
+            }
+        }
+        Some(Network {
+            transport: at + Self::HEADER + extensions,
+            proto: Proto(next),
+            transport_length: payload.checked_sub(extensions as u16)?,
+            fragment,
+        })
+    }
+
+    #[inline(always)]
+    fn of(_: V4, v6: V6) -> V6 {
+        v6
+    }
+
+    #[inline(always)]
+    fn is_icmp_error(icmp_type: u8) -> bool {
+        // RFC 4443, 2.1: errors have the high-order bit clear.
+        icmp_type < 128
+    }
+}

@@ -1,0 +1,250 @@
+//! Conntrack: finds, creates, follows and retires the records of translated flows.
+//!
+//! Invariant: a record is reachable by both of its keys or on its way in or out; whoever moved its
+//! state to `CLAIMED` or `RECLAIMING` is the only one to change anything but state and time.
+
+use penstock_common::{
+    Addr, BackendFlags, Be16, Counter, Flow, FlowFlags, FlowId, FlowKey, FlowState, Proto,
+};
+
+use crate::{
+    env::{Maps, Record},
+    family::Family,
+    parse::{Segment, tcp},
+};
+
+/// A flow that was found.
+#[derive(Clone, Copy)]
+pub struct Known<A, R> {
+    /// Where its record is.
+    pub id: FlowId,
+    /// Its record.
+    pub record: R,
+    /// What the record said.
+    pub flow: Flow<A>,
+}
+
+/// The flow that `key` belongs to.
+#[inline(always)]
+pub fn find<F: Family, M: Maps<F>>(
+    maps: &M,
+    key: &FlowKey<F::Addr>,
+) -> Option<Known<F::Addr, M::Record>> {
+    let id = maps.flow_id(key)?;
+    let record = maps.record(id)?;
+    let flow = record.load();
+    let is_live = matches!(
+        flow.state,
+        FlowState::EMBRYONIC | FlowState::ESTABLISHED | FlowState::CLOSING
+    );
+    let own = if key.direction == FlowKey::<F::Addr>::REQUEST {
+        flow.request_key()
+    } else {
+        flow.reply_key()
+    };
+    (is_live && own == *key).then_some(Known { id, record, flow })
+}
+
+/// Whether a request may go on in this flow, or must begin a new one.
+#[inline(always)]
+pub fn may_continue<F: Family>(
+    maps: &impl Maps<F>,
+    flow: &Flow<F::Addr>,
+    segment: &Segment<F::Addr>,
+) -> bool {
+    let is_opening =
+        flow.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    if is_opening && flow.state == FlowState::CLOSING {
+        return false;
+    }
+    // UDP never sticks to a dead backend, and neither does a handshake that nobody answered; an
+    // established TCP connection ends by itself.
+    if flow.proto == Proto::UDP || (is_opening && flow.state == FlowState::EMBRYONIC) {
+        return maps
+            .backend(flow.backend_id)
+            .is_some_and(|backend| backend.is(flow.backend_generation, BackendFlags::LIVE));
+    }
+    true
+}
+
+/// Notes a packet of a flow.
+#[inline(always)]
+pub fn follow<F: Family, M: Maps<F>>(
+    maps: &M,
+    known: &Known<F::Addr, M::Record>,
+    segment: &Segment<F::Addr>,
+    is_reply: bool,
+) {
+    let state = known.flow.state;
+    let next = if segment.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
+        FlowState::CLOSING
+    } else if state == FlowState::EMBRYONIC && is_reply {
+        FlowState::ESTABLISHED
+    } else {
+        state
+    };
+    if next != state {
+        known.record.exchange_state(state, next);
+    }
+    let now = maps.now_secs();
+    if now != known.flow.seen_secs {
+        known.record.touch(now);
+    }
+}
+
+/// Takes a flow out: its next packet begins a new one.
+#[inline(always)]
+pub fn retire<F: Family, M: Maps<F>>(maps: &M, known: &Known<F::Addr, M::Record>) {
+    if known
+        .record
+        .exchange_state(known.flow.state, FlowState::RECLAIMING)
+    {
+        maps.unlink(&known.flow.request_key());
+        maps.unlink(&known.flow.reply_key());
+        // The id returns to nobody's list: eviction or the agent's sweep finds it.
+        known.record.set_state(FlowState::FREE);
+    }
+}
+
+/// Gives a new flow its record, a source that no other flow to its backend has, and both keys.
+///
+/// `flow.source` and `flow.source_port` are a wish; the port is another where it is taken, within
+/// `ports`. Where `keep_port` is not set the wish is not even tried.
+#[inline(always)]
+pub fn create<F: Family, M: Maps<F>>(
+    maps: &M,
+    mut flow: Flow<F::Addr>,
+    keep_port: bool,
+    ports: (u16, u16),
+) -> Result<(), Counter> {
+    let (id, record) = claim(maps)?;
+    record.store(&flow);
+    if !maps.link(&flow.request_key(), id) && !relink(maps, &flow.request_key(), id) {
+        record.set_state(FlowState::FREE);
+        return Err(Counter::FlowRace);
+    }
+    let mut is_linked =
+        keep_port && (maps.link(&flow.reply_key(), id) || relink(maps, &flow.reply_key(), id));
+    let mut tries = 0;
+    while !is_linked && tries < maps.attempts() {
+        let (low, high) = ports;
+        let span = u32::from(high - low) + 1;
+        let port = low + penstock_common::slot_at(maps.random(), span) as u16;
+        flow.source_port = Be16::from_host(port);
+        record.store(&flow);
+        is_linked = maps.link(&flow.reply_key(), id);
+        tries += 1;
+    }
+    if !is_linked {
+        maps.unlink(&flow.request_key());
+        record.set_state(FlowState::FREE);
+        return Err(Counter::NoSourcePort);
+    }
+    record.set_state(FlowState::EMBRYONIC);
+    maps.count(Counter::FlowCreated);
+    Ok(())
+}
+
+/// Makes a key lead to `id` that leads to a record which is no longer the key's.
+#[inline(always)]
+fn relink<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> bool {
+    let Some(record) = maps.flow_id(key).and_then(|other| maps.record(other)) else {
+        return false;
+    };
+    let other = record.load();
+    let own = if key.direction == FlowKey::<F::Addr>::REQUEST {
+        other.request_key()
+    } else {
+        other.reply_key()
+    };
+    if other.state != FlowState::FREE && own == *key {
+        return false;
+    }
+    maps.unlink(key);
+    maps.link(key, id)
+}
+
+/// A record of this program's own, in state `CLAIMED`.
+#[inline(always)]
+fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter> {
+    if let Some(id) = maps.pop_free()
+        && let Some(record) = maps.record(id)
+        && record.exchange_state(FlowState::FREE, FlowState::CLAIMED)
+    {
+        return Ok((id, record));
+    }
+    let now = maps.now_secs();
+    let timeouts = maps.config().timeouts;
+    let mut sample = 0;
+    while sample < maps.attempts() {
+        sample += 1;
+        let id = FlowId(penstock_common::slot_at(maps.random(), maps.records()));
+        let Some(record) = maps.record(id) else {
+            continue;
+        };
+        let flow = record.load();
+        if !may_evict(&flow, now, &timeouts) {
+            continue;
+        }
+        if !record.exchange_state(flow.state, FlowState::CLAIMED) {
+            continue;
+        }
+        if flow.state != FlowState::FREE {
+            maps.unlink(&flow.request_key());
+            maps.unlink(&flow.reply_key());
+            maps.count(Counter::FlowEvicted);
+        }
+        return Ok((id, record));
+    }
+    Err(Counter::FlowTableFull)
+}
+
+/// Embryonic and closing flows go first, established ones only once they have expired.
+#[inline(always)]
+fn may_evict<A: Addr>(flow: &Flow<A>, now: u32, timeouts: &penstock_common::Timeouts) -> bool {
+    match flow.state {
+        FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
+        FlowState::ESTABLISHED => {
+            let timeout = if flow.proto == Proto::TCP {
+                timeouts.tcp_established_secs
+            } else {
+                timeouts.udp_stream_secs
+            };
+            now.wrapping_sub(flow.seen_secs) >= timeout
+        }
+        _ => false,
+    }
+}
+
+/// The start of a flow: everything but a proven source port.
+#[inline(always)]
+pub fn opening<F: Family>(
+    maps: &impl Maps<F>,
+    segment: &Segment<F::Addr>,
+    chosen: &crate::select::Chosen<F::Addr>,
+) -> Flow<F::Addr> {
+    let is_hairpin = chosen.backend.addr == segment.src;
+    let config = maps.config();
+    Flow {
+        state: FlowState::CLAIMED,
+        seen_secs: maps.now_secs(),
+        service: chosen.backend.service,
+        backend_id: chosen.id,
+        backend_generation: chosen.backend.generation,
+        client: segment.src,
+        frontend: segment.dst,
+        backend: chosen.backend.addr,
+        source: if is_hairpin {
+            F::of(config.node4, config.node6)
+        } else {
+            segment.src
+        },
+        client_port: segment.src_port,
+        frontend_port: segment.dst_port,
+        backend_port: chosen.backend.port,
+        source_port: segment.src_port,
+        flags: if is_hairpin { FlowFlags::HAIRPIN } else { 0 },
+        proto: segment.proto,
+        pad: 0,
+    }
+}

@@ -1,0 +1,313 @@
+//! [`Env`] and [`Maps`] by way of the kernel's helpers.
+#![expect(unsafe_code, reason = "map elements are shared memory")]
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_cxchg},
+    ptr::{addr_of, addr_of_mut},
+};
+
+use aya_ebpf::{
+    EbpfContext, Global,
+    bindings::BPF_NOEXIST,
+    helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+};
+use penstock_common::{
+    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Flow, FlowId, FlowKey,
+    FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, V4, V6, limits,
+};
+use penstock_ebpf::env::{Env, Maps, Record};
+
+use super::maps::*;
+
+/// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
+/// (icmp_msgs_per_sec).
+const ERRORS_PER_SECOND: u32 = 1_000;
+
+/// A constant that the verifier knows and the compiler does not, lest it unroll the loops.
+#[unsafe(no_mangle)]
+static ATTEMPTS: Global<u32> = Global::new(16);
+
+/// The kernel, on behalf of the program that runs in `context`.
+pub(crate) struct Kernel<'a, C> {
+    /// What traces are sent with.
+    pub(crate) context: &'a C,
+}
+
+/// A copy of a map element.
+///
+/// RCU keeps the element mapped until the program returns, but not its content: the agent may
+/// rewrite or recycle it meanwhile. Hence one volatile copy, of a type that any bytes are.
+#[inline(always)]
+fn copy<T: Plain>(element: *const T) -> T {
+    // SAFETY: `element` came from a map look-up of this program run, so it points to a mapped
+    // element of the map's value type; `T: Plain` makes any bytes valid.
+    unsafe { element.read_volatile() }
+}
+
+impl<C: EbpfContext> Env for Kernel<'_, C> {
+    #[inline(always)]
+    fn now_secs(&self) -> u32 {
+        // SAFETY: the helper takes no argument.
+        let nanos = unsafe { bpf_ktime_get_coarse_ns() };
+        (nanos / 1_000_000_000) as u32
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper takes no argument.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn config(&self) -> Config {
+        CONFIG.get_ptr(0).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn count(&self, counter: Counter) {
+        if let Some(count) = COUNTERS.get_ptr_mut(counter as u32) {
+            // SAFETY: the element is this CPU's, and programs of one hook do not interrupt each
+            // other; a count that another hook's program interrupts may be lost, which is all.
+            unsafe { *count += 1 };
+        }
+    }
+
+    #[inline(always)]
+    fn attempts(&self) -> u32 {
+        ATTEMPTS.load()
+    }
+
+    #[inline(always)]
+    fn may_send_error(&self) -> bool {
+        let now = self.now_secs();
+        let Some(sent) = ERRORS_SENT.get_ptr_mut(0) else {
+            return false;
+        };
+        // SAFETY: this CPU's element, see `count`.
+        let [second, count] = unsafe { sent.read_volatile() };
+        let count = if second == now { count } else { 0 };
+        if count >= ERRORS_PER_SECOND {
+            return false;
+        }
+        // SAFETY: as above.
+        unsafe { sent.write_volatile([now, count + 1]) };
+        true
+    }
+
+    #[inline(always)]
+    fn trace(&self, counter: Counter, proto: Proto, port: u16) {
+        aya_log_ebpf::debug!(
+            self.context,
+            "counter {} protocol {} port {}",
+            counter as u32,
+            proto.0,
+            port
+        );
+    }
+}
+
+/// A pointer to a flow's record.
+pub(crate) struct RecordPtr<A>(*mut Flow<A>);
+
+impl<A> Clone for RecordPtr<A> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A> Copy for RecordPtr<A> {}
+
+impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
+    #[inline(always)]
+    fn load(self) -> Flow<A> {
+        /// One field: the record as a whole would be copied to the stack, which is too small.
+        macro_rules! field {
+            ($name:ident) => {
+                copy(
+                    // SAFETY: a field's address inside the mapped element; nothing is read.
+                    unsafe { addr_of!((*self.0).$name) },
+                )
+            };
+        }
+        Flow {
+            state: field!(state),
+            seen_secs: field!(seen_secs),
+            service: field!(service),
+            backend_id: field!(backend_id),
+            backend_generation: field!(backend_generation),
+            client: field!(client),
+            frontend: field!(frontend),
+            backend: field!(backend),
+            source: field!(source),
+            client_port: field!(client_port),
+            frontend_port: field!(frontend_port),
+            backend_port: field!(backend_port),
+            source_port: field!(source_port),
+            flags: field!(flags),
+            proto: field!(proto),
+            pad: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn exchange_state(self, from: u32, to: u32) -> bool {
+        // SAFETY: the pointer is to a mapped array element (see `copy`), whose first field is an
+        // aligned word that everybody changes atomically.
+        unsafe {
+            atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                addr_of_mut!((*self.0).state),
+                from,
+                to,
+            )
+            .1
+        }
+    }
+
+    #[inline(always)]
+    fn set_state(self, state: u32) {
+        // SAFETY: as above; an aligned word is written whole.
+        unsafe { addr_of_mut!((*self.0).state).write_volatile(state) };
+    }
+
+    #[inline(always)]
+    fn touch(self, now_secs: u32) {
+        // SAFETY: as above.
+        unsafe { addr_of_mut!((*self.0).seen_secs).write_volatile(now_secs) };
+    }
+
+    #[inline(always)]
+    fn store(self, flow: &Flow<A>) {
+        let Flow {
+            state: _,
+            seen_secs,
+            service,
+            backend_id,
+            backend_generation,
+            client,
+            frontend,
+            backend,
+            source,
+            client_port,
+            frontend_port,
+            backend_port,
+            source_port,
+            flags,
+            proto,
+            pad,
+        } = *flow;
+        // SAFETY: as above; the record is in state CLAIMED by this program, so that nobody else
+        // writes it and whoever reads it ignores it.
+        unsafe {
+            addr_of_mut!((*self.0).seen_secs).write(seen_secs);
+            addr_of_mut!((*self.0).service).write(service);
+            addr_of_mut!((*self.0).backend_id).write(backend_id);
+            addr_of_mut!((*self.0).backend_generation).write(backend_generation);
+            addr_of_mut!((*self.0).client).write(client);
+            addr_of_mut!((*self.0).frontend).write(frontend);
+            addr_of_mut!((*self.0).backend).write(backend);
+            addr_of_mut!((*self.0).source).write(source);
+            addr_of_mut!((*self.0).client_port).write(client_port);
+            addr_of_mut!((*self.0).frontend_port).write(frontend_port);
+            addr_of_mut!((*self.0).backend_port).write(backend_port);
+            addr_of_mut!((*self.0).source_port).write(source_port);
+            addr_of_mut!((*self.0).flags).write(flags);
+            addr_of_mut!((*self.0).proto).write(proto);
+            addr_of_mut!((*self.0).pad).write(pad);
+        }
+    }
+}
+
+macro_rules! family {
+    ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+        $index:ident, $flows:ident, $free:ident, $fragments:ident) => {
+        impl<C: EbpfContext> Maps<$family> for Kernel<'_, C> {
+            type Record = RecordPtr<$family>;
+
+            #[inline(always)]
+            fn address(&self, addr: &$family) -> Option<Address> {
+                $addresses.get_ptr(addr).map(copy)
+            }
+
+            #[inline(always)]
+            fn frontend(&self, key: &FrontendKey<$family>) -> Option<Frontend> {
+                let frontend = $frontends.get_ptr(key).map(copy)?;
+                (frontend.key_check == key.check()).then_some(frontend)
+            }
+
+            #[inline(always)]
+            fn slot(&self, slot: u32) -> Option<BackendId> {
+                SLOTS.get_ptr(slot).map(copy)
+            }
+
+            #[inline(always)]
+            fn backend(&self, id: BackendId) -> Option<Backend<$family>> {
+                $backends.get_ptr(id.0).map(copy)
+            }
+
+            #[inline(always)]
+            fn affinity(&self, key: &AffinityKey<$family>) -> Option<Affinity> {
+                $affinity.get_ptr(key).map(copy)
+            }
+
+            #[inline(always)]
+            fn set_affinity(&self, key: &AffinityKey<$family>, affinity: &Affinity) {
+                // An element that exists is written in place: an insert costs six look-ups.
+                match $affinity.get_ptr_mut(key) {
+                    // SAFETY: see `copy`; a torn entry names a backend whose generation and
+                    // service are compared before it is believed.
+                    Some(entry) => unsafe { entry.write_volatile(*affinity) },
+                    // A full LRU map makes room; an error means contention, and the client is
+                    // bound by its next connection.
+                    None => {
+                        let _ = $affinity.insert(key, affinity, 0);
+                    }
+                }
+            }
+
+            #[inline(always)]
+            fn flow_id(&self, key: &FlowKey<$family>) -> Option<FlowId> {
+                $index.get_ptr(key).map(copy)
+            }
+
+            #[inline(always)]
+            fn record(&self, id: FlowId) -> Option<Self::Record> {
+                $flows.get_ptr_mut(id.0).map(RecordPtr)
+            }
+
+            #[inline(always)]
+            fn link(&self, key: &FlowKey<$family>, id: FlowId) -> bool {
+                $index.insert(key, id, u64::from(BPF_NOEXIST)).is_ok()
+            }
+
+            #[inline(always)]
+            fn unlink(&self, key: &FlowKey<$family>) {
+                // Absent is as good as removed.
+                let _ = $index.remove(key);
+            }
+
+            #[inline(always)]
+            fn pop_free(&self) -> Option<FlowId> {
+                $free.pop().ok().flatten()
+            }
+
+            #[inline(always)]
+            fn records(&self) -> u32 {
+                limits::FLOWS
+            }
+
+            #[inline(always)]
+            fn fragment(&self, key: &FragmentKey<$family>) -> Option<FragmentPorts> {
+                $fragments.get_ptr(key).map(copy)
+            }
+
+            #[inline(always)]
+            fn set_fragment(&self, key: &FragmentKey<$family>, ports: &FragmentPorts) {
+                // Without room the later fragments are counted as unmatched.
+                let _ = $fragments.insert(key, ports, 0);
+            }
+        }
+    };
+}
+
+family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4);
+family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6);

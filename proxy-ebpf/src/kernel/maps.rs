@@ -1,0 +1,73 @@
+//! Every map. What each holds, who writes it and what happens when it is full stands in
+//! `penstock_common`.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, Queue},
+};
+use penstock_common::{
+    Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
+    DatagramKey, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns,
+    SockEndpoint, SocketPeer, V4, V6, limits,
+};
+
+/// A family's maps: a static cannot be generic.
+macro_rules! family_maps {
+    ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+        $index:ident, $flows:ident, $free:ident, $fragments:ident) => {
+        #[map]
+        pub(crate) static $addresses: HashMap<$family, Address> =
+            HashMap::pinned(limits::ADDRESSES, BPF_F_NO_PREALLOC);
+        #[map]
+        pub(crate) static $frontends: HashMap<FrontendKey<$family>, Frontend> =
+            HashMap::pinned(limits::FRONTENDS, BPF_F_NO_PREALLOC);
+        #[map]
+        pub(crate) static $backends: Array<Backend<$family>> = Array::pinned(limits::BACKENDS, 0);
+        #[map]
+        pub(crate) static $affinity: LruHashMap<AffinityKey<$family>, Affinity> =
+            LruHashMap::pinned(limits::AFFINITY, 0);
+        #[map]
+        pub(crate) static $index: HashMap<FlowKey<$family>, FlowId> =
+            HashMap::pinned(2 * limits::FLOWS, BPF_F_NO_PREALLOC);
+        #[map]
+        pub(crate) static $flows: Array<Flow<$family>> =
+            Array::pinned(limits::FLOWS, BPF_F_MMAPABLE);
+        #[map]
+        pub(crate) static $free: Queue<FlowId> = Queue::pinned(limits::FLOWS, 0);
+        #[map]
+        pub(crate) static $fragments: LruHashMap<FragmentKey<$family>, FragmentPorts> =
+            LruHashMap::pinned(limits::FRAGMENTS, 0);
+    };
+}
+
+family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4);
+family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6);
+
+#[map]
+pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);
+#[map]
+pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::ALL.len() as u32, 0);
+/// Second and count of the ICMP errors sent within it.
+#[map]
+pub(crate) static ERRORS_SENT: PerCpuArray<[u32; 2]> = PerCpuArray::pinned(1, 0);
+
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<SocketPeer> = SkStorage::new();
+#[map]
+pub(crate) static CONNECTED_UDP: HashMap<u64, ConnectedUdp> =
+    HashMap::pinned(limits::CONNECTED_UDP, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static DATAGRAMS: LruHashMap<DatagramKey, Datagram> =
+    LruHashMap::pinned(limits::DATAGRAMS, 0);
+#[map]
+pub(crate) static DATAGRAM_PEERS: LruHashMap<DatagramKey, SockEndpoint> =
+    LruHashMap::pinned(limits::DATAGRAMS, 0);
+#[map]
+pub(crate) static NETNS: HashMap<u64, Netns> = HashMap::pinned(limits::NETNS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static EXCLUDED_CGROUPS: HashMap<u64, u8> =
+    HashMap::pinned(limits::EXCLUDED_CGROUPS, BPF_F_NO_PREALLOC);

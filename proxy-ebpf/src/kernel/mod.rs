@@ -1,0 +1,6 @@
+//! The impure half: maps, helpers, contexts. The only place where this crate is unsafe.
+
+pub(crate) mod env;
+pub(crate) mod maps;
+pub(crate) mod skb;
+pub(crate) mod sock;

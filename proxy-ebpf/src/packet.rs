@@ -1,0 +1,54 @@
+//! A frame in the kernel's hands.
+
+use penstock_common::Plain;
+
+use crate::checksum::Delta;
+
+/// The kernel refused to change a packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Refused;
+
+/// Which change of a transport checksum the kernel must be told about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Covers {
+    /// The pseudo header: also part of a checksum that the kernel has yet to complete.
+    PseudoHeader,
+    /// The segment itself: a checksum that the kernel has yet to complete takes it up by itself.
+    Segment,
+}
+
+/// How a changed transport checksum treats zero.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Zero {
+    /// As any other number.
+    Plain,
+    /// Zero means "none", stays zero and never arises (UDP; RFC 768).
+    MeansNone,
+}
+
+/// A frame. Offsets count from its first byte.
+pub trait Packet {
+    /// The value at `at`, or `None` beyond the end of the frame.
+    fn load<T: Plain>(&self, at: usize) -> Option<T>;
+
+    /// Replaces the value at `at`.
+    fn store<T: Plain>(&mut self, at: usize, value: &T) -> Result<(), Refused>;
+
+    /// Replaces an address that no header checksum covers (IPv6).
+    fn store_uncovered<T: Plain>(&mut self, at: usize, value: &T) -> Result<(), Refused>;
+
+    /// Changes an IPv4 header's checksum at `at`.
+    fn change_header_checksum(&mut self, at: usize, delta: Delta) -> Result<(), Refused>;
+
+    /// Changes a transport checksum at `at`.
+    fn change_checksum(
+        &mut self,
+        at: usize,
+        delta: Delta,
+        covers: Covers,
+        zero: Zero,
+    ) -> Result<(), Refused>;
+
+    /// Makes the frame `length` bytes long.
+    fn resize(&mut self, length: u32) -> Result<(), Refused>;
+}

@@ -1,0 +1,253 @@
+//! What happens to a packet at the host end of a pod's interface.
+//!
+//! Packets from a pod are sorted by [`classify`] and handed to [`request`], [`error_about_reply`]
+//! or [`to_node`], a flow's first packet also to [`open`] and [`refuse`]; packets to a pod to
+//! [`to_pod`]. Each of these is a
+//! function of its own in the kernel, with a stack of its own, and parses what it needs.
+
+use penstock_common::{Addr, AddressKind, Counter, FlowFlags, FlowKey, FrontendKey, Proto};
+
+use crate::{
+    env::Maps,
+    family::{ETHERNET, Family, Network},
+    flow,
+    packet::Packet,
+    parse::{self, Segment},
+    quoted, reject, rewrite, select,
+};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The kernel goes on with it.
+    Pass,
+    /// It goes back out of the interface that it came from.
+    TurnAround,
+    /// It begins a flow: [`open`].
+    Open,
+    /// Its flow is there now: [`request`] again.
+    Opened,
+    /// It is to be answered by [`refuse`].
+    Refuse,
+}
+
+/// Which way a packet from a pod takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// It is not for a service.
+    Pass,
+    /// TCP or UDP to a service: [`request`].
+    Request,
+    /// ICMP to a service: [`error_about_reply`].
+    Icmp,
+    /// To this node: [`to_node`].
+    Node,
+}
+
+/// Source ports for a second flow of one client port to one backend: above the range that the
+/// kernel gives to sockets by default (ip_local_port_range), so that no socket has one.
+const REMAPPED_PORTS: (u16, u16) = (61_000, 65_535);
+
+/// Sorts a packet that a pod sent.
+#[inline(always)]
+pub fn classify<F: Family>(packet: &impl Packet, maps: &impl Maps<F>) -> Result<Path, Counter> {
+    let Some(dst) = packet.load(ETHERNET + F::ADDRS + size_of::<F::Addr>()) else {
+        return Ok(Path::Pass);
+    };
+    let Some(address) = maps.address(&dst) else {
+        return Ok(Path::Pass);
+    };
+    let header = F::network(packet, ETHERNET);
+    Ok(match (address.kind, header) {
+        (AddressKind::SERVICE, None) => return Err(Counter::Truncated),
+        (AddressKind::SERVICE, Some(header)) if header.proto == F::ICMP => Path::Icmp,
+        (AddressKind::SERVICE, Some(header)) if is_translated(header.proto) => Path::Request,
+        (AddressKind::NODE, Some(_)) => Path::Node,
+        _ => Path::Pass,
+    })
+}
+
+/// Whether flows of a protocol are translated.
+#[inline(always)]
+fn is_translated(proto: Proto) -> bool {
+    matches!(proto, Proto::TCP | Proto::UDP)
+}
+
+/// The headers of a packet that [`classify`] has seen.
+#[inline(always)]
+fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, (F::Addr, F::Addr)), Counter> {
+    let addrs = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    Ok((header, addrs))
+}
+
+/// A packet that a pod sent to a service: translated, if its flow is known.
+#[inline(always)]
+pub fn request<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
+    let Some(known) = flow::find::<F, M>(maps, &request_key(&segment)) else {
+        return Ok(Verdict::Open);
+    };
+    if !flow::may_continue(maps, &known.flow, &segment) {
+        flow::retire(maps, &known);
+        return Ok(Verdict::Open);
+    }
+    parse::remember_ports::<F>(maps, &header, &segment);
+    flow::follow(maps, &known, &segment, false);
+    let flow = known.flow;
+    let (src, dst) = (
+        (flow.source, flow.source_port),
+        (flow.backend, flow.backend_port),
+    );
+    rewrite::translate::<F>(packet, &segment, src, dst)?;
+    maps.count(Counter::PacketRequest);
+    deliver(packet, flow.flags)
+}
+
+/// The key of a request.
+#[inline(always)]
+fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
+    FlowKey::new(
+        FlowKey::<A>::REQUEST,
+        segment.proto,
+        (segment.src, segment.src_port),
+        (segment.dst, segment.dst_port),
+    )
+}
+
+/// Makes the flow that a packet to a service begins.
+#[inline(always)]
+pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
+    match open_flow::<F, M>(maps, &segment) {
+        Ok(()) => Ok(Verdict::Opened),
+        Err(reason @ (Counter::NoEndpoints | Counter::UndefinedPort)) => {
+            maps.count(reason);
+            maps.trace(reason, segment.proto, segment.dst_port.to_host());
+            Ok(Verdict::Refuse)
+        }
+        Err(reason) => Err(reason),
+    }
+}
+
+#[inline(always)]
+fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Result<(), Counter> {
+    let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
+    let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
+    let chosen = select::backend(maps, &frontend, segment.src)?;
+    let opening = flow::opening(maps, segment, &chosen);
+    let is_hairpin = opening.flags & FlowFlags::HAIRPIN != 0;
+    if is_hairpin && opening.source.is_unspecified() {
+        return Err(Counter::HairpinNoAddress);
+    }
+    flow::create::<F, M>(maps, opening, !is_hairpin, REMAPPED_PORTS)
+}
+
+/// Answers a packet that nobody will serve.
+#[inline(always)]
+pub fn refuse<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
+    reject::answer::<F, M>(packet, maps, &segment)?;
+    Ok(Verdict::TurnAround)
+}
+
+/// An ICMP message that a pod sent to a service.
+#[inline(always)]
+pub fn error_about_reply<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    let flags = quoted::about_reply::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+    deliver(packet, flags.unwrap_or_default())
+}
+
+/// A packet that a pod sent to this node's address: the reply to itself, or none of ours.
+#[inline(always)]
+pub fn to_node<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    let flags = if header.proto == F::ICMP {
+        quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?
+    } else {
+        reply::<F, M>(packet, maps, &header, addrs)?
+    };
+    deliver(packet, flags.unwrap_or_default())
+}
+
+/// A packet on its way to a pod.
+#[inline(always)]
+pub fn to_pod<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if header.proto == F::ICMP {
+        quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+    } else {
+        reply::<F, M>(packet, maps, &header, addrs)?;
+    }
+    Ok(Verdict::Pass)
+}
+
+/// Translates a reply; the flow's flags if there is such a flow.
+#[inline(always)]
+fn reply<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    header: &Network,
+    addrs: (F::Addr, F::Addr),
+) -> Result<Option<u16>, Counter> {
+    if !is_translated(header.proto) {
+        return Ok(None);
+    }
+    // What can't be parsed can't be told from other traffic, so it is the kernel's.
+    let Ok(segment) = parse::segment::<F>(packet, maps, ETHERNET, header, addrs) else {
+        return Ok(None);
+    };
+    let (from, to) = (
+        (segment.src, segment.src_port),
+        (segment.dst, segment.dst_port),
+    );
+    let key = FlowKey::new(FlowKey::<F::Addr>::REPLY, segment.proto, from, to);
+    let Some(known) = flow::find::<F, M>(maps, &key) else {
+        return Ok(None);
+    };
+    parse::remember_ports::<F>(maps, header, &segment);
+    flow::follow(maps, &known, &segment, true);
+    let flow = known.flow;
+    let (src, dst) = (
+        (flow.frontend, flow.frontend_port),
+        (flow.client, flow.client_port),
+    );
+    rewrite::translate::<F>(packet, &segment, src, dst)?;
+    maps.count(Counter::PacketReply);
+    Ok(Some(flow.flags))
+}
+
+/// Lets the kernel route a translated packet, or turns it around where client and backend are the
+/// same pod.
+#[inline(always)]
+fn deliver(packet: &mut impl Packet, flags: u16) -> Result<Verdict, Counter> {
+    if flags & FlowFlags::HAIRPIN == 0 {
+        return Ok(Verdict::Pass);
+    }
+    rewrite::turn_around(packet)?;
+    Ok(Verdict::TurnAround)
+}
