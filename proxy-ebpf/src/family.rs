@@ -106,10 +106,18 @@ impl Family for V4 {
 
     #[inline(always)]
     fn quoted_header(packet: &impl Packet, at: usize, _: Proto) -> Option<[u32; 5]> {
-        let mut header: [u32; 5] = packet.load(at)?;
-        let [first, ..] = &mut header;
-        *first = (*first & u32::from_ne_bytes([0xf0, 0xff, 0xff, 0xff]))
+        let [first, second, third, src, dst]: [u32; 5] = packet.load(at)?;
+        let first = (first & u32::from_ne_bytes([0xf0, 0xff, 0xff, 0xff]))
             | u32::from_ne_bytes([5, 0, 0, 0]);
+        let third = third & u32::from_ne_bytes([0xff, 0xff, 0, 0]);
+        let words = [first, second, third, src, dst];
+        let mut sum = 0;
+        for word in words {
+            sum += u64::from(word);
+        }
+        let [a, b] = (!checksum::fold(sum)).to_ne_bytes();
+        let third = third | u32::from_ne_bytes([0, 0, a, b]);
+        let header = [first, second, third, src, dst];
         Some(header)
     }
 

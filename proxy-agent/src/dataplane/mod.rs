@@ -105,3 +105,6 @@ pub trait Dataplane {
     /// element, but for [`Change::PutSlots`]: one that fails may have written some of its slots.
     fn apply(&mut self, changes: &[Change]) -> Result<(), ApplyError>;
 }
+
+/// The kernel programs and the definitions of their maps, as an ELF object.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/penstock-ebpf"));

@@ -1,0 +1,165 @@
+//! Builds the kernel programs and hands them to the crate as `$OUT_DIR/penstock-ebpf`.
+//!
+//! They need a compiler with the standard library's source and bpf-linker; `cargo xtask setup`
+//! installs what is missing. Two compilers will do: Debian's rustc-web with rust-web-src, and a
+//! rustup nightly with rust-src. `PENSTOCK_EBPF_OBJECT` names a ready-made object instead.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+const DEBIAN_CARGO: &str = "/usr/bin/cargo";
+const DEBIAN_SOURCE: &str = "/usr/lib/rustlib/src/rust/library/core/Cargo.toml";
+const SETUP: &str = "run `cargo xtask setup`, or install a nightly toolchain with `rustup \
+    toolchain install nightly --component rust-src` and `cargo install bpf-linker`";
+
+fn main() {
+    if let Err(problem) = build() {
+        println!("cargo::error=the kernel programs can't be built: {problem}");
+        std::process::exit(1);
+    }
+}
+
+fn build() -> Result<(), String> {
+    let manifest = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
+    let root = manifest
+        .parent()
+        .ok_or("the crate has no workspace around it")?;
+    let object = PathBuf::from(variable("OUT_DIR")?).join("penstock-ebpf");
+    println!("cargo::rerun-if-env-changed=PENSTOCK_EBPF_OBJECT");
+    if let Some(ready) = env::var_os("PENSTOCK_EBPF_OBJECT") {
+        let ready = PathBuf::from(ready);
+        println!("cargo::rerun-if-changed={}", ready.display());
+        return copy(&ready, &object);
+    }
+    for input in ["proxy-ebpf", "proxy-common", "Cargo.toml", "Cargo.lock"] {
+        println!("cargo::rerun-if-changed={}", root.join(input).display());
+    }
+    let target = target_dir(&object)?.join("ebpf");
+    let built = compile(root, &target)?;
+    copy(&built, &object)?;
+    strip(&object);
+    Ok(())
+}
+
+fn variable(name: &str) -> Result<String, String> {
+    env::var(name).map_err(|_| format!("cargo did not set {name}"))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    fs::copy(from, to)
+        .map(drop)
+        .map_err(|error| format!("copying {} to {}: {error}", from.display(), to.display()))
+}
+
+/// The target directory that contains `$OUT_DIR`: the nested build keeps its files beside ours, in
+/// a directory of its own, since cargo holds a lock on ours.
+fn target_dir(out: &Path) -> Result<PathBuf, String> {
+    out.ancestors()
+        .find(|path| path.join("CACHEDIR.TAG").exists())
+        .map(Path::to_path_buf)
+        .ok_or_else(|| format!("{} is in no target directory", out.display()))
+}
+
+/// A compiler for the BPF target, as a command that takes cargo's arguments.
+fn cargo() -> Result<Command, String> {
+    let has_debian = Path::new(DEBIAN_RUSTC).exists() && Path::new(DEBIAN_SOURCE).exists();
+    if has_debian {
+        let mut cargo = Command::new(DEBIAN_CARGO);
+        cargo.env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", "1");
+        return Ok(cargo);
+    }
+    let nightly = Command::new("rustup")
+        .args(["run", "nightly", "rustc", "--print", "sysroot"])
+        .output()
+        .ok()
+        .filter(|output| output.status.success())
+        .and_then(|output| String::from_utf8(output.stdout).ok())
+        .is_some_and(|sysroot| {
+            Path::new(sysroot.trim())
+                .join("lib/rustlib/src/rust/library")
+                .exists()
+        });
+    if nightly {
+        let mut cargo = Command::new("rustup");
+        cargo.args(["run", "nightly", "cargo"]);
+        return Ok(cargo);
+    }
+    Err(format!(
+        "no compiler with the standard library's source: {SETUP}"
+    ))
+}
+
+fn compile(root: &Path, target: &Path) -> Result<PathBuf, String> {
+    let tools = root.join("target/tools/bin");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path = env::join_paths(std::iter::once(tools).chain(env::split_paths(&path)))
+        .map_err(|error| format!("PATH: {error}"))?;
+    if !env::split_paths(&path).any(|directory| directory.join("bpf-linker").exists()) {
+        return Err(format!("no bpf-linker: {SETUP}"));
+    }
+    let mut cargo = cargo()?;
+    // What cargo tells a build script about the host's build is not for the nested one.
+    for (name, _) in env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        let is_cargos = name.starts_with("CARGO_") && name != "CARGO_HOME";
+        let is_rustcs = [
+            "RUSTFLAGS",
+            "RUSTDOCFLAGS",
+            "RUSTC_WRAPPER",
+            "RUSTC_WORKSPACE_WRAPPER",
+        ]
+        .contains(&name.as_str());
+        if is_cargos || is_rustcs {
+            cargo.env_remove(name);
+        }
+    }
+    let status = cargo
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "penstock-ebpf",
+            "--bin",
+            "penstock-ebpf",
+        ])
+        .args([
+            "--profile",
+            "ebpf",
+            "--target",
+            "bpfel-unknown-none",
+            "-Z",
+            "build-std=core",
+        ])
+        .arg("--target-dir")
+        .arg(target)
+        .current_dir(root)
+        .env("PATH", path)
+        .env(
+            "RUSTFLAGS",
+            "-C debuginfo=2 -C link-arg=--btf -C target-cpu=v3",
+        )
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .status()
+        .map_err(|error| format!("starting cargo: {error}"))?;
+    if !status.success() {
+        return Err(format!(
+            "cargo ended with {status}; its messages stand above"
+        ));
+    }
+    Ok(target.join("bpfel-unknown-none/ebpf/penstock-ebpf"))
+}
+
+/// Takes DWARF out, which the kernel does not read; BTF stays. Without a tool the object is larger
+/// and loads slower, which is all.
+fn strip(object: &Path) {
+    for tool in ["llvm-strip", "/usr/lib/llvm-22/bin/llvm-strip"] {
+        let done = Command::new(tool).arg("--strip-debug").arg(object).status();
+        if done.is_ok_and(|status| status.success()) {
+            return;
+        }
+    }
+}

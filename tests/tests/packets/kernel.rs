@@ -1,0 +1,236 @@
+//! The programs and maps in the kernel.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod, TestRun,
+    maps::{Array, HashMap, MapData, PerCpuArray, Queue},
+    programs::{SchedClassifier, TestRunOptions},
+};
+use penstock_common::{
+    Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
+    Frontend, FrontendFlags, FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
+};
+
+use crate::model::{Hook, Model, Service};
+
+/// How short the kernel lets a frame be in a test run: with its whole IP header (seen from
+/// Linux 6.18 on).
+pub fn shortest(frame: &[u8]) -> usize {
+    match crate::frame::family(frame) {
+        Some(true) => 34,
+        Some(false) => 54,
+        None => 14,
+    }
+}
+
+pub struct Kernel {
+    ebpf: Ebpf,
+    pins: PathBuf,
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.pins);
+    }
+}
+
+impl Kernel {
+    /// Loads the programs and fills the maps with the model's services.
+    pub fn load(model: &Model) -> Option<Self> {
+        penstock_testbed::require_kernel()?;
+        let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-packets", std::process::id()));
+        std::fs::create_dir_all(&pins).expect("bpffs is writable");
+        let mut ebpf = EbpfLoader::new()
+            .default_map_pin_directory(&pins)
+            .override_global("AYA_LOG_LEVEL", &0_u8, false)
+            .load(penstock_agent::dataplane::OBJECT)
+            .expect("the object loads");
+        for name in ["from_pod", "to_pod"] {
+            let program: &mut SchedClassifier = ebpf
+                .program_mut(name)
+                .expect(name)
+                .try_into()
+                .expect("a classifier");
+            program.load().expect("the verifier accepts the program");
+        }
+        let mut kernel = Self { ebpf, pins };
+        kernel.fill(model);
+        Some(kernel)
+    }
+
+    fn fill(&mut self, model: &Model) {
+        let (mut slot, mut next) = (0, 0);
+        for (number, service) in model.services.iter().enumerate() {
+            let id = ServiceId(1 + number as u32);
+            let base = slot;
+            for backend in &service.backends {
+                self.array("SLOTS")
+                    .set(slot, BackendId(next), 0)
+                    .expect("SLOTS");
+                self.put_backend(next, id, *backend);
+                slot += 1;
+                next += 1;
+            }
+            self.put_frontend(
+                id,
+                service,
+                SlotRange {
+                    base,
+                    count: slot - base,
+                },
+            );
+        }
+        for address in &model.service_addrs {
+            self.put_address(*address, AddressKind::SERVICE);
+        }
+        let mut config = Config::default();
+        for address in &model.nodes {
+            self.put_address(*address, AddressKind::NODE);
+            match address {
+                IpAddr::V4(ip) => config.node4 = (*ip).into(),
+                IpAddr::V6(ip) => config.node6 = (*ip).into(),
+            }
+        }
+        self.array("CONFIG").set(0, config, 0).expect("CONFIG");
+        for name in ["FREE_FLOWS4", "FREE_FLOWS6"] {
+            let mut free: Queue<&mut MapData, FlowId> = self
+                .ebpf
+                .map_mut(name)
+                .expect(name)
+                .try_into()
+                .expect("a queue");
+            for id in 0..limits::FLOWS {
+                free.push(FlowId(id), 0).expect("room for every id");
+            }
+        }
+    }
+
+    fn array<T: Pod>(&mut self, name: &str) -> Array<&mut MapData, T> {
+        self.ebpf
+            .map_mut(name)
+            .expect(name)
+            .try_into()
+            .expect("an array")
+    }
+
+    fn put<K: Pod, V: Pod>(&mut self, name: &str, key: K, value: V) {
+        let mut map: HashMap<&mut MapData, K, V> = self
+            .ebpf
+            .map_mut(name)
+            .expect(name)
+            .try_into()
+            .expect("a hash map");
+        map.insert(key, value, 0).expect(name);
+    }
+
+    fn put_address(&mut self, address: IpAddr, kind: u32) {
+        match address {
+            IpAddr::V4(ip) => self.put("ADDRESSES4", V4::from(ip), Address { kind }),
+            IpAddr::V6(ip) => self.put("ADDRESSES6", V6::from(ip), Address { kind }),
+        }
+    }
+
+    fn put_backend(&mut self, id: u32, service: ServiceId, (address, port): (IpAddr, u16)) {
+        let flags = BackendFlags::LIVE | BackendFlags::SELECTED;
+        let port = Be16::from_host(port);
+        match address {
+            IpAddr::V4(ip) => {
+                let backend = Backend::new(1, flags, service, V4::from(ip), port);
+                self.array("BACKENDS4")
+                    .set(id, backend, 0)
+                    .expect("BACKENDS4");
+            }
+            IpAddr::V6(ip) => {
+                let backend = Backend::new(1, flags, service, V6::from(ip), port);
+                self.array("BACKENDS6")
+                    .set(id, backend, 0)
+                    .expect("BACKENDS6");
+            }
+        }
+    }
+
+    fn put_frontend(&mut self, id: ServiceId, service: &Service, slots: SlotRange) {
+        fn entry<A: Addr>(
+            address: A,
+            id: ServiceId,
+            service: &Service,
+            slots: SlotRange,
+        ) -> (FrontendKey<A>, Frontend) {
+            let port = Be16::from_host(service.frontend.1);
+            let key = FrontendKey::new(address, port, Proto(service.proto));
+            let flags = if service.drops_when_empty {
+                FrontendFlags::DROP_WHEN_EMPTY
+            } else {
+                0
+            };
+            let affinity_secs = if service.has_affinity { 86_400 } else { 0 };
+            let key_check = key.check();
+            (
+                key,
+                Frontend {
+                    service: id,
+                    flags,
+                    slots,
+                    affinity_secs,
+                    key_check,
+                },
+            )
+        }
+        match service.frontend.0 {
+            IpAddr::V4(ip) => {
+                let (key, value) = entry(V4::from(ip), id, service, slots);
+                self.put("FRONTENDS4", key, value);
+            }
+            IpAddr::V6(ip) => {
+                let (key, value) = entry(V6::from(ip), id, service, slots);
+                self.put("FRONTENDS6", key, value);
+            }
+        }
+    }
+
+    /// What the program at a hook makes of a frame.
+    pub fn run(&mut self, hook: Hook, input: &[u8]) -> (i32, Vec<u8>) {
+        let name = if hook == Hook::FromPod {
+            "from_pod"
+        } else {
+            "to_pod"
+        };
+        let program: &mut SchedClassifier = self
+            .ebpf
+            .program_mut(name)
+            .expect(name)
+            .try_into()
+            .expect("a classifier");
+        let mut output = vec![0; 4_096];
+        let options = TestRunOptions {
+            data_in: Some(input),
+            data_out: Some(&mut output),
+            ..TestRunOptions::new()
+        };
+        let result = program
+            .test_run(options)
+            .expect("the kernel runs the program");
+        let length = result.data_size_out as usize;
+        output.truncate(length);
+        (result.return_value as i32, output)
+    }
+
+    /// A counter's sum over all CPUs.
+    pub fn count(&mut self, counter: Counter) -> u64 {
+        let counts: PerCpuArray<&mut MapData, u64> = self
+            .ebpf
+            .map_mut("COUNTERS")
+            .expect("COUNTERS")
+            .try_into()
+            .expect("per-CPU array");
+        counts
+            .get(&(counter as u32), 0)
+            .expect("every counter exists")
+            .iter()
+            .sum()
+    }
+}

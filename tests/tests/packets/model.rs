@@ -1,0 +1,588 @@
+//! What the programs should do with a packet, in plain Rust over plain collections.
+//!
+//! The model is told what the program did and says whether that was right. It follows the
+//! program's free choices (which backend, which source port) after having checked that they were
+//! among the allowed ones; everything else it predicts.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use penstock_common::Counter;
+
+use crate::frame::{self, Header, TCP, UDP};
+
+pub type Endpoint = (IpAddr, u16);
+
+#[derive(Clone, Debug)]
+pub struct Service {
+    pub frontend: Endpoint,
+    pub proto: u8,
+    pub backends: Vec<Endpoint>,
+    pub drops_when_empty: bool,
+    pub has_affinity: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Flow {
+    pub proto: u8,
+    pub client: Endpoint,
+    pub frontend: Endpoint,
+    pub backend: Endpoint,
+    pub source: Endpoint,
+    pub is_established: bool,
+    pub is_closing: bool,
+}
+
+impl Flow {
+    pub fn is_hairpin(&self) -> bool {
+        self.client.0 == self.backend.0
+    }
+}
+
+#[derive(Default)]
+pub struct Model {
+    pub services: Vec<Service>,
+    /// Addresses of services.
+    pub service_addrs: BTreeSet<IpAddr>,
+    pub nodes: Vec<IpAddr>,
+    pub flows: Vec<Option<Flow>>,
+    by_request: HashMap<(u8, Endpoint, Endpoint), usize>,
+    by_reply: HashMap<(u8, Endpoint, Endpoint), usize>,
+    affinity: HashMap<(Endpoint, u8, IpAddr), Endpoint>,
+    fragments: HashMap<(IpAddr, IpAddr, u32, u8), (u16, u16)>,
+    pub counts: BTreeMap<Counter, u64>,
+    errors_sent: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Hook {
+    FromPod,
+    ToPod,
+}
+
+pub const NEXT: i32 = -1;
+pub const SHOT: i32 = 2;
+pub const REDIRECT: i32 = 7;
+
+struct Segment {
+    header: Header,
+    src: Endpoint,
+    dst: Endpoint,
+    tcp_flags: u8,
+}
+
+/// What a program did.
+pub struct Done<'a> {
+    pub verdict: i32,
+    pub frame: &'a [u8],
+}
+
+type Check = Result<(), String>;
+
+impl Model {
+    pub fn counted(&mut self, counter: Counter) {
+        *self.counts.entry(counter).or_default() += 1;
+    }
+
+    /// Checks what the program at `hook` made of `input`.
+    pub fn check(&mut self, hook: Hook, input: &[u8], done: &Done<'_>) -> Check {
+        let untouched = || same(done, NEXT, input);
+        let Some(is_v4) = frame::family(input) else {
+            return untouched();
+        };
+        let Some(addrs) = frame::addrs(input, 14, is_v4) else {
+            return untouched();
+        };
+        let header = frame::header(input, 14, is_v4);
+        match hook {
+            Hook::ToPod => match header {
+                Some(header) => self.back(input, &header, done, false),
+                None => untouched(),
+            },
+            Hook::FromPod if self.service_addrs.contains(&addrs.1) => match header {
+                Some(header) => self.to_service(input, header, done),
+                None => self.drops(input, done, Counter::Truncated),
+            },
+            Hook::FromPod if self.nodes.contains(&addrs.1) => match header {
+                Some(header) => self.back(input, &header, done, true),
+                None => untouched(),
+            },
+            Hook::FromPod => untouched(),
+        }
+    }
+
+    fn drops(&mut self, input: &[u8], done: &Done<'_>, reason: Counter) -> Check {
+        self.counted(reason);
+        same(done, SHOT, input)
+    }
+
+    fn to_service(&mut self, input: &[u8], header: Header, done: &Done<'_>) -> Check {
+        if header.proto == frame::icmp_number(header.src) {
+            return self.error_to_service(input, &header, done);
+        }
+        if header.proto != TCP && header.proto != UDP {
+            return same(done, NEXT, input);
+        }
+        let segment = match self.segment(input, header) {
+            Ok(segment) => segment,
+            Err(reason) => return self.drops(input, done, reason),
+        };
+        let key = (segment.header.proto, segment.src, segment.dst);
+        let known = self.by_request.get(&key).copied();
+        if let Some(id) = known {
+            let flow = self.flows[id].as_ref().expect("indexed flows exist");
+            let opens = key.0 == TCP && segment.tcp_flags & 0x12 == 2;
+            if opens && flow.is_closing {
+                self.remove(id);
+            } else {
+                self.follow(id, &segment, false);
+                return self.translated_request(input, id, &segment, done);
+            }
+        }
+        self.open(input, &segment, done)
+    }
+
+    /// The fields, with the ports of an earlier fragment where there are none.
+    fn segment(&mut self, input: &[u8], header: Header) -> Result<Segment, Counter> {
+        let key = (header.src, header.dst, header.id, header.proto);
+        if header.is_later {
+            let ports = *self.fragments.get(&key).ok_or(Counter::FragmentUnmatched)?;
+            return Ok(Segment {
+                src: (header.src, ports.0),
+                dst: (header.dst, ports.1),
+                header,
+                tcp_flags: 0,
+            });
+        }
+        let at = header.transport;
+        let needed = if header.proto == TCP { 20 } else { 8 };
+        let ports = frame::ports(input, at).ok_or(Counter::Truncated)?;
+        if input.len() < at + needed {
+            return Err(Counter::Truncated);
+        }
+        Ok(Segment {
+            src: (header.src, ports.0),
+            dst: (header.dst, ports.1),
+            tcp_flags: if header.proto == TCP {
+                input[at + 13]
+            } else {
+                0
+            },
+            header,
+        })
+    }
+
+    fn remember(&mut self, segment: &Segment) {
+        let header = &segment.header;
+        if header.is_part && !header.is_later {
+            let key = (header.src, header.dst, header.id, header.proto);
+            self.fragments.insert(key, (segment.src.1, segment.dst.1));
+        }
+    }
+
+    fn open(&mut self, input: &[u8], segment: &Segment, done: &Done<'_>) -> Check {
+        let found = self
+            .services
+            .iter()
+            .find(|service| {
+                service.frontend == segment.dst && service.proto == segment.header.proto
+            })
+            .cloned();
+        let Some(service) = found else {
+            return self.refused(input, segment, done, Counter::UndefinedPort);
+        };
+        if service.backends.is_empty() {
+            if service.drops_when_empty {
+                return self.drops(input, done, Counter::NoLocalEndpoints);
+            }
+            return self.refused(input, segment, done, Counter::NoEndpoints);
+        }
+        // The program was free to choose: see what it chose.
+        let is_v4 = segment.src.0.is_ipv4();
+        let out = frame::header(done.frame, 14, is_v4).ok_or("output is not IP")?;
+        let allowed: Vec<Endpoint> = service
+            .backends
+            .iter()
+            .copied()
+            .filter(|backend| backend.0 == out.dst)
+            .collect();
+        let (backend, source) = if segment.header.is_later {
+            let backend = *allowed.first().ok_or("not a backend of the service")?;
+            (backend, None)
+        } else {
+            let (source, port) = frame::ports(done.frame, out.transport).ok_or("no ports")?;
+            let backend = (out.dst, port);
+            if !allowed.contains(&backend) {
+                return Err(format!("{backend:?} is no backend of {service:?}"));
+            }
+            (backend, Some(source))
+        };
+        let is_hairpin = backend.0 == segment.src.0;
+        let node = self
+            .nodes
+            .iter()
+            .copied()
+            .find(|node| node.is_ipv4() == is_v4);
+        let source_addr = if is_hairpin {
+            node.ok_or("no node address")?
+        } else {
+            segment.src.0
+        };
+        let wish = (source_addr, segment.src.1);
+        let proto = segment.header.proto;
+        let is_free =
+            |model: &Self, source| !model.by_reply.contains_key(&(proto, backend, source));
+        let source = match source {
+            Some(port) => (source_addr, port),
+            None => return Err("a later fragment opened a flow".into()),
+        };
+        let keeps = !is_hairpin && is_free(self, wish);
+        if keeps && source != wish {
+            return Err(format!("source {source:?} although {wish:?} was free"));
+        }
+        if !keeps && (!is_free(self, source) || source.1 < 61_000) {
+            return Err(format!("source {source:?} is taken or out of range"));
+        }
+        if service.has_affinity {
+            let key = (service.frontend, proto, segment.src.0);
+            let bound = *self.affinity.entry(key).or_insert(backend);
+            if bound != backend {
+                return Err(format!("client is bound to {bound:?}, got {backend:?}"));
+            }
+        }
+        let id = self.flows.len();
+        self.by_request
+            .insert((proto, segment.src, segment.dst), id);
+        self.by_reply.insert((proto, backend, source), id);
+        self.flows.push(Some(Flow {
+            proto,
+            client: segment.src,
+            frontend: segment.dst,
+            backend,
+            source,
+            is_established: false,
+            is_closing: false,
+        }));
+        self.counted(Counter::FlowCreated);
+        self.follow(id, segment, false);
+        self.translated_request(input, id, segment, done)
+    }
+
+    fn remove(&mut self, id: usize) {
+        if let Some(flow) = self.flows[id].take() {
+            self.by_request
+                .remove(&(flow.proto, flow.client, flow.frontend));
+            self.by_reply
+                .remove(&(flow.proto, flow.backend, flow.source));
+        }
+    }
+
+    fn follow(&mut self, id: usize, segment: &Segment, is_reply: bool) {
+        let flow = self.flows[id].as_mut().expect("indexed flows exist");
+        if segment.tcp_flags & 5 != 0 {
+            flow.is_closing = true;
+            flow.is_established = false;
+        } else if is_reply && !flow.is_closing {
+            flow.is_established = true;
+        }
+    }
+
+    fn translated_request(
+        &mut self,
+        input: &[u8],
+        id: usize,
+        segment: &Segment,
+        done: &Done<'_>,
+    ) -> Check {
+        self.remember(segment);
+        let flow = self.flows[id].clone().expect("indexed flows exist");
+        let out = replaced(input, segment, flow.source, flow.backend);
+        self.counted(Counter::PacketRequest);
+        delivered(input, done, out, flow.is_hairpin())
+    }
+
+    /// Replies and errors about requests, on their way to the client.
+    fn back(&mut self, input: &[u8], header: &Header, done: &Done<'_>, from: bool) -> Check {
+        let _ = from;
+        if header.proto == frame::icmp_number(header.src) {
+            return self.error_to_client(input, header, done);
+        }
+        if header.proto != TCP && header.proto != UDP {
+            return same(done, NEXT, input);
+        }
+        let Ok(segment) = self.segment(input, header.clone()) else {
+            return same(done, NEXT, input);
+        };
+        let key = (header.proto, segment.src, segment.dst);
+        let Some(id) = self.by_reply.get(&key).copied() else {
+            return same(done, NEXT, input);
+        };
+        self.remember(&segment);
+        self.follow(id, &segment, true);
+        self.counted(Counter::PacketReply);
+        let flow = self.flows[id].clone().expect("indexed flows exist");
+        let out = replaced(input, &segment, flow.frontend, flow.client);
+        delivered(input, done, out, flow.is_hairpin())
+    }
+
+    /// An error whose quote was `source → backend` when it left for the backend.
+    fn error_to_client(&mut self, input: &[u8], header: &Header, done: &Done<'_>) -> Check {
+        let Some((inner, src, dst)) = quote(input, header) else {
+            return same(done, NEXT, input);
+        };
+        let Some(id) = self.by_reply.get(&(inner.proto, dst, src)).copied() else {
+            return same(done, NEXT, input);
+        };
+        let flow = self.flows[id].clone().expect("indexed flows exist");
+        let speaker = if header.src == flow.backend.0 {
+            flow.frontend.0
+        } else {
+            header.src
+        };
+        let mut out = input.to_vec();
+        put_addrs(&mut out, 14, speaker, flow.client.0);
+        put_addrs(
+            &mut out,
+            header.transport + 8,
+            flow.client.0,
+            flow.frontend.0,
+        );
+        put_ports(&mut out, inner.transport, flow.client.1, flow.frontend.1);
+        self.counted(Counter::IcmpError);
+        delivered(input, done, out, flow.is_hairpin())
+    }
+
+    /// An error whose quote was `frontend → client` when it reached the client.
+    fn error_to_service(&mut self, input: &[u8], header: &Header, done: &Done<'_>) -> Check {
+        let Some((inner, src, dst)) = quote(input, header) else {
+            return same(done, NEXT, input);
+        };
+        let Some(id) = self.by_request.get(&(inner.proto, dst, src)).copied() else {
+            return same(done, NEXT, input);
+        };
+        let flow = self.flows[id].clone().expect("indexed flows exist");
+        let mut out = input.to_vec();
+        put_addrs(&mut out, 14, flow.source.0, flow.backend.0);
+        put_addrs(
+            &mut out,
+            header.transport + 8,
+            flow.backend.0,
+            flow.source.0,
+        );
+        put_ports(&mut out, inner.transport, flow.backend.1, flow.source.1);
+        self.counted(Counter::IcmpError);
+        delivered(input, done, out, flow.is_hairpin())
+    }
+
+    /// A refusal: a reset or an ICMP error from the address that was dialled.
+    fn refused(
+        &mut self,
+        input: &[u8],
+        segment: &Segment,
+        done: &Done<'_>,
+        reason: Counter,
+    ) -> Check {
+        self.counted(reason);
+        if segment.header.is_later {
+            return self.drops(input, done, Counter::FragmentUnmatched);
+        }
+        let is_tcp = segment.header.proto == TCP;
+        if is_tcp && segment.tcp_flags & 4 != 0 {
+            return self.drops(input, done, Counter::RejectUnanswered);
+        }
+        if !is_tcp && done.verdict == SHOT {
+            // Only so many in a second; how many a second of the program's clock sees is its own.
+            if self.errors_sent < 1_000 {
+                return Err("an ICMP error was withheld too early".into());
+            }
+            return self.drops(input, done, Counter::RejectUnanswered);
+        }
+        if done.verdict != REDIRECT {
+            return Err(format!("a refusal ended in verdict {}", done.verdict));
+        }
+        let out = done.frame;
+        if out[0..6] != input[6..12] || out[6..12] != input[0..6] {
+            return Err("the refusal does not go back to the sender's MAC".into());
+        }
+        let is_v4 = segment.src.0.is_ipv4();
+        let answer = frame::header(out, 14, is_v4).ok_or("the refusal is not IP")?;
+        let checksum = |frame: &[u8], header: &Header| {
+            let at = header.transport + 16;
+            (frame.get(at..at + 2) == Some(&frame::pseudo_checksum(header).to_be_bytes()))
+                .then_some(())
+        };
+        // A sender that leaves the checksum to its interface puts the pseudo header's sum there;
+        // so may, once in 65,536 segments, chance.
+        let is_left_open = is_tcp_left_open(&segment.header, || checksum(input, &segment.header));
+        if is_left_open {
+            checksum(out, &answer).ok_or("the reset's checksum is not left open")?;
+        } else if frame::wrongs(out).iter().any(|wrong| *wrong != 0) {
+            return Err(format!(
+                "the refusal's checksums are wrong: {:?}",
+                frame::wrongs(out)
+            ));
+        }
+        if (answer.src, answer.dst) != (segment.dst.0, segment.src.0) {
+            return Err(format!("the refusal goes {} -> {}", answer.src, answer.dst));
+        }
+        let at = answer.transport;
+        if !is_tcp {
+            self.errors_sent += 1;
+            let expected = if is_v4 { [1, 3, 3] } else { [58, 1, 4] };
+            if [answer.proto, out[at], out[at + 1]] != expected {
+                return Err("not a right port unreachable".into());
+            }
+            let Some((inner, src, dst)) = quote(out, &answer) else {
+                return Err("the error quotes nothing".into());
+            };
+            if (inner.proto, src, dst) != (UDP, segment.src, segment.dst) {
+                return Err("the error quotes another packet".into());
+            }
+            return Ok(());
+        }
+        let word = |bytes: &[u8], at: usize| {
+            u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+        };
+        let from = segment.header.transport;
+        let header_length = u32::from(input[from + 12] >> 4) * 4;
+        let payload = (segment.header.length as u32).wrapping_sub(header_length);
+        let flags = segment.tcp_flags;
+        let (seq, ack, expected) = if flags & 0x10 != 0 {
+            (word(input, from + 8), 0, 4)
+        } else {
+            let counted = payload
+                .wrapping_add(u32::from(flags & 2 != 0))
+                .wrapping_add(u32::from(flags & 1 != 0));
+            (0, word(input, from + 4).wrapping_add(counted), 0x14)
+        };
+        let ports = frame::ports(out, at);
+        let is_right = answer.proto == TCP
+            && answer.length == 20
+            && ports == Some((segment.dst.1, segment.src.1))
+            && (word(out, at + 4), word(out, at + 8), out[at + 13]) == (seq, ack, expected);
+        if is_right {
+            Ok(())
+        } else {
+            Err("not a right reset".into())
+        }
+    }
+}
+
+fn is_tcp_left_open(header: &Header, is_open: impl Fn() -> Option<()>) -> bool {
+    header.proto == TCP && is_open().is_some()
+}
+
+/// The quoted TCP or UDP packet of an ICMP error.
+fn quote(input: &[u8], header: &Header) -> Option<(Header, Endpoint, Endpoint)> {
+    if header.is_later {
+        return None;
+    }
+    let is_v4 = header.src.is_ipv4();
+    // A type in the frame's very last byte quotes nothing anyway.
+    let kind = *input.get(header.transport..header.transport + 2)?.first()?;
+    let is_error = if is_v4 {
+        [3, 4, 11, 12].contains(&kind)
+    } else {
+        kind < 128
+    };
+    let inner = frame::header(input, header.transport + 8, is_v4).filter(|_| is_error)?;
+    if inner.is_later || (inner.proto != TCP && inner.proto != UDP) {
+        return None;
+    }
+    let (src, dst) = frame::ports(input, inner.transport)?;
+    let (from, to) = ((inner.src, src), (inner.dst, dst));
+    Some((inner, from, to))
+}
+
+fn put_addrs(out: &mut [u8], at: usize, src: IpAddr, dst: IpAddr) {
+    let both = [frame::octets(src), frame::octets(dst)].concat();
+    let at = at + if src.is_ipv4() { 12 } else { 8 };
+    out[at..at + both.len()].copy_from_slice(&both);
+}
+
+fn put_ports(out: &mut [u8], at: usize, src: u16, dst: u16) {
+    out[at..at + 2].copy_from_slice(&src.to_be_bytes());
+    out[at + 2..at + 4].copy_from_slice(&dst.to_be_bytes());
+}
+
+fn replaced(input: &[u8], segment: &Segment, src: Endpoint, dst: Endpoint) -> Vec<u8> {
+    let mut out = input.to_vec();
+    put_addrs(&mut out, 14, src.0, dst.0);
+    if !segment.header.is_later {
+        put_ports(&mut out, segment.header.transport, src.1, dst.1);
+    }
+    out
+}
+
+/// Checks a translated frame: all bytes but checksums, and each checksum as wrong as it was.
+fn delivered(input: &[u8], done: &Done<'_>, mut expected: Vec<u8>, is_hairpin: bool) -> Check {
+    let verdict = if is_hairpin { REDIRECT } else { NEXT };
+    if is_hairpin {
+        let (dst, src) = (expected[0..6].to_vec(), expected[6..12].to_vec());
+        expected[0..6].copy_from_slice(&src);
+        expected[6..12].copy_from_slice(&dst);
+    }
+    if done.verdict != verdict {
+        return Err(format!("verdict {} instead of {verdict}", done.verdict));
+    }
+    let (out, expected) = (without_checksums(done.frame), without_checksums(&expected));
+    if out != expected {
+        return Err(format!("frame\n{out:02x?}\ninstead of\n{expected:02x?}"));
+    }
+    let (before, after) = (frame::wrongs(input), frame::wrongs(done.frame));
+    if before != after {
+        return Err(format!(
+            "checksums are wrong by {after:?}, and were by {before:?}"
+        ));
+    }
+    Ok(())
+}
+
+/// Everything but the checksum fields; those that mean "none" stay.
+fn without_checksums(frame: &[u8]) -> Vec<u8> {
+    let mut out = frame.to_vec();
+    let Some(is_v4) = frame::family(frame) else {
+        return out;
+    };
+    let Some(header) = frame::header(frame, 14, is_v4) else {
+        return out;
+    };
+    if is_v4 {
+        out[24..26].fill(0);
+    }
+    if header.is_later {
+        return out;
+    }
+    let is_udp = header.proto == UDP;
+    let mut clear = |at: usize| {
+        if let Some(field) = out.get_mut(at..at + 2)
+            && (!is_udp || field != [0, 0])
+        {
+            field.fill(0xff);
+        }
+    };
+    match header.proto {
+        TCP => clear(header.transport + 16),
+        UDP => clear(header.transport + 6),
+        1 => {
+            clear(header.transport + 2);
+            clear(header.transport + 18);
+        }
+        58 => clear(header.transport + 2),
+        _ => {}
+    }
+    out
+}
+
+/// Checks a frame that nobody may have touched.
+fn same(done: &Done<'_>, verdict: i32, input: &[u8]) -> Check {
+    if done.verdict != verdict {
+        return Err(format!("verdict {} instead of {verdict}", done.verdict));
+    }
+    if done.frame != input {
+        return Err(format!("touched: {:02x?}", done.frame));
+    }
+    Ok(())
+}
