@@ -1,2 +1,112 @@
-//! x
-fn main() {}
+//! `cargo xtask`: sets a machine up, builds, tests, lints and shows the project.
+//!
+//! Every command first makes sure that what it needs is there, and says what it installs.
+
+mod lint;
+mod run;
+mod setup;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use run::{cargo, in_root};
+
+/// The project's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what building, testing and the demo need (Debian packages, bpf-linker).
+    Setup,
+    /// Build everything, the kernel programs included.
+    Build {
+        /// With optimisation.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Two nodes with pods and services on this machine, real traffic, and what to look at.
+    Demo {
+        /// Passed on to the demo.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// All tests; those that need root, a kernel feature or KUBEBUILDER_ASSETS say so.
+    Test {
+        /// Passed on to `cargo test`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Format, clippy for the host and for the kernel side, dependency audit, house rules.
+    Lint,
+    /// The side-by-side benchmark.
+    Bench {
+        /// Passed on to the benchmark.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Setup => setup::all(),
+        Command::Build { release } => {
+            setup::all()?;
+            let profile: &[&str] = if release { &["--release"] } else { &[] };
+            in_root(cargo("build").arg("--workspace").args(profile))
+        }
+        Command::Demo { arguments } => {
+            prepare()?;
+            binaries()?;
+            in_root(
+                cargo("run")
+                    .args(["--quiet", "--release", "--package", "penstock-testbed"])
+                    .args(["--bin", "penstock-demo", "--"])
+                    .args(arguments),
+            )
+        }
+        Command::Test { arguments } => {
+            prepare()?;
+            binaries()?;
+            in_root(cargo("test").arg("--workspace").args(arguments))
+        }
+        Command::Lint => {
+            setup::all()?;
+            lint::all()
+        }
+        Command::Bench { arguments } => {
+            prepare()?;
+            binaries()?;
+            in_root(
+                cargo("run")
+                    .args(["--quiet", "--release", "--package", "penstock-bench", "--"])
+                    .args(arguments),
+            )
+        }
+    }
+}
+
+/// What running programs needs beyond building them.
+fn prepare() -> Result<()> {
+    setup::all()?;
+    setup::bpffs()
+}
+
+/// The programs that tests, demo and benchmark start.
+fn binaries() -> Result<()> {
+    in_root(
+        cargo("build")
+            .args([
+                "--release",
+                "--package",
+                "penstock-agent",
+                "--package",
+                "penstock-testbed",
+            ])
+            .arg("--bins"),
+    )
+}

@@ -3,6 +3,12 @@
 //! Deliberately low: policies, expansion, ids and order are decided above it and tested without a
 //! kernel; what is below is too simple to be wrong.
 
+pub mod batch;
+pub mod bpf;
+pub mod faulty;
+pub mod memory;
+pub mod pins;
+
 use std::collections::BTreeMap;
 
 use penstock_common::{Addr, Address, Backend, BackendId, Frontend, FrontendKey, V4, V6};
@@ -40,7 +46,7 @@ pub struct MapState {
 }
 
 /// One write to the maps of a family.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FamilyChange<A> {
     /// Writes an element of `BACKENDS`.
     PutBackend(BackendId, Backend<A>),

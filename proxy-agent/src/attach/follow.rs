@@ -1,0 +1,352 @@
+//! Follows the node's interfaces: hooks on those that match, namespaces behind them known.
+//!
+//! Driven by rtnetlink's link group; after an overrun, and once in a while, everything is listed
+//! anew, so that a missed message costs time and nothing else. An interface that can't be attached
+//! is reported and tried again, and does not keep the others waiting.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::File,
+    io,
+    net::IpAddr,
+    os::fd::{AsFd, BorrowedFd},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use aya::maps::MapData;
+use futures::{StreamExt, TryStreamExt};
+use glob::Pattern;
+use penstock_common::{Netns, NetnsFlags, V4, V6};
+use rtnetlink::{
+    Handle, MulticastGroup, new_multicast_connection, packet_route::link::LinkAttribute,
+};
+
+use super::{
+    interface::PacketHooks,
+    netns::{self, Identity},
+};
+use crate::dataplane::{
+    batch,
+    pins::{PinError, Pins},
+};
+
+/// How long to let messages gather before looking: a pod's link comes with several.
+const SETTLE: Duration = Duration::from_millis(5);
+/// How soon to look again while a namespace has no address yet, or an interface failed.
+const RETRY: Duration = Duration::from_millis(100);
+/// How often to look without any message.
+const IDLE: Duration = Duration::from_secs(30);
+/// After this many looks an interface's namespace is no longer expected to show an address.
+const PATIENCE: u32 = 100;
+
+/// What is known of one followed interface.
+#[derive(Clone, Debug, Default)]
+pub struct Followed {
+    /// Its name.
+    pub name: String,
+    /// Whether both hooks are on it.
+    pub is_attached: bool,
+    /// Why not.
+    pub error: Option<String>,
+    /// The namespace behind it.
+    pub identity: Option<Identity>,
+    looks: u32,
+}
+
+/// What the follower tells others.
+#[derive(Debug, Default)]
+pub struct Status {
+    /// Followed interfaces by index.
+    pub interfaces: BTreeMap<u32, Followed>,
+}
+
+/// Addresses whose namespaces opted out of socket translation.
+pub type Excluded = Arc<Mutex<HashSet<IpAddr>>>;
+
+/// Follows interfaces.
+pub struct Follower {
+    hooks: PacketHooks,
+    patterns: Vec<Pattern>,
+    namespaces: MapData,
+    node_addresses: Arc<Mutex<Vec<IpAddr>>>,
+    excluded: Excluded,
+    known: HashMap<u64, Netns>,
+    /// Shared with the command line.
+    pub status: Arc<Mutex<Status>>,
+}
+
+impl Follower {
+    /// A follower that has not looked yet.
+    pub fn new(
+        hooks: PacketHooks,
+        patterns: Vec<Pattern>,
+        pins: &Pins,
+        node_addresses: Arc<Mutex<Vec<IpAddr>>>,
+        excluded: Excluded,
+    ) -> Result<Self, PinError> {
+        Ok(Self {
+            hooks,
+            patterns,
+            namespaces: pins.map("NETNS")?,
+            node_addresses,
+            excluded,
+            known: HashMap::new(),
+            status: Arc::default(),
+        })
+    }
+
+    /// Follows until the task is cancelled; `changed` wakes it when exclusions or addresses did.
+    pub async fn run(mut self, changed: Arc<tokio::sync::Notify>) {
+        loop {
+            if let Err(error) = self.follow(&changed).await {
+                tracing::warn!("following interfaces: {error}; beginning anew");
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn follow(&mut self, changed: &tokio::sync::Notify) -> io::Result<()> {
+        let (connection, handle, mut messages) = new_multicast_connection(&[MulticastGroup::Link])?;
+        let connection = tokio::spawn(connection);
+        let result = loop {
+            let is_settled = match self.look(&handle).await {
+                Ok(is_settled) => is_settled,
+                Err(error) => break Err(io::Error::other(error)),
+            };
+            let pause = if is_settled { IDLE } else { RETRY };
+            tokio::select! {
+                message = messages.next() => {
+                    if message.is_none() {
+                        break Err(io::Error::other("the netlink connection ended"));
+                    }
+                    tokio::time::sleep(SETTLE).await;
+                    while futures::FutureExt::now_or_never(messages.next()).flatten().is_some() {}
+                }
+                () = changed.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        };
+        connection.abort();
+        result
+    }
+
+    /// Looks at all interfaces; whether nothing is left to wait for.
+    async fn look(&mut self, handle: &Handle) -> Result<bool, rtnetlink::Error> {
+        let mut present: BTreeMap<u32, (String, Option<i32>)> = BTreeMap::new();
+        let mut links = handle.link().get().execute();
+        while let Some(link) = links.try_next().await? {
+            let mut name = None;
+            let mut namespace = None;
+            for attribute in &link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(text) => name = Some(text.clone()),
+                    LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
+                    _ => {}
+                }
+            }
+            if let Some(name) = name
+                && self.patterns.iter().any(|pattern| pattern.matches(&name))
+            {
+                present.insert(link.header.index, (name, namespace));
+            }
+        }
+        self.forget_absent(&present);
+        let mut is_settled = self.attach_new(&present);
+        is_settled &= self.identify_new(handle, &present).await;
+        self.write_namespaces();
+        Ok(is_settled)
+    }
+
+    /// Drops what is known of interfaces that are gone or renamed.
+    fn forget_absent(&mut self, present: &BTreeMap<u32, (String, Option<i32>)>) {
+        let mut status = lock(&self.status);
+        let pinned = self.hooks.pinned();
+        for index in pinned
+            .into_iter()
+            .chain(status.interfaces.keys().copied().collect::<Vec<_>>())
+        {
+            if !present.contains_key(&index) {
+                self.hooks.detach(None, index);
+                if let Some(gone) = status.interfaces.remove(&index) {
+                    tracing::info!("interface {} is gone", gone.name);
+                }
+            }
+        }
+        for (index, (name, _)) in present {
+            if status
+                .interfaces
+                .get(index)
+                .is_some_and(|followed| followed.name != *name)
+            {
+                status.interfaces.remove(index);
+            }
+        }
+    }
+
+    fn attach_new(&mut self, present: &BTreeMap<u32, (String, Option<i32>)>) -> bool {
+        let mut is_settled = true;
+        for (index, (name, _)) in present {
+            let mut followed = lock(&self.status)
+                .interfaces
+                .get(index)
+                .cloned()
+                .unwrap_or_default();
+            if followed.is_attached {
+                continue;
+            }
+            let result = self.hooks.attach(name, *index);
+            followed.name.clone_from(name);
+            followed.is_attached = result.is_ok();
+            match result {
+                Ok(()) => {
+                    followed.error = None;
+                    tracing::info!("packet hooks are on interface {name}");
+                }
+                Err(error) => {
+                    is_settled = false;
+                    let text = error.to_string();
+                    if followed.error.as_ref() != Some(&text) {
+                        tracing::warn!("{text}; trying again");
+                    }
+                    followed.error = Some(text);
+                }
+            }
+            lock(&self.status).interfaces.insert(*index, followed);
+        }
+        is_settled
+    }
+
+    async fn identify_new(
+        &mut self,
+        handle: &Handle,
+        present: &BTreeMap<u32, (String, Option<i32>)>,
+    ) -> bool {
+        let wanted: Vec<(u32, i32)> = {
+            let status = lock(&self.status);
+            present
+                .iter()
+                .filter_map(|(index, (_, namespace))| Some((*index, (*namespace)?)))
+                .filter(|(index, _)| {
+                    status.interfaces.get(index).is_some_and(|followed| {
+                        followed.looks < PATIENCE
+                            && followed.identity.as_ref().is_none_or(|identity| {
+                                identity.addr4.is_none() && identity.addr6.is_none()
+                            })
+                    })
+                })
+                .collect()
+        };
+        if wanted.is_empty() {
+            return true;
+        }
+        let namespaces = netns::by_id(handle).await;
+        let mut is_settled = true;
+        for (index, id) in wanted {
+            let identity = namespaces
+                .get(&id)
+                .and_then(|path| File::open(path).ok())
+                .and_then(|file| netns::identify(file).ok());
+            let has_address = identity
+                .as_ref()
+                .is_some_and(|identity| identity.addr4.is_some() || identity.addr6.is_some());
+            is_settled &= has_address;
+            if let Some(followed) = lock(&self.status).interfaces.get_mut(&index) {
+                followed.looks += 1;
+                followed.identity = identity.or(followed.identity.take());
+            }
+        }
+        is_settled
+    }
+
+    /// Makes `NETNS` say what is known: pods' namespaces and the host's own.
+    fn write_namespaces(&mut self) {
+        let mut wanted = HashMap::new();
+        let excluded = lock(&self.excluded).clone();
+        for followed in lock(&self.status).interfaces.values() {
+            let Some(identity) = &followed.identity else {
+                continue;
+            };
+            let is_excluded = [
+                identity.addr4.map(IpAddr::V4),
+                identity.addr6.map(IpAddr::V6),
+            ]
+            .into_iter()
+            .flatten()
+            .any(|address| excluded.contains(&address));
+            let mut flags = 0;
+            if followed.is_attached {
+                flags |= NetnsFlags::HAS_POD_HOOK;
+            }
+            if is_excluded {
+                flags |= NetnsFlags::EXCLUDED;
+            }
+            wanted.insert(
+                identity.cookie,
+                entry(flags, identity.addr4, identity.addr6),
+            );
+        }
+        if let Ok(host) = netns::own() {
+            let addresses = lock(&self.node_addresses);
+            let addr4 = addresses.iter().find_map(|address| match address {
+                IpAddr::V4(ip) => Some(*ip),
+                IpAddr::V6(_) => None,
+            });
+            let addr6 = addresses.iter().find_map(|address| match address {
+                IpAddr::V6(ip) => Some(*ip),
+                IpAddr::V4(_) => None,
+            });
+            wanted.insert(
+                host.cookie,
+                entry(0, addr4.or(host.addr4), addr6.or(host.addr6)),
+            );
+        }
+        if let Err(error) = self.replace_namespaces(&wanted) {
+            tracing::warn!("writing map NETNS: {error}; affinity goes by namespace until then");
+        }
+    }
+
+    fn replace_namespaces(&mut self, wanted: &HashMap<u64, Netns>) -> io::Result<()> {
+        let map: BorrowedFd<'_> = self.namespaces.fd().as_fd();
+        if self.known.is_empty() {
+            // What an earlier agent wrote counts too.
+            self.known = batch::lookup_all::<u64, Netns>(map, 1_024)?
+                .into_iter()
+                .collect();
+        }
+        let (keys, values): (Vec<u64>, Vec<Netns>) = wanted
+            .iter()
+            .filter(|(cookie, netns)| self.known.get(cookie) != Some(netns))
+            .map(|(cookie, netns)| (*cookie, *netns))
+            .unzip();
+        batch::update(map, &keys, &values).map_err(|stopped| stopped.source)?;
+        let gone: Vec<u64> = self
+            .known
+            .keys()
+            .filter(|cookie| !wanted.contains_key(cookie))
+            .copied()
+            .collect();
+        batch::delete(map, &gone).map_err(|stopped| stopped.source)?;
+        self.known.clone_from(wanted);
+        Ok(())
+    }
+}
+
+fn entry(
+    flags: u32,
+    addr4: Option<std::net::Ipv4Addr>,
+    addr6: Option<std::net::Ipv6Addr>,
+) -> Netns {
+    Netns {
+        flags,
+        addr4: addr4.map(V4::from).unwrap_or_default(),
+        addr6: addr6.map(V6::from).unwrap_or_default(),
+    }
+}
+
+/// A lock whose holder can't have left anything half done.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,203 @@
+//! The packet hooks, on one interface at a time.
+//!
+//! TCX links where the kernel has them (Linux 6.6), filters of a clsact qdisc before; both survive
+//! the agent and are replaced in place.
+
+use std::path::PathBuf;
+
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+    },
+};
+
+use super::AttachError;
+use crate::dataplane::pins::{PinError, Pins, refused};
+
+/// The packet hooks: program, direction, and what its pinned links' names end in.
+const HOOKS: [(&str, TcAttachType, &str); 2] = [
+    ("from_pod", TcAttachType::Ingress, "from_pod"),
+    ("to_pod", TcAttachType::Egress, "to_pod"),
+];
+
+/// Where our filters lie among a clsact qdisc's: early, as other datapaths use 1 and 50 on.
+const PRIORITY: u16 = 40;
+const HANDLE: u32 = 0x9e57;
+
+/// The packet programs, loaded.
+pub struct PacketHooks {
+    ebpf: Ebpf,
+    pins: Pins,
+    has_tcx: bool,
+}
+
+impl PacketHooks {
+    /// Loads the packet programs of `ebpf`.
+    pub fn load(mut ebpf: Ebpf, pins: Pins, has_tcx: bool) -> Result<Self, AttachError> {
+        for (name, ..) in HOOKS {
+            classifier(&mut ebpf, name)?
+                .load()
+                .map_err(|error| refused(name, &error))?;
+        }
+        Ok(Self {
+            ebpf,
+            pins,
+            has_tcx,
+        })
+    }
+
+    /// Puts both hooks on an interface.
+    pub fn attach(&mut self, interface: &str, index: u32) -> Result<(), AttachError> {
+        for (name, direction, suffix) in HOOKS {
+            let pin = self.pins.link(&pin_name(index, suffix));
+            let program = classifier(&mut self.ebpf, name)?;
+            let done = if self.has_tcx {
+                attach_tcx(program, interface, direction, pin)
+            } else {
+                attach_filter(program, interface, direction)
+            };
+            done.map_err(|failure| failure.into_error(name, interface))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the hooks off an interface that exists but is no longer wanted, or forgets one that
+    /// is gone.
+    pub fn detach(&self, interface: Option<&str>, index: u32) {
+        for (_, direction, suffix) in HOOKS {
+            // The last reference to a link detaches it; absent is as good as removed.
+            let _ = std::fs::remove_file(self.pins.link(&pin_name(index, suffix)));
+            if let (false, Some(interface)) = (self.has_tcx, interface) {
+                detach_filter(interface, direction);
+            }
+        }
+    }
+
+    /// The interfaces that pinned links are for.
+    pub fn pinned(&self) -> Vec<u32> {
+        let mut indices: Vec<u32> = self
+            .pins
+            .links()
+            .iter()
+            .filter_map(|name| name.strip_prefix("if")?.split_once('_')?.0.parse().ok())
+            .collect();
+        indices.sort_unstable();
+        indices.dedup();
+        indices
+    }
+}
+
+fn pin_name(index: u32, suffix: &str) -> String {
+    format!("if{index}_{suffix}")
+}
+
+fn classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, PinError> {
+    ebpf.program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .ok_or(PinError::Missing { name })
+}
+
+/// What went wrong with one hook on one interface.
+enum Failure {
+    Attach(ProgramError),
+    Pin(PathBuf, Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Failure {
+    fn into_error(self, program: &str, interface: &str) -> AttachError {
+        match self {
+            Self::Attach(source) => AttachError::Attach {
+                program: program.to_owned(),
+                target: format!("interface {interface}"),
+                source: Box::new(source),
+            },
+            Self::Pin(path, source) => AttachError::Pin { path, source },
+        }
+    }
+}
+
+fn attach_tcx(
+    program: &mut SchedClassifier,
+    interface: &str,
+    direction: TcAttachType,
+    pin: PathBuf,
+) -> Result<(), Failure> {
+    if pin.exists() {
+        let link: FdLink = PinnedLink::from_pin(&pin)
+            .map_err(|source| Failure::Pin(pin.clone(), Box::new(source)))?
+            .into();
+        if let Ok(link) = SchedClassifierLink::try_from(link)
+            && let Ok(id) = program.attach_to_link(link)
+        {
+            // The pin holds the link; this handle need not.
+            return program.take_link(id).map(drop).map_err(Failure::Attach);
+        }
+        // The interface was deleted and another has its index (ENOLINK).
+        std::fs::remove_file(&pin)
+            .map_err(|error| Failure::Attach(ProgramError::IOError(error)))?;
+    }
+    // First on the way from the pod, before anybody else sees the service's address; last on the
+    // way to it, after everybody else has.
+    let order = match direction {
+        TcAttachType::Ingress => LinkOrder::first(),
+        _ => LinkOrder::last(),
+    };
+    let id = program
+        .attach_with_options(interface, direction, TcAttachOptions::TcxOrder(order))
+        .map_err(Failure::Attach)?;
+    let link: FdLink = program
+        .take_link(id)
+        .and_then(|link| {
+            link.try_into()
+                .map_err(|_| ProgramError::UnexpectedProgramType)
+        })
+        .map_err(Failure::Attach)?;
+    link.pin(&pin)
+        .map(drop)
+        .map_err(|source| Failure::Pin(pin.clone(), Box::new(source)))
+}
+
+fn attach_filter(
+    program: &mut SchedClassifier,
+    interface: &str,
+    direction: TcAttachType,
+) -> Result<(), Failure> {
+    // One that exists, perhaps somebody else's, will do.
+    let _ = tc::qdisc_add_clsact(interface);
+    let handle = TcHandle::from(HANDLE);
+    let id = match SchedClassifierLink::attached(interface, direction, PRIORITY, handle, None)
+        .map_err(ProgramError::IOError)
+        .and_then(|link| program.attach_to_link(link))
+    {
+        Ok(id) => id,
+        Err(_) => {
+            let options = NlOptions {
+                priority: PRIORITY,
+                handle,
+                ..NlOptions::default()
+            };
+            program
+                .attach_with_options(interface, direction, TcAttachOptions::Netlink(options))
+                .map_err(Failure::Attach)?
+        }
+    };
+    // Dropping the link would remove the filter, which must outlive this process.
+    program
+        .take_link(id)
+        .map(std::mem::forget)
+        .map_err(Failure::Attach)
+}
+
+fn detach_filter(interface: &str, direction: TcAttachType) {
+    let handle = TcHandle::from(HANDLE);
+    // Absent is as good as removed.
+    drop(SchedClassifierLink::attached(
+        interface, direction, PRIORITY, handle, None,
+    ));
+}

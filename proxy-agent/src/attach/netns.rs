@@ -1,0 +1,158 @@
+//! The network namespaces behind pods' interfaces: their cookies and addresses.
+//!
+//! Socket hooks know a namespace's cookie; session affinity goes by address. Namespaces are found
+//! by what container runtimes and `ip netns` leave in /run/netns, and by processes.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    path::PathBuf,
+};
+
+use futures::StreamExt;
+use nix::sched::{CloneFlags, setns};
+use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::{
+    RouteNetlinkMessage,
+    nsid::{NsidAttribute, NsidMessage},
+};
+
+use super::syscall;
+
+/// What a namespace has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its cookie (SO_NETNS_COOKIE).
+    pub cookie: u64,
+    /// Its first global addresses, if it has any.
+    pub addr4: Option<Ipv4Addr>,
+    /// See `addr4`.
+    pub addr6: Option<Ipv6Addr>,
+}
+
+/// The calling thread's namespace.
+pub fn own() -> io::Result<Identity> {
+    let mut identity = Identity {
+        cookie: syscall::netns_cookie()?,
+        addr4: None,
+        addr6: None,
+    };
+    for interface in nix::ifaddrs::getifaddrs()? {
+        let Some(address) = interface.address else {
+            continue;
+        };
+        if let Some(address) = address.as_sockaddr_in() {
+            let ip = address.ip();
+            if !ip.is_loopback() && !ip.is_link_local() && identity.addr4.is_none() {
+                identity.addr4 = Some(ip);
+            }
+        } else if let Some(address) = address.as_sockaddr_in6() {
+            let ip = address.ip();
+            if !ip.is_loopback() && !ip.is_unicast_link_local() && identity.addr6.is_none() {
+                identity.addr6 = Some(ip);
+            }
+        }
+    }
+    Ok(identity)
+}
+
+/// All addresses of the calling thread's namespace that other hosts may know it by.
+pub fn own_addresses() -> io::Result<Vec<IpAddr>> {
+    let addresses = nix::ifaddrs::getifaddrs()?.filter_map(|interface| {
+        let address = interface.address?;
+        let ip = address
+            .as_sockaddr_in()
+            .map(|address| IpAddr::V4(address.ip()))
+            .or_else(|| {
+                address
+                    .as_sockaddr_in6()
+                    .map(|address| IpAddr::V6(address.ip()))
+            })?;
+        let is_local = match ip {
+            IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local(),
+            IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
+        };
+        (!is_local).then_some(ip)
+    });
+    Ok(addresses.collect())
+}
+
+/// Looks into a namespace, on a thread of its own that ends with it.
+pub fn identify(namespace: File) -> io::Result<Identity> {
+    std::thread::Builder::new()
+        .name("netns".to_owned())
+        .spawn(move || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+            own()
+        })?
+        .join()
+        .unwrap_or_else(|_| {
+            Err(io::Error::other(
+                "the thread that entered the namespace died",
+            ))
+        })
+}
+
+/// Namespaces by the id that this namespace knows them under (IFLA_LINK_NETNSID).
+pub async fn by_id(handle: &rtnetlink::Handle) -> HashMap<i32, PathBuf> {
+    let mut found = HashMap::new();
+    let mut seen = std::collections::HashSet::new();
+    for path in candidates() {
+        let Ok(file) = File::open(&path) else {
+            continue;
+        };
+        let Ok(metadata) = file.metadata() else {
+            continue;
+        };
+        if !seen.insert((metadata.dev(), metadata.ino())) {
+            continue;
+        }
+        if let Some(id) = id_of(handle, &file).await {
+            found.entry(id).or_insert(path);
+        }
+    }
+    found
+}
+
+/// Files that may be network namespaces: bind mounts first, since they outlive processes.
+fn candidates() -> Vec<PathBuf> {
+    let mut paths = Vec::new();
+    for folder in ["/run/netns", "/var/run/netns"] {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        paths.extend(entries.map(|entry| entry.path()));
+    }
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    paths.extend(
+        processes
+            .filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok())
+            .map(|entry| entry.path().join("ns/net")),
+    );
+    paths
+}
+
+/// The id of an open namespace, if this one has given it one.
+async fn id_of(handle: &rtnetlink::Handle, namespace: &File) -> Option<i32> {
+    let mut request = NsidMessage::default();
+    request
+        .attributes
+        .push(NsidAttribute::Fd(namespace.as_raw_fd() as u32));
+    let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(request));
+    message.header.flags = NLM_F_REQUEST;
+    let mut handle = handle.clone();
+    let mut answers = handle.request(message).ok()?;
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(answer)) = answer.payload {
+            return answer
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    NsidAttribute::Id(id) if *id >= 0 => Some(*id),
+                    _ => None,
+                });
+        }
+    }
+    None
+}

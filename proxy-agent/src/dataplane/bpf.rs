@@ -1,0 +1,268 @@
+//! [`Dataplane`] by way of the pinned maps.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use aya::maps::MapData;
+use penstock_common::{Addr, Address, Backend, BackendId, Frontend, FrontendKey, Plain, V4, V6};
+
+use super::{
+    ApplyError, Change, Dataplane, FamilyChange, FamilyState, MapError, MapState, batch,
+    pins::{PinError, Pins},
+};
+
+/// Elements that are read at once.
+const CHUNK: usize = 8_192;
+
+/// The service maps of one family.
+struct FamilyMaps {
+    names: [&'static str; 3],
+    addresses: MapData,
+    frontends: MapData,
+    backends: MapData,
+}
+
+/// The kernel's service maps.
+pub struct Bpf {
+    v4: FamilyMaps,
+    v6: FamilyMaps,
+    slots: MapData,
+}
+
+impl Bpf {
+    /// Opens the pinned maps.
+    pub fn open(pins: &Pins) -> Result<Self, PinError> {
+        let family = |names: [&'static str; 3]| {
+            let [addresses, frontends, backends] = names;
+            Ok::<_, PinError>(FamilyMaps {
+                names,
+                addresses: pins.map(addresses)?,
+                frontends: pins.map(frontends)?,
+                backends: pins.map(backends)?,
+            })
+        };
+        Ok(Self {
+            v4: family(["ADDRESSES4", "FRONTENDS4", "BACKENDS4"])?,
+            v6: family(["ADDRESSES6", "FRONTENDS6", "BACKENDS6"])?,
+            slots: pins.map("SLOTS")?,
+        })
+    }
+}
+
+fn error(map: &'static str, operation: &'static str) -> impl Fn(io::Error) -> MapError {
+    move |source| MapError {
+        map,
+        operation,
+        source,
+    }
+}
+
+/// Reads a family's maps.
+fn observe_family<A>(maps: &FamilyMaps) -> Result<FamilyState<A>, MapError>
+where
+    A: Addr + Ord,
+    FrontendKey<A>: Plain + Default + Ord,
+    Backend<A>: Plain + Default,
+{
+    let [addresses, frontends, backends] = maps.names;
+    let read = "reading all elements";
+    let all_addresses = batch::lookup_all::<A, Address>(maps.addresses.fd().as_fd(), CHUNK)
+        .map_err(error(addresses, read))?;
+    let all_frontends =
+        batch::lookup_all::<FrontendKey<A>, Frontend>(maps.frontends.fd().as_fd(), CHUNK)
+            .map_err(error(frontends, read))?;
+    let all_backends = batch::lookup_all::<u32, Backend<A>>(maps.backends.fd().as_fd(), CHUNK)
+        .map_err(error(backends, read))?;
+    Ok(FamilyState {
+        addresses: all_addresses.into_iter().collect(),
+        frontends: all_frontends.into_iter().collect(),
+        backends: all_backends
+            .into_iter()
+            .filter(|(_, backend)| backend.generation != 0)
+            .map(|(id, backend)| (BackendId(id), backend))
+            .collect(),
+    })
+}
+
+/// Neighbouring writes to one map, made by one call.
+enum Run<A> {
+    Backends(Vec<u32>, Vec<Backend<A>>),
+    Frontends(Vec<FrontendKey<A>>, Vec<Frontend>),
+    DeleteFrontends(Vec<FrontendKey<A>>),
+    Addresses(Vec<A>, Vec<Address>),
+    DeleteAddresses(Vec<A>),
+}
+
+impl<A> Run<A>
+where
+    A: Addr + Ord,
+    FrontendKey<A>: Plain,
+    Backend<A>: Plain,
+{
+    fn begin(change: &FamilyChange<A>) -> Self {
+        match *change {
+            FamilyChange::PutBackend(id, value) => Self::Backends(vec![id.0], vec![value]),
+            FamilyChange::PutFrontend(key, value) => Self::Frontends(vec![key], vec![value]),
+            FamilyChange::DeleteFrontend(key) => Self::DeleteFrontends(vec![key]),
+            FamilyChange::PutAddress(key, value) => Self::Addresses(vec![key], vec![value]),
+            FamilyChange::DeleteAddress(key) => Self::DeleteAddresses(vec![key]),
+        }
+    }
+
+    /// Takes one more change in, if it is to the same map and of the same sort.
+    fn extend(&mut self, change: &FamilyChange<A>) -> bool {
+        match (self, *change) {
+            (Self::Backends(keys, values), FamilyChange::PutBackend(key, value)) => {
+                keys.push(key.0);
+                values.push(value);
+            }
+            (Self::Frontends(keys, values), FamilyChange::PutFrontend(key, value)) => {
+                keys.push(key);
+                values.push(value);
+            }
+            (Self::Addresses(keys, values), FamilyChange::PutAddress(key, value)) => {
+                keys.push(key);
+                values.push(value);
+            }
+            (Self::DeleteFrontends(keys), FamilyChange::DeleteFrontend(key)) => keys.push(key),
+            (Self::DeleteAddresses(keys), FamilyChange::DeleteAddress(key)) => keys.push(key),
+            _ => return false,
+        }
+        true
+    }
+
+    fn write(&self, maps: &FamilyMaps) -> Result<(), (usize, MapError)> {
+        let [addresses, frontends, backends] = maps.names;
+        let (map, operation, result) = match self {
+            Self::Backends(keys, values) => (
+                backends,
+                "writing",
+                batch::update(maps.backends.fd().as_fd(), keys, values),
+            ),
+            Self::Frontends(keys, values) => (
+                frontends,
+                "writing",
+                batch::update(maps.frontends.fd().as_fd(), keys, values),
+            ),
+            Self::DeleteFrontends(keys) => (
+                frontends,
+                "deleting",
+                batch::delete(maps.frontends.fd().as_fd(), keys),
+            ),
+            Self::Addresses(keys, values) => (
+                addresses,
+                "writing",
+                batch::update(maps.addresses.fd().as_fd(), keys, values),
+            ),
+            Self::DeleteAddresses(keys) => (
+                addresses,
+                "deleting",
+                batch::delete(maps.addresses.fd().as_fd(), keys),
+            ),
+        };
+        result.map_err(|stopped| (stopped.done, error(map, operation)(stopped.source)))
+    }
+}
+
+/// How many of the first changes belong to one family's run, and what writing them gave.
+fn write_run<'a, A>(
+    maps: &FamilyMaps,
+    first: &FamilyChange<A>,
+    rest: impl Iterator<Item = Option<&'a FamilyChange<A>>>,
+) -> (usize, Result<(), (usize, MapError)>)
+where
+    A: Addr + Ord,
+    FrontendKey<A>: Plain,
+    Backend<A>: Plain,
+{
+    let mut run = Run::begin(first);
+    let mut length = 1;
+    for change in rest {
+        if !change.is_some_and(|change| run.extend(change)) {
+            break;
+        }
+        length += 1;
+    }
+    (length, run.write(maps))
+}
+
+/// Writes consecutive slots of consecutive changes; how many changes, and how many of them done.
+fn write_slots(
+    slots: BorrowedFd<'_>,
+    changes: &[Change],
+) -> (usize, Result<(), (usize, MapError)>) {
+    let (mut keys, mut values, mut ends) = (Vec::new(), Vec::new(), Vec::new());
+    for change in changes {
+        let Change::PutSlots { base, backends } = change else {
+            break;
+        };
+        keys.extend((*base..).take(backends.len()));
+        values.extend_from_slice(backends);
+        ends.push(keys.len());
+    }
+    let result = batch::update(slots, &keys, &values).map_err(|stopped| {
+        let whole = ends.iter().filter(|end| **end <= stopped.done).count();
+        (whole, error("SLOTS", "writing")(stopped.source))
+    });
+    (ends.len(), result)
+}
+
+impl Dataplane for Bpf {
+    fn observe(&mut self) -> Result<MapState, MapError> {
+        let (v4, v6) = (
+            observe_family::<V4>(&self.v4)?,
+            observe_family::<V6>(&self.v6)?,
+        );
+        let all = batch::lookup_all::<u32, BackendId>(self.slots.fd().as_fd(), CHUNK)
+            .map_err(error("SLOTS", "reading all elements"))?;
+        let content: Vec<BackendId> = all.into_iter().map(|(_, backend)| backend).collect();
+        let ranges = v4
+            .frontends
+            .values()
+            .chain(v6.frontends.values())
+            .map(|frontend| frontend.slots);
+        let slots = ranges
+            .flat_map(|range| range.base..range.base.saturating_add(range.count))
+            .filter_map(|slot| Some((slot, *content.get(slot as usize)?)))
+            .collect();
+        Ok(MapState { v4, v6, slots })
+    }
+
+    fn apply(&mut self, changes: &[Change]) -> Result<(), ApplyError> {
+        let mut applied = 0;
+        while let Some((first, rest)) = changes.get(applied..).and_then(<[Change]>::split_first) {
+            let (length, result) = match first {
+                Change::V4(first) => write_run(
+                    &self.v4,
+                    first,
+                    rest.iter().map(|change| match change {
+                        Change::V4(change) => Some(change),
+                        _ => None,
+                    }),
+                ),
+                Change::V6(first) => write_run(
+                    &self.v6,
+                    first,
+                    rest.iter().map(|change| match change {
+                        Change::V6(change) => Some(change),
+                        _ => None,
+                    }),
+                ),
+                Change::PutSlots { .. } => write_slots(
+                    self.slots.fd().as_fd(),
+                    changes.get(applied..).unwrap_or_default(),
+                ),
+            };
+            if let Err((done, source)) = result {
+                return Err(ApplyError {
+                    applied: applied + done,
+                    source,
+                });
+            }
+            applied += length;
+        }
+        Ok(())
+    }
+}

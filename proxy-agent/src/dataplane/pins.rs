@@ -1,0 +1,274 @@
+//! Where maps and links are pinned, and whether what is pinned there is ours to use.
+//!
+//! Invariant: a map is adopted only if its kind, sizes, capacity and flags are what the programs
+//! expect; the path holds the ABI version, so another version's maps are never even met.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{MapData, MapError},
+    programs::ProgramError,
+};
+use penstock_common::ABI_VERSION;
+
+use super::OBJECT;
+
+/// A folder of pins.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+/// Pins or programs are not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// The folder can't be made or read.
+    #[error(
+        "{operation} {path}: {source}; is a bpffs mounted there (mount -t bpf bpf /sys/fs/bpf)?"
+    )]
+    Folder {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A folder is no bpffs.
+    #[error("{path} is not on a bpffs; mount one (mount -t bpf bpf /sys/fs/bpf) or pass --bpffs")]
+    NotBpffs {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A pinned map can't be opened.
+    #[error("opening the pinned map {path}: {source}; is an agent of this version running?")]
+    Map {
+        /// The pin.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: MapError,
+    },
+    /// A pinned map is not what the programs expect.
+    #[error(
+        "the pinned map {path} has {found}, and this version wants {wanted}; stop the agent that \
+         uses it and run `penstock cleanup`, which interrupts translated connections"
+    )]
+    Foreign {
+        /// The pin.
+        path: PathBuf,
+        /// Its definition.
+        found: Box<Definition>,
+        /// The programs' definition.
+        wanted: Box<Definition>,
+    },
+    /// The embedded object can't be loaded.
+    #[error("loading the kernel programs: {source}; Penstock needs Linux 5.15 or newer and root")]
+    Load {
+        /// Why not.
+        #[source]
+        source: Box<aya::EbpfError>,
+    },
+    /// The kernel refuses a program.
+    #[error("loading the kernel program {program}: {reason}")]
+    Program {
+        /// Its name.
+        program: String,
+        /// The end of what the verifier said.
+        reason: String,
+    },
+    /// The object has no such program or map.
+    #[error("the kernel object has no {name}: this build is broken")]
+    Missing {
+        /// Its name.
+        name: &'static str,
+    },
+}
+
+/// What a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Definition {
+    /// BPF_MAP_TYPE_*.
+    pub kind: u32,
+    /// Bytes of a key.
+    pub key: u32,
+    /// Bytes of a value.
+    pub value: u32,
+    /// Capacity.
+    pub entries: u32,
+    /// BPF_F_*.
+    pub flags: u32,
+}
+
+impl std::fmt::Display for Definition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            kind,
+            key,
+            value,
+            entries,
+            flags,
+        } = self;
+        write!(
+            f,
+            "type {kind}, {key}+{value} bytes, {entries} entries, flags {flags:#x}"
+        )
+    }
+}
+
+/// The magic number of a bpffs (include/uapi/linux/magic.h).
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+impl Pins {
+    /// The pins of this version under `bpffs`; made if they are not there.
+    pub fn create(bpffs: &Path) -> Result<Self, PinError> {
+        let pins = Self::at(bpffs);
+        let folder = |operation, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| PinError::Folder {
+                operation,
+                path,
+                source,
+            }
+        };
+        let links = pins.root.join("links");
+        fs::create_dir_all(&links).map_err(folder("creating", &links))?;
+        let is_bpffs = nix::sys::statfs::statfs(&pins.root)
+            .is_ok_and(|stat| stat.filesystem_type().0 as i64 == BPF_FS_MAGIC);
+        if !is_bpffs {
+            return Err(PinError::NotBpffs { path: pins.root });
+        }
+        Ok(pins)
+    }
+
+    /// The pins of this version under `bpffs`, whether they are there or not.
+    pub fn at(bpffs: &Path) -> Self {
+        Self {
+            root: bpffs.join(format!("v{ABI_VERSION}")),
+        }
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the link of this name is pinned.
+    pub fn link(&self, name: &str) -> PathBuf {
+        self.root.join("links").join(name)
+    }
+
+    /// All pinned links' names.
+    pub fn links(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.root.join("links")) else {
+            return Vec::new();
+        };
+        entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect()
+    }
+
+    /// A pinned map.
+    pub fn map(&self, name: &str) -> Result<MapData, PinError> {
+        let path = self.root.join(name);
+        MapData::from_pin(&path).map_err(|source| PinError::Map { path, source })
+    }
+
+    /// Loads the embedded object: maps are adopted where they are pinned and made where not.
+    ///
+    /// Programs are not loaded into the kernel yet.
+    pub fn load(&self, has_set_retval: bool, is_tracing: bool) -> Result<Ebpf, PinError> {
+        for (name, wanted) in definitions()? {
+            self.check(&name, wanted)?;
+        }
+        let traced = if is_tracing { 4_u8 } else { 0 };
+        EbpfLoader::new()
+            .default_map_pin_directory(&self.root)
+            .map_pin_path("SOCKETS", self.root.join("SOCKETS"))
+            .override_global("HAS_SET_RETVAL", &u8::from(has_set_retval), true)
+            .override_global("AYA_LOG_LEVEL", &traced, false)
+            .load(OBJECT)
+            .map_err(|source| PinError::Load {
+                source: Box::new(source),
+            })
+    }
+
+    /// Compares a pinned map, if there is one, with its definition.
+    fn check(&self, name: &str, wanted: Definition) -> Result<(), PinError> {
+        let path = self.root.join(name);
+        if !path.exists() {
+            return Ok(());
+        }
+        let map = |source| PinError::Map {
+            path: path.clone(),
+            source,
+        };
+        let info = MapData::from_pin(&path).map_err(map)?.info().map_err(map)?;
+        let found = Definition {
+            kind: info.map_type().map_err(map)? as u32,
+            key: info.key_size(),
+            value: info.value_size(),
+            entries: info.max_entries(),
+            flags: info.map_flags(),
+        };
+        if found == wanted {
+            return Ok(());
+        }
+        Err(PinError::Foreign {
+            path,
+            found: Box::new(found),
+            wanted: Box::new(wanted),
+        })
+    }
+}
+
+/// The definitions of the embedded object's pinned maps.
+fn definitions() -> Result<Vec<(String, Definition)>, PinError> {
+    let object = aya_obj::Object::parse(OBJECT).map_err(|source| PinError::Load {
+        source: Box::new(source.into()),
+    })?;
+    Ok(object
+        .maps
+        .iter()
+        .filter(|(name, map)| {
+            map.pinning() == aya_obj::maps::PinningType::ByName || name.as_str() == "SOCKETS"
+        })
+        .map(|(name, map)| {
+            let definition = Definition {
+                kind: map.map_type(),
+                key: map.key_size(),
+                value: map.value_size(),
+                entries: map.max_entries(),
+                flags: map.map_flags(),
+            };
+            (name.clone(), definition)
+        })
+        .collect())
+}
+
+/// Puts what a program's loading failed on into few lines: the end of the verifier's log.
+pub fn refused(program: &str, error: &ProgramError) -> PinError {
+    let mut reason = error.to_string();
+    if let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    {
+        let log = verifier_log.to_string();
+        let tail: Vec<&str> = log.lines().rev().take(12).collect();
+        let tail: Vec<&str> = tail.into_iter().rev().collect();
+        reason = format!(
+            "{io_error}; the verifier's last words:\n{}",
+            tail.join("\n")
+        );
+    }
+    PinError::Program {
+        program: program.to_owned(),
+        reason,
+    }
+}

@@ -1,0 +1,172 @@
+//! Which endpoints serve a port on this node: kube-proxy's `CategorizeEndpoints`.
+//!
+//! Ready endpoints, or terminating ones that still serve where none is ready; of these, for the
+//! Cluster policy, the ones that hints give to this node or zone (KEP-1669, KEP-2433, KEP-3015).
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use super::{
+    object::{Endpoint, EndpointSlice, Family, Node, Protocol, TrafficPolicy},
+    port::{OnEmpty, PortBackend},
+};
+
+/// This node, as endpoints and hints name it.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its zone.
+    pub zone: Option<&'a str>,
+}
+
+impl<'a> Place<'a> {
+    /// The place of the node called `name`, with the zone of its object if there is one.
+    pub fn of(name: &'a str, node: Option<&'a Node>) -> Self {
+        Self {
+            name,
+            zone: node.and_then(|node| node.zone.as_deref()),
+        }
+    }
+}
+
+/// Live backends of a port, those for new connections marked, and what happens without any.
+pub fn choose<'a>(
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    family: Family,
+    port: (&str, Protocol),
+    policy: TrafficPolicy,
+    place: Place<'_>,
+) -> (Vec<PortBackend>, OnEmpty) {
+    let merged = merge(slices, family, port, place.name);
+    let is_terminating = |endpoint: &Endpoint| endpoint.serving && endpoint.terminating;
+    let has_any = merged
+        .values()
+        .any(|endpoint| endpoint.ready || is_terminating(endpoint));
+    let in_scope = |endpoint: &Endpoint| match policy {
+        TrafficPolicy::Cluster => true,
+        TrafficPolicy::Local => endpoint.node.as_deref() == Some(place.name),
+    };
+    let topology = match policy {
+        TrafficPolicy::Cluster => Topology::of(merged.values().copied(), place),
+        TrafficPolicy::Local => Topology::None,
+    };
+    let has_ready = merged
+        .values()
+        .any(|endpoint| endpoint.ready && in_scope(endpoint) && topology.includes(endpoint, place));
+    let is_selected = |endpoint: &Endpoint| {
+        in_scope(endpoint)
+            && if has_ready {
+                endpoint.ready && topology.includes(endpoint, place)
+            } else {
+                is_terminating(endpoint)
+            }
+    };
+    let backends = merged
+        .iter()
+        .map(|(&(address, port), endpoint)| {
+            (
+                PortBackend {
+                    address,
+                    port,
+                    is_selected: is_selected(endpoint),
+                },
+                endpoint.serving,
+            )
+        })
+        .filter(|(backend, serves)| backend.is_selected || *serves)
+        .map(|(backend, _)| backend)
+        .collect();
+    let is_local_miss = policy == TrafficPolicy::Local && has_any;
+    (
+        backends,
+        if is_local_miss {
+            OnEmpty::Drop
+        } else {
+            OnEmpty::Reject
+        },
+    )
+}
+
+/// The endpoints that listen on a port, each address and port once.
+///
+/// While an endpoint moves between slices two of them show it. The one on this node wins, as in
+/// kube-proxy; then the one that can do more, so that the result does not depend on their order.
+fn merge<'a>(
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    family: Family,
+    (name, protocol): (&str, Protocol),
+    node: &str,
+) -> BTreeMap<(IpAddr, u16), &'a Endpoint> {
+    let rank = |endpoint: &Endpoint| {
+        let is_local = endpoint.node.as_deref() == Some(node);
+        (
+            is_local,
+            endpoint.ready,
+            endpoint.serving,
+            !endpoint.terminating,
+        )
+    };
+    let mut merged: BTreeMap<(IpAddr, u16), &Endpoint> = BTreeMap::new();
+    for slice in slices.filter(|slice| slice.family == family) {
+        let ports = slice.ports.iter();
+        for port in ports.filter(|port| &*port.name == name && port.protocol == protocol) {
+            for endpoint in &slice.endpoints {
+                merged
+                    .entry((endpoint.address, port.port.get()))
+                    .and_modify(|known| {
+                        if rank(endpoint) > rank(known) {
+                            *known = endpoint;
+                        }
+                    })
+                    .or_insert(endpoint);
+            }
+        }
+    }
+    merged
+}
+
+/// How hints narrow a service's ready endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Topology {
+    /// Not at all.
+    None,
+    /// To those for this node.
+    Node,
+    /// To those for this node's zone.
+    Zone,
+}
+
+impl Topology {
+    /// Hints count only if every ready endpoint has one and some endpoint is for this place.
+    fn of<'a>(endpoints: impl Iterator<Item = &'a Endpoint>, place: Place<'_>) -> Self {
+        let mut all_nodes = true;
+        let mut all_zones = true;
+        let mut for_node = false;
+        let mut for_zone = false;
+        for endpoint in endpoints.filter(|endpoint| endpoint.ready) {
+            all_nodes &= !endpoint.for_nodes.is_empty();
+            all_zones &= !endpoint.for_zones.is_empty();
+            for_node |= has(&endpoint.for_nodes, Some(place.name));
+            for_zone |= has(&endpoint.for_zones, place.zone);
+        }
+        if all_nodes && for_node {
+            Self::Node
+        } else if all_zones && for_zone {
+            Self::Zone
+        } else {
+            Self::None
+        }
+    }
+
+    fn includes(self, endpoint: &Endpoint, place: Place<'_>) -> bool {
+        match self {
+            Self::None => true,
+            Self::Node => has(&endpoint.for_nodes, Some(place.name)),
+            Self::Zone => has(&endpoint.for_zones, place.zone),
+        }
+    }
+}
+
+fn has(names: &[Arc<str>], wanted: Option<&str>) -> bool {
+    wanted.is_some_and(|wanted| names.iter().any(|name| &**name == wanted))
+}

@@ -1,0 +1,214 @@
+//! One address family's half of the planner: what the kernel holds for each port.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use penstock_common::{
+    Addr, Address, Backend, BackendId, Be16, Frontend, FrontendKey, ServiceId, SlotRange, V4, V6,
+    limits,
+};
+
+use super::ids::Ids;
+use crate::dataplane::{Change, FamilyChange};
+
+/// An address type that the planner can plan for.
+pub(super) trait PlannedAddr: Addr + Ord + std::hash::Hash {
+    /// This family's address, if it is of this family.
+    fn from_ip(ip: IpAddr) -> Option<Self>;
+    /// The other way.
+    fn to_ip(self) -> IpAddr;
+    /// A change of this family's maps.
+    fn change(change: FamilyChange<Self>) -> Change;
+    /// The other way, if it is this family's.
+    fn own(change: &Change) -> Option<FamilyChange<Self>>;
+}
+
+impl PlannedAddr for V4 {
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(ip) => Some(ip.into()),
+            IpAddr::V6(_) => None,
+        }
+    }
+    fn to_ip(self) -> IpAddr {
+        IpAddr::V4(self.into())
+    }
+    fn change(change: FamilyChange<Self>) -> Change {
+        Change::V4(change)
+    }
+    fn own(change: &Change) -> Option<FamilyChange<Self>> {
+        match change {
+            Change::V4(change) => Some(*change),
+            _ => None,
+        }
+    }
+}
+
+impl PlannedAddr for V6 {
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V6(ip) => Some(ip.into()),
+            IpAddr::V4(_) => None,
+        }
+    }
+    fn to_ip(self) -> IpAddr {
+        IpAddr::V6(self.into())
+    }
+    fn change(change: FamilyChange<Self>) -> Change {
+        Change::V6(change)
+    }
+    fn own(change: &Change) -> Option<FamilyChange<Self>> {
+        match change {
+            Change::V6(change) => Some(*change),
+            _ => None,
+        }
+    }
+}
+
+/// A backend that the kernel holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) id: BackendId,
+    pub(super) generation: u32,
+    pub(super) flags: u32,
+}
+
+/// What the kernel holds for one port.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PortState<A: Ord> {
+    pub(super) id: ServiceId,
+    pub(super) frontends: BTreeMap<FrontendKey<A>, Frontend>,
+    pub(super) backends: BTreeMap<(A, Be16), Held>,
+    /// Blocks that are this port's, with what their slots hold.
+    pub(super) blocks: Vec<(SlotRange, Vec<BackendId>)>,
+}
+
+/// One family's maps as the kernel holds them.
+#[derive(Debug)]
+pub(super) struct Side<A: Ord> {
+    /// Ports by service id.
+    pub(super) ports: HashMap<ServiceId, PortState<A>>,
+    /// Who has a frontend.
+    pub(super) owners: HashMap<FrontendKey<A>, ServiceId>,
+    pub(super) addresses: HashMap<A, Address>,
+    /// How many frontends an address has.
+    pub(super) uses: HashMap<A, u32>,
+    /// Services' addresses without a frontend: to be removed.
+    pub(super) idle: BTreeSet<A>,
+    pub(super) backend_ids: Ids,
+}
+
+impl<A: PlannedAddr> Side<A> {
+    pub(super) fn new() -> Self {
+        Self {
+            ports: HashMap::new(),
+            owners: HashMap::new(),
+            addresses: HashMap::new(),
+            uses: HashMap::new(),
+            idle: BTreeSet::new(),
+            backend_ids: Ids::new(0, limits::BACKENDS),
+        }
+    }
+
+    /// Takes in what the kernel was seen to hold. Blocks are the caller's business.
+    pub(super) fn adopt(&mut self, observed: &crate::dataplane::FamilyState<A>) {
+        self.addresses = observed
+            .addresses
+            .iter()
+            .map(|(addr, kind)| (*addr, *kind))
+            .collect();
+        for (key, frontend) in &observed.frontends {
+            let port = self.port(frontend.service);
+            port.frontends.insert(*key, *frontend);
+            self.owners.insert(*key, frontend.service);
+            *self.uses.entry(key.addr).or_default() += 1;
+        }
+        for (id, backend) in &observed.backends {
+            let mut is_used = backend.flags != 0;
+            if is_used {
+                let held = Held {
+                    id: *id,
+                    generation: backend.generation,
+                    flags: backend.flags,
+                };
+                let key = (backend.addr, backend.port);
+                // Two ids for one backend can only come from elsewhere; one of them stays.
+                is_used = self
+                    .port(backend.service)
+                    .backends
+                    .insert(key, held)
+                    .is_none();
+            }
+            self.backend_ids.restore(id.0, backend.generation, is_used);
+        }
+    }
+
+    pub(super) fn port(&mut self, id: ServiceId) -> &mut PortState<A> {
+        self.ports.entry(id).or_insert_with(|| PortState {
+            id,
+            frontends: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            blocks: Vec::new(),
+        })
+    }
+
+    /// Notes that a change was made.
+    pub(super) fn commit(&mut self, change: &FamilyChange<A>) {
+        match *change {
+            FamilyChange::PutBackend(id, backend) => self.commit_backend(id, &backend),
+            FamilyChange::PutFrontend(key, frontend) => {
+                match self.owners.insert(key, frontend.service) {
+                    Some(owner) if owner != frontend.service => {
+                        self.port(owner).frontends.remove(&key);
+                    }
+                    Some(_) => {}
+                    None => *self.uses.entry(key.addr).or_default() += 1,
+                }
+                self.idle.remove(&key.addr);
+                self.port(frontend.service).frontends.insert(key, frontend);
+            }
+            FamilyChange::DeleteFrontend(key) => {
+                if let Some(owner) = self.owners.remove(&key) {
+                    self.port(owner).frontends.remove(&key);
+                    if let Some(uses) = self.uses.get_mut(&key.addr) {
+                        *uses -= 1;
+                        if *uses == 0 {
+                            self.uses.remove(&key.addr);
+                            self.idle.insert(key.addr);
+                        }
+                    }
+                }
+            }
+            FamilyChange::PutAddress(addr, kind) => {
+                self.addresses.insert(addr, kind);
+                if !self.uses.contains_key(&addr) {
+                    self.idle.insert(addr);
+                }
+            }
+            FamilyChange::DeleteAddress(addr) => {
+                self.addresses.remove(&addr);
+                self.idle.remove(&addr);
+            }
+        }
+    }
+
+    fn commit_backend(&mut self, id: BackendId, backend: &Backend<A>) {
+        let key = (backend.addr, backend.port);
+        let backends = &mut self.port(backend.service).backends;
+        if backend.flags == 0 {
+            // Kept, without flags, until the planner retires its id.
+            if let Some(held) = backends.get_mut(&key) {
+                held.flags = 0;
+            }
+            return;
+        }
+        let held = Held {
+            id,
+            generation: backend.generation,
+            flags: backend.flags,
+        };
+        backends.insert(key, held);
+    }
+}

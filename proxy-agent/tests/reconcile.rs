@@ -1,0 +1,358 @@
+//! Random histories, interrupted at any write, end where one clean start ends.
+
+use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc, time::Duration};
+
+use penstock_agent::{
+    dataplane::{Dataplane, faulty::Faulty, memory::Memory},
+    model::{
+        object::{
+            Endpoint, EndpointPort, EndpointSlice, Event, Family, Kind, Node, Object, ObjectName,
+            Protocol, Service, ServicePort, TrafficPolicy,
+        },
+        world::World,
+    },
+    reconcile::Reconciler,
+};
+use proptest::prelude::*;
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+enum Step {
+    Service {
+        name: u8,
+        ip: u8,
+        ports: u8,
+        created: u8,
+        local: bool,
+        affinity: bool,
+    },
+    Slice {
+        name: u8,
+        service: u8,
+        v6: bool,
+        endpoints: Vec<(u8, u8)>,
+        port: u8,
+    },
+    DeleteService(u8),
+    DeleteSlice(u8),
+    Zone(u8),
+    /// A list that holds everything again.
+    Relist,
+    /// The next writes fail.
+    Fail {
+        after: u8,
+        times: u8,
+    },
+    /// The agent dies after so many more writes, and another one starts.
+    Crash {
+        after: u8,
+    },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let endpoints = proptest::collection::vec((0..12u8, 0..32u8), 0..6);
+    prop_oneof![
+        4 => (0..5u8, 0..6u8, 1..3u8, 0..3u8, any::<bool>(), any::<bool>()).prop_map(
+            |(name, ip, ports, created, local, affinity)| Step::Service {
+                name, ip, ports, created, local, affinity
+            }
+        ),
+        6 => (0..8u8, 0..5u8, any::<bool>(), endpoints, 0..3u8).prop_map(
+            |(name, service, v6, endpoints, port)| Step::Slice {
+                name, service, v6, endpoints, port
+            }
+        ),
+        2 => (0..5u8).prop_map(Step::DeleteService),
+        2 => (0..8u8).prop_map(Step::DeleteSlice),
+        1 => (0..3u8).prop_map(Step::Zone),
+        1 => Just(Step::Relist),
+        2 => (0..12u8, 1..3u8).prop_map(|(after, times)| Step::Fail { after, times }),
+        2 => (0..12u8).prop_map(|after| Step::Crash { after }),
+    ]
+}
+
+fn name(kind: &str, number: u8) -> ObjectName {
+    ObjectName::new("default", format!("{kind}{number}"))
+}
+
+fn port_of(number: u8) -> (Arc<str>, Protocol, NonZeroU16) {
+    let protocol = if number == 0 {
+        Protocol::Tcp
+    } else {
+        Protocol::Udp
+    };
+    (
+        format!("p{number}").into(),
+        protocol,
+        NonZeroU16::MIN.saturating_add(79 + u16::from(number)),
+    )
+}
+
+fn object(step: &Step) -> Option<Object> {
+    Some(match step {
+        Step::Service {
+            name: number,
+            ip,
+            ports,
+            created,
+            local,
+            affinity,
+        } => Object::Service(Service {
+            name: name("web", *number),
+            created_secs: i64::from(*created),
+            cluster_ips: vec![
+                format!("10.96.0.{ip}").parse().expect("an address"),
+                format!("fd00:96::{number}").parse().expect("an address"),
+            ],
+            ports: (0..*ports)
+                .map(|port| {
+                    let (name, protocol, port) = port_of(port);
+                    ServicePort {
+                        name,
+                        protocol,
+                        port,
+                    }
+                })
+                .collect(),
+            affinity_secs: affinity.then_some(60),
+            internal_policy: if *local {
+                TrafficPolicy::Local
+            } else {
+                TrafficPolicy::Cluster
+            },
+        }),
+        Step::Slice {
+            name: number,
+            service,
+            v6,
+            endpoints,
+            port,
+        } => {
+            let address = |host: u8| -> IpAddr {
+                let text = if *v6 {
+                    format!("fd00:244::{host}")
+                } else {
+                    format!("10.244.0.{host}")
+                };
+                text.parse().expect("an address")
+            };
+            let number_of = |port: u8| port_of(port).2.saturating_add(8_000);
+            Object::EndpointSlice(EndpointSlice {
+                name: name("slice", *number),
+                service: name("web", *service),
+                family: if *v6 { Family::V6 } else { Family::V4 },
+                ports: (0..*port)
+                    .map(|port| {
+                        let (name, protocol, _) = port_of(port);
+                        EndpointPort {
+                            name,
+                            protocol,
+                            port: number_of(port),
+                        }
+                    })
+                    .collect(),
+                endpoints: endpoints
+                    .iter()
+                    .map(|(host, bits)| Endpoint {
+                        address: address(*host),
+                        ready: bits & 1 != 0,
+                        serving: bits & 3 != 0,
+                        terminating: bits & 4 != 0,
+                        node: Some(if bits & 8 != 0 { "here" } else { "there" }.into()),
+                        for_zones: if bits & 16 != 0 {
+                            Box::new(["z0".into()])
+                        } else {
+                            Box::new([])
+                        },
+                        for_nodes: Box::new([]),
+                    })
+                    .collect(),
+            })
+        }
+        Step::Zone(zone) => Object::Node(Node {
+            name: "here".into(),
+            zone: (*zone > 0).then(|| format!("z{}", zone - 1).into()),
+            internal_ips: vec!["172.18.0.2".parse().expect("an address")],
+        }),
+        _ => return None,
+    })
+}
+
+/// The objects as they are after some steps.
+#[derive(Clone, Default)]
+struct Truth(BTreeMap<(Kind, ObjectName), Object>);
+
+impl Truth {
+    fn events(&self) -> Vec<Event> {
+        Kind::ALL
+            .into_iter()
+            .map(|kind| {
+                let objects = self.0.iter().filter(|((of, _), _)| *of == kind);
+                Event::Listed(kind, objects.map(|(_, object)| object.clone()).collect())
+            })
+            .collect()
+    }
+}
+
+fn start<D: Dataplane>(dataplane: D, truth: &Truth) -> Reconciler<D> {
+    let mut reconciler =
+        Reconciler::new(dataplane, World::new("here")).expect("memory can be read");
+    for event in truth.events() {
+        reconciler
+            .world
+            .apply(event)
+            .expect("nothing was known before");
+    }
+    reconciler
+}
+
+/// Steps until nothing is left to do.
+fn settle<D: Dataplane>(reconciler: &mut Reconciler<D>, now: &mut Duration) {
+    for _ in 0..100 {
+        reconciler.step(*now);
+        match reconciler.next_due() {
+            Some(due) => *now = due.max(*now + Duration::from_millis(1)),
+            None => return,
+        }
+    }
+    panic!("never settles: {:?}", reconciler.errors());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn any_history_ends_as_one_clean_start(steps in proptest::collection::vec(step(), 1..40)) {
+        let mut truth = Truth::default();
+        let mut now = Duration::from_secs(1);
+        let mut reconciler = start(Faulty::default(), &truth);
+        for step in &steps {
+            now += Duration::from_millis(700);
+            let event = match step {
+                Step::DeleteService(number) => {
+                    let name = name("web", *number);
+                    truth.0.remove(&(Kind::Service, name.clone()));
+                    Some(Event::Deleted(Kind::Service, name))
+                }
+                Step::DeleteSlice(number) => {
+                    let name = name("slice", *number);
+                    truth.0.remove(&(Kind::EndpointSlice, name.clone()));
+                    Some(Event::Deleted(Kind::EndpointSlice, name))
+                }
+                Step::Relist => {
+                    for event in truth.events() {
+                        // An empty list is refused, which is right, and tested elsewhere.
+                        let _ = reconciler.world.apply(event);
+                    }
+                    None
+                }
+                Step::Fail { after, times } => {
+                    reconciler.dataplane.fails_after = Some(usize::from(*after));
+                    reconciler.dataplane.failures = usize::from(*times);
+                    None
+                }
+                Step::Crash { after } => {
+                    let mut dataplane = std::mem::take(&mut reconciler.dataplane);
+                    dataplane.fails_after = Some(usize::from(*after));
+                    dataplane.failures = usize::MAX;
+                    reconciler = start(dataplane, &truth);
+                    reconciler.step(now);
+                    let mut dataplane = std::mem::take(&mut reconciler.dataplane);
+                    dataplane.fails_after = None;
+                    reconciler = start(dataplane, &truth);
+                    None
+                }
+                other => object(other).map(|object| {
+                    truth.0.insert((object.kind(), object.name()), object.clone());
+                    Event::Applied(object)
+                }),
+            };
+            if let Some(event) = event {
+                reconciler.world.apply(event).expect("a good event");
+            }
+            reconciler.step(now);
+            prop_assert_eq!(&reconciler.dataplane.problems, &Vec::<String>::new());
+        }
+        reconciler.dataplane.fails_after = None;
+        settle(&mut reconciler, &mut now);
+        let state = reconciler.dataplane.inner.observed();
+        let mut clean = start(Memory::default(), &truth);
+        settle(&mut clean, &mut now);
+        let has_services = truth.0.keys().any(|(kind, _)| *kind == Kind::Service);
+        if has_services {
+            prop_assert_eq!(state.canonical(), clean.dataplane.observed().canonical());
+            prop_assert_eq!(state.leaks(), Vec::<String>::new());
+            prop_assert_eq!(reconciler.used(), clean.used());
+        }
+        prop_assert_eq!(state.problems(), Vec::<String>::new());
+        // Nothing is left to do, and nothing is done.
+        let before = reconciler.dataplane.inner.writes;
+        reconciler.step(now);
+        prop_assert_eq!(reconciler.dataplane.inner.writes, before);
+    }
+}
+
+#[test]
+fn an_empty_list_removes_nothing() {
+    let mut truth = Truth::default();
+    let service = Step::Service {
+        name: 1,
+        ip: 1,
+        ports: 1,
+        created: 0,
+        local: false,
+        affinity: false,
+    };
+    let object = object(&service).expect("a service");
+    truth.0.insert((object.kind(), object.name()), object);
+    let mut reconciler = start(Memory::default(), &truth);
+    reconciler.step(Duration::from_secs(1));
+    let before = reconciler.dataplane.observed().canonical();
+    assert!(
+        before.contains("frontend 10.96.0.1 80 TCP reject"),
+        "{before}"
+    );
+    reconciler
+        .world
+        .apply(Event::Listed(Kind::Service, Vec::new()))
+        .expect_err("suspicious");
+    reconciler.step(Duration::from_secs(2));
+    assert_eq!(reconciler.dataplane.observed().canonical(), before);
+    // Neither does an agent that starts and finds nothing.
+    let memory = std::mem::take(&mut reconciler.dataplane);
+    let mut reconciler = start(memory, &Truth::default());
+    reconciler.step(Duration::from_secs(3));
+    assert_eq!(reconciler.dataplane.observed().canonical(), before);
+}
+
+#[test]
+fn a_full_map_keeps_nobody_else_waiting() {
+    let mut truth = Truth::default();
+    for name in 0..4 {
+        let service = Step::Service {
+            name,
+            ip: name,
+            ports: 1,
+            created: 0,
+            local: false,
+            affinity: false,
+        };
+        let object = object(&service).expect("a service");
+        truth.0.insert((object.kind(), object.name()), object);
+    }
+    let mut memory = Memory::default();
+    memory.frontends = 2;
+    let mut reconciler = start(memory, &truth);
+    reconciler.step(Duration::from_secs(1));
+    assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 2);
+    assert_eq!(reconciler.errors().len(), 2);
+    reconciler.dataplane.frontends = 10;
+    let mut now = Duration::from_secs(1);
+    settle(&mut reconciler, &mut now);
+    assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 4);
+    assert!(reconciler.is_settled());
+}
