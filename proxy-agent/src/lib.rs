@@ -4,8 +4,10 @@
 //! `watch` and `api` read objects, `model` (pure) decides what this node should serve, `plan`
 //! (pure) turns that into ordered map writes, `dataplane` makes them.
 
+pub mod api;
 pub mod attach;
 pub mod dataplane;
 pub mod model;
 pub mod plan;
 pub mod reconcile;
+pub mod watch;

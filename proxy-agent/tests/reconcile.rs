@@ -188,7 +188,11 @@ impl Truth {
             .into_iter()
             .map(|kind| {
                 let objects = self.0.iter().filter(|((of, _), _)| *of == kind);
-                Event::Listed(kind, objects.map(|(_, object)| object.clone()).collect())
+                Event::Listed(
+                    kind,
+                    objects.map(|(_, object)| object.clone()).collect(),
+                    Vec::new(),
+                )
             })
             .collect()
     }
@@ -318,7 +322,7 @@ fn an_empty_list_removes_nothing() {
     );
     reconciler
         .world
-        .apply(Event::Listed(Kind::Service, Vec::new()))
+        .apply(Event::Listed(Kind::Service, Vec::new(), Vec::new()))
         .expect_err("suspicious");
     reconciler.step(Duration::from_secs(2));
     assert_eq!(reconciler.dataplane.observed().canonical(), before);

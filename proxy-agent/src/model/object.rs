@@ -240,9 +240,10 @@ impl Object {
 /// What a source says.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// These are all objects of the kind: forget others. Sent once every first list has arrived,
-    /// and again whenever a source had to list anew.
-    Listed(Kind, Vec<Object>),
+    /// These are all objects of the kind: forget others, but for the named ones, which are there
+    /// and can't be used as they are. Sent once a first list has arrived in full, and again
+    /// whenever a source had to list anew.
+    Listed(Kind, Vec<Object>, Vec<ObjectName>),
     /// An object appeared or changed.
     Applied(Object),
     /// An object is gone, or is one that Penstock ignores (headless, somebody else's proxy, …).

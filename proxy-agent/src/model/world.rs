@@ -62,7 +62,7 @@ impl World {
     /// Takes in what a source says. The error says what is not believed; everything else is.
     pub fn apply(&mut self, event: Event) -> Result<(), Rejection> {
         match event {
-            Event::Listed(kind, objects) => return self.replace(kind, objects),
+            Event::Listed(kind, objects, kept) => return self.replace(kind, objects, kept),
             Event::Applied(object) => self.put(object),
             Event::Deleted(kind, name) => self.remove(kind, &name),
             Event::Rejected(rejection) => return Err(rejection),
@@ -223,7 +223,12 @@ impl World {
             .filter_map(|name| self.slices.get(name))
     }
 
-    fn replace(&mut self, kind: Kind, objects: Vec<Object>) -> Result<(), Rejection> {
+    fn replace(
+        &mut self,
+        kind: Kind,
+        objects: Vec<Object>,
+        kept: Vec<ObjectName>,
+    ) -> Result<(), Rejection> {
         let held: Vec<ObjectName> = match kind {
             Kind::Service => self.services.keys().cloned().collect(),
             Kind::EndpointSlice => self.slices.keys().cloned().collect(),
@@ -235,7 +240,7 @@ impl World {
             Kind::Pod => self.excluded.keys().cloned().collect(),
         };
         let matters = matches!(kind, Kind::Service | Kind::EndpointSlice);
-        if matters && objects.is_empty() && !held.is_empty() {
+        if matters && objects.is_empty() && kept.is_empty() && !held.is_empty() {
             return Err(Rejection {
                 kind: kind.to_string(),
                 object: "the whole list".to_owned(),
@@ -247,7 +252,7 @@ impl World {
                 ),
             });
         }
-        let named: HashSet<ObjectName> = objects.iter().map(Object::name).collect();
+        let named: HashSet<ObjectName> = objects.iter().map(Object::name).chain(kept).collect();
         for name in held.iter().filter(|name| !named.contains(name)) {
             self.remove(kind, name);
         }

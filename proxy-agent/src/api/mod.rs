@@ -1,0 +1,352 @@
+//! What Penstock reads of API objects, and what it refuses.
+//!
+//! Only the fields that matter are decoded, so that a quarter of a million endpoints cost little.
+//! Every object is judged by itself: one that can't be used is a [`Rejection`] that says which,
+//! where and why, and the others are none the worse for it.
+
+mod endpoint_slice;
+mod intern;
+mod raw;
+mod service;
+
+use std::net::IpAddr;
+
+pub use intern::Interner;
+use raw::{Metadata, Raw};
+
+use crate::model::object::{Event, ExcludedPod, Kind, Node, Object, ObjectName, Rejection};
+
+/// The label by which a pod asks that its sockets are left alone.
+pub const SOCKET_HOOKS_LABEL: &str = "penstock.io/socket-hooks";
+/// Its value.
+pub const SOCKET_HOOKS_DISABLED: &str = "disabled";
+
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+const HEADLESS: &str = "service.kubernetes.io/headless";
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// The longest name that Kubernetes has (RFC 1123 subdomain).
+const LONGEST_NAME: usize = 253;
+
+/// What a document holds.
+#[derive(Debug)]
+pub enum Decoded {
+    /// An object.
+    Object(Object),
+    /// One that Penstock leaves to others, or that has nothing to program.
+    Ignored(Kind, ObjectName),
+    /// An object of a kind that Penstock has no use for.
+    OtherKind(String),
+    /// A list.
+    List(Vec<Result<Decoded, Rejection>>),
+}
+
+impl Decoded {
+    /// As an event, for what is an object.
+    pub fn into_event(self) -> Option<Event> {
+        match self {
+            Self::Object(object) => Some(Event::Applied(object)),
+            Self::Ignored(kind, name) => Some(Event::Deleted(kind, name)),
+            Self::OtherKind(_) | Self::List(_) => None,
+        }
+    }
+}
+
+/// Decodes objects, sharing the strings that repeat.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    names: Interner,
+}
+
+impl Decoder {
+    /// An object of a known kind, from JSON as the API server sends it.
+    pub fn json(&mut self, kind: Kind, json: &str, origin: &str) -> Result<Decoded, Rejection> {
+        let raw: Raw = serde_json::from_str(json).map_err(|error| Rejection {
+            kind: kind.to_string(),
+            object: name_in(json),
+            origin: origin.to_owned(),
+            reason: format!("can't be decoded: {error}"),
+        })?;
+        self.typed(kind, raw, origin)
+    }
+
+    /// Everything in a manifest, each document by itself.
+    ///
+    /// Where JSON ends in the middle nothing behind can be told apart, so the error is the last.
+    pub fn manifest(
+        &mut self,
+        text: &str,
+        is_json: bool,
+        file: &str,
+    ) -> Vec<Result<Decoded, Rejection>> {
+        let refused = |origin: String, error: &dyn std::fmt::Display| Rejection {
+            kind: "document".to_owned(),
+            object: String::new(),
+            origin,
+            reason: format!("is no Kubernetes object: {}", cut_lines(&error.to_string())),
+        };
+        let mut found = Vec::new();
+        if is_json {
+            let values = serde_json::Deserializer::from_str(text).into_iter::<Raw>();
+            for (number, value) in values.enumerate() {
+                let origin = origin_of(file, number);
+                found.push(match value {
+                    Ok(raw) => self.raw(raw, &origin),
+                    Err(error) => Err(refused(origin, &error)),
+                });
+            }
+            return found;
+        }
+        for (number, (line, document)) in documents(text).into_iter().enumerate() {
+            let origin = format!("{} (from line {line})", origin_of(file, number));
+            found.push(match serde_saphyr::from_str::<Raw>(document) {
+                Ok(raw) => self.raw(raw, &origin),
+                Err(error) => Err(refused(origin, &error)),
+            });
+        }
+        found
+    }
+
+    fn raw(&mut self, mut raw: Raw, origin: &str) -> Result<Decoded, Rejection> {
+        let kind = raw.kind.take().unwrap_or_default();
+        let version = raw.api_version.take().unwrap_or_default();
+        if let Some(items) = raw.items.take() {
+            let items = items
+                .into_iter()
+                .enumerate()
+                .map(|(number, item)| self.raw(item, &format!("{origin}, item {number}")));
+            return Ok(Decoded::List(items.collect()));
+        }
+        let (known, wanted) = match kind.as_str() {
+            "Service" => (Kind::Service, "v1"),
+            "EndpointSlice" => (Kind::EndpointSlice, "discovery.k8s.io/v1"),
+            "Node" => (Kind::Node, "v1"),
+            "Pod" => (Kind::Pod, "v1"),
+            _ if kind.is_empty() || version.is_empty() => {
+                return Err(Rejection {
+                    kind: "document".to_owned(),
+                    object: shown(&raw.metadata),
+                    origin: origin.to_owned(),
+                    reason: "has no apiVersion and kind: not a Kubernetes manifest".to_owned(),
+                });
+            }
+            _ => return Ok(Decoded::OtherKind(cut(&kind))),
+        };
+        if version != wanted {
+            if kind == "Service" && version.contains('/') {
+                // Somebody else's kind of the same name.
+                return Ok(Decoded::OtherKind(format!(
+                    "{} {}",
+                    cut(&version),
+                    cut(&kind)
+                )));
+            }
+            return Err(Rejection {
+                kind,
+                object: shown(&raw.metadata),
+                origin: origin.to_owned(),
+                reason: format!("apiVersion is {:?}; Penstock reads {wanted}", cut(&version)),
+            });
+        }
+        self.typed(known, raw, origin)
+    }
+
+    fn typed(&mut self, kind: Kind, raw: Raw, origin: &str) -> Result<Decoded, Rejection> {
+        let object = shown(&raw.metadata);
+        let result = match kind {
+            Kind::Service => service::decode(raw, &mut self.names),
+            Kind::EndpointSlice => endpoint_slice::decode(raw, &mut self.names),
+            Kind::Node => node(&raw, &mut self.names),
+            Kind::Pod => pod(&raw, &mut self.names),
+        };
+        result.map_err(|reason| Rejection {
+            kind: kind.to_string(),
+            object,
+            origin: origin.to_owned(),
+            reason,
+        })
+    }
+}
+
+/// A namespaced object's name.
+fn object_name(
+    metadata: &Metadata,
+    kind: Kind,
+    names: &mut Interner,
+) -> Result<ObjectName, String> {
+    let name = metadata.name.as_deref().unwrap_or_default();
+    check_name("metadata.name", name)?;
+    let namespace = match kind {
+        Kind::Node => "",
+        _ => metadata.namespace.as_deref().unwrap_or("default"),
+    };
+    if kind != Kind::Node {
+        check_name("metadata.namespace", namespace)?;
+    }
+    Ok(ObjectName {
+        namespace: names.get(namespace),
+        name: name.into(),
+    })
+}
+
+/// RFC 1123 as Kubernetes has it: lower case letters, digits, '-' and '.', 253 at most.
+fn check_name(field: &str, name: &str) -> Result<(), String> {
+    let is_inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    let is_edge = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let is_good = !name.is_empty()
+        && name.len() <= LONGEST_NAME
+        && name.chars().all(is_inner)
+        && name.starts_with(is_edge)
+        && name.ends_with(is_edge);
+    if is_good {
+        return Ok(());
+    }
+    Err(format!(
+        "{field} {:?} ({} bytes) is no name: lower case letters, digits, '-' and '.', at most \
+         {LONGEST_NAME}",
+        cut(name),
+        name.len()
+    ))
+}
+
+/// An address that a service or endpoint may have (as ValidateNonSpecialIP in Kubernetes).
+fn usable_ip(field: &str, text: &str) -> Result<IpAddr, String> {
+    let ip: IpAddr = text
+        .parse()
+        .map_err(|_| format!("{field} {:?} is no IP address", cut(text)))?;
+    let what = match ip {
+        _ if ip.is_unspecified() => "unspecified",
+        _ if ip.is_loopback() => "a loopback address",
+        _ if ip.is_multicast() => "a multicast address",
+        IpAddr::V4(ip) if ip.is_link_local() => "link-local",
+        IpAddr::V4(ip) if ip.is_broadcast() => "the broadcast address",
+        IpAddr::V6(ip) if ip.is_unicast_link_local() => "link-local",
+        IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() => "an IPv4 address in IPv6's clothes",
+        _ => return Ok(ip),
+    };
+    Err(format!("{field} {ip} is {what}"))
+}
+
+fn node(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
+    let name = object_name(&raw.metadata, Kind::Node, names)?;
+    let mut internal_ips = Vec::new();
+    for address in list(raw.status.as_ref(), "addresses") {
+        if text(address, "type") == Some("InternalIP")
+            && let Some(ip) = text(address, "address")
+        {
+            internal_ips.push(usable_ip("status.addresses", ip)?);
+        }
+    }
+    let zone = raw.metadata.label(ZONE).map(|zone| names.get(zone));
+    Ok(Decoded::Object(Object::Node(Node {
+        name: name.name,
+        zone,
+        internal_ips,
+    })))
+}
+
+fn pod(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
+    let name = object_name(&raw.metadata, Kind::Pod, names)?;
+    if raw.metadata.label(SOCKET_HOOKS_LABEL) != Some(SOCKET_HOOKS_DISABLED) {
+        return Ok(Decoded::Ignored(Kind::Pod, name));
+    }
+    let mut ips = Vec::new();
+    for entry in list(raw.status.as_ref(), "podIPs") {
+        if let Some(ip) = text(entry, "ip") {
+            ips.push(usable_ip("status.podIPs", ip)?);
+        }
+    }
+    let uid = raw.metadata.uid.as_deref().unwrap_or_default().into();
+    Ok(Decoded::Object(Object::Pod(ExcludedPod { name, uid, ips })))
+}
+
+fn origin_of(file: &str, number: usize) -> String {
+    if number == 0 {
+        file.to_owned()
+    } else {
+        format!("{file}, document {}", number + 1)
+    }
+}
+
+/// The documents of a YAML stream that hold anything, with the line that each begins at. A line
+/// that begins with `---` is a marker wherever it stands (YAML 1.2.2, 9.1.2).
+fn documents(text: &str) -> Vec<(usize, &str)> {
+    let is_marker = |line: &str| {
+        line.strip_prefix("---")
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+    };
+    let mut found = Vec::new();
+    let (mut start, mut first, mut at) = (0, 1, 0);
+    for (number, line) in text.split_inclusive('\n').enumerate() {
+        if is_marker(line) {
+            found.push((first, text.get(start..at).unwrap_or_default()));
+            start = at + 3;
+            first = number + 1;
+        }
+        at += line.len();
+    }
+    found.push((first, text.get(start..).unwrap_or_default()));
+    found.retain(|(_, document)| {
+        document
+            .lines()
+            .any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'))
+    });
+    found
+}
+
+/// A message on one line, short enough to read.
+fn cut_lines(message: &str) -> String {
+    let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.len() <= 240 {
+        line
+    } else {
+        format!("{}…", line.chars().take(240).collect::<String>())
+    }
+}
+
+/// The elements of a list in a value, if there is one.
+fn list<'a>(
+    value: Option<&'a serde_json::Value>,
+    field: &str,
+) -> impl Iterator<Item = &'a serde_json::Value> {
+    value
+        .and_then(|value| value.get(field)?.as_array())
+        .into_iter()
+        .flatten()
+}
+
+/// A string in a value, if there is one.
+fn text<'a>(value: &'a serde_json::Value, field: &str) -> Option<&'a str> {
+    value.get(field)?.as_str()
+}
+
+/// An object's name for messages.
+fn shown(metadata: &Metadata) -> String {
+    let name = metadata.name.as_deref().map(cut).unwrap_or_default();
+    match metadata.namespace.as_deref() {
+        Some(namespace) => format!("{}/{name}", cut(namespace)),
+        None => name,
+    }
+}
+
+/// What may be an object's name in JSON that can't be decoded.
+fn name_in(json: &str) -> String {
+    let value: Option<serde_json::Value> = serde_json::from_str(json).ok();
+    let name = value
+        .as_ref()
+        .and_then(|value| text(value.get("metadata")?, "name"));
+    name.map(cut).unwrap_or_default()
+}
+
+/// A text short enough for a message.
+pub fn cut(text: &str) -> String {
+    const LONGEST: usize = 80;
+    let clean = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    if text.chars().nth(LONGEST).is_none() {
+        return text.chars().map(clean).collect();
+    }
+    let mut short: String = text.chars().take(LONGEST).map(clean).collect();
+    short.push('…');
+    short
+}
