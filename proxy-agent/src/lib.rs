@@ -4,10 +4,15 @@
 //! `watch` and `api` read objects, `model` (pure) decides what this node should serve, `plan`
 //! (pure) turns that into ordered map writes, `dataplane` makes them.
 
+pub mod agent;
 pub mod api;
 pub mod attach;
+pub mod cli;
 pub mod dataplane;
+pub mod flows;
 pub mod model;
 pub mod plan;
 pub mod reconcile;
+pub mod report;
+pub mod udp;
 pub mod watch;

@@ -1,2 +1,28 @@
-//! x
-fn main() {}
+//! `penstock`: the agent and the operator's command line.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use penstock_agent::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("penstock: starting the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(cli::run(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line: what failed, and each cause.
+            eprintln!("penstock: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -201,3 +201,27 @@ fn detach_filter(interface: &str, direction: TcAttachType) {
         interface, direction, PRIORITY, handle, None,
     ));
 }
+
+/// Takes our filters off all interfaces (kernels without TCX); how many there were.
+pub fn remove_filters() -> usize {
+    let entries = std::fs::read_dir("/sys/class/net")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    let mut removed = 0;
+    for name in names {
+        for (_, direction, _) in HOOKS {
+            let handle = TcHandle::from(HANDLE);
+            let link = SchedClassifierLink::attached(&name, direction, PRIORITY, handle, None);
+            if let Ok(link) = link
+                && aya::programs::Link::detach(link).is_ok()
+            {
+                removed += 1;
+            }
+        }
+    }
+    removed
+}

@@ -4,10 +4,13 @@
 //! (BPF_LINK_UPDATE), so that no packet and no connection meets a gap.
 
 pub mod cgroup;
+pub mod exclude;
 pub mod follow;
 pub mod interface;
 pub mod netns;
 mod syscall;
+
+pub(crate) use syscall::socket_option;
 
 use std::{io, path::PathBuf};
 

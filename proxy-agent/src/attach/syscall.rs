@@ -102,7 +102,7 @@ pub(super) fn netns_cookie() -> io::Result<u64> {
 }
 
 /// A 64-bit option of a socket.
-pub(super) fn socket_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
+pub(crate) fn socket_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
     let mut value = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the value lives through the call and is as large as said.

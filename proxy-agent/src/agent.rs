@@ -1,0 +1,412 @@
+//! The agent: takes hold of the kernel, then lets events move the world and the world the maps.
+
+use std::{
+    collections::HashSet,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use aya::maps::{Array, Map};
+use glob::Pattern;
+use penstock_common::{Config, V4, V6};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, mpsc},
+};
+
+use crate::{
+    attach::{
+        cgroup,
+        exclude::Exclusions,
+        follow::{self, Follower, lock},
+        interface::PacketHooks,
+        netns,
+    },
+    dataplane::{bpf::Bpf, pins::Pins},
+    flows::Sweeper,
+    model::{
+        object::{Event, Family},
+        world::World,
+    },
+    reconcile::Reconciler,
+    report::{self, Query, Report},
+    udp::Resteer,
+    watch,
+};
+
+/// How often flows are swept.
+const SWEEP: Duration = Duration::from_secs(2);
+/// How long after a change of UDP backends their sockets are looked at once more, for one that
+/// was connecting meanwhile.
+const SECOND_LOOK: Duration = Duration::from_millis(250);
+/// How often excluded cgroups are looked for.
+const LOOK_FOR_CGROUPS: Duration = Duration::from_secs(1);
+/// How often the programs' traces are fetched.
+const TRACE_INTERVAL: Duration = Duration::from_millis(50);
+/// Events that are taken in before the maps are written.
+const BATCH: usize = 8_192;
+
+/// Where objects come from.
+pub enum Source {
+    /// An API server.
+    Kube(watch::kube::Servers),
+    /// A directory.
+    Manifests(PathBuf),
+}
+
+/// What the agent is told on its command line.
+pub struct Options {
+    /// Where objects come from.
+    pub source: Source,
+    /// This node's name.
+    pub node_name: String,
+    /// The cgroup whose sockets are translated.
+    pub cgroup: PathBuf,
+    /// Where maps and links are pinned.
+    pub bpffs: PathBuf,
+    /// Where the command line finds the agent.
+    pub run_dir: PathBuf,
+    /// Names of interfaces that pods are behind.
+    pub pod_interfaces: Vec<Pattern>,
+    /// Cgroups, below `cgroup`, whose sockets are left alone.
+    pub exclude_cgroups: Vec<Pattern>,
+    /// Whether the programs trace what they refuse.
+    pub is_tracing: bool,
+}
+
+/// The running kernel's version.
+fn kernel_version() -> Option<(u32, u32)> {
+    let name = nix::sys::utsname::uname().ok()?;
+    let mut numbers = name.release().to_str()?.split(['.', '-']);
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Runs until told to stop. Traffic goes on afterwards.
+pub async fn run(options: Options) -> Result<()> {
+    let listener = report::listen(&options.run_dir)?;
+    let version = kernel_version().context("this kernel does not say its version")?;
+    anyhow::ensure!(
+        version >= (5, 15),
+        "this is Linux {}.{}; Penstock needs 5.15 or newer",
+        version.0,
+        version.1
+    );
+    let pins = Pins::create(&options.bpffs)?;
+    let mut ebpf = pins.load(version >= (6, 1), options.is_tracing)?;
+    if options.is_tracing {
+        trace(&mut ebpf);
+    }
+    cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
+    let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6))?;
+    tracing::info!("socket hooks are on {}", options.cgroup.display());
+
+    let (sender, mut events) = mpsc::channel(BATCH);
+    let status = watch::Status::default();
+    tokio::spawn(source(
+        options.source,
+        options.node_name.clone(),
+        status.clone(),
+        sender,
+    ));
+
+    let shared = Shared::default();
+    let follower = Follower::new(
+        hooks,
+        options.pod_interfaces,
+        &pins,
+        shared.node_addresses.clone(),
+        shared.excluded.clone(),
+    )?;
+    let interfaces = follower.status.clone();
+    tokio::spawn(follower.run(shared.changed.clone()));
+    let (queries_sender, mut queries) = mpsc::channel(16);
+    tokio::spawn(report::serve(listener, queries_sender));
+    sweep_flows(&pins)?;
+    let steer = steer_udp(&pins)?;
+
+    let mut world = World::new(&options.node_name);
+    world.set_node_addresses(netns::own_addresses().context("reading this node's addresses")?);
+    let mut agent = Agent {
+        reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
+        status,
+        interfaces,
+        shared,
+        config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
+        node_name: options.node_name,
+        steer,
+        started: Instant::now(),
+        was_settled: false,
+    };
+    agent.update_node();
+    // Sockets may have lost their backends while nobody was there.
+    agent.steer.notify_one();
+
+    let mut terminate = signal(SignalKind::terminate()).context("handling SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("handling SIGINT")?;
+    let mut cgroups = tokio::time::interval(LOOK_FOR_CGROUPS);
+    let mut batch = Vec::with_capacity(256);
+    loop {
+        let wait = agent.wait();
+        tokio::select! {
+            count = events.recv_many(&mut batch, BATCH) => {
+                anyhow::ensure!(count > 0, "the source of objects ended");
+                agent.take(batch.drain(..));
+                agent.step();
+            }
+            Some(query) = queries.recv() => agent.answer(query),
+            () = tokio::time::sleep(wait) => agent.step(),
+            _ = cgroups.tick() => agent.look_for_cgroups(),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopping; the kernel goes on serving");
+    Ok(())
+}
+
+async fn source(
+    source: Source,
+    node_name: String,
+    status: watch::Status,
+    events: mpsc::Sender<Event>,
+) {
+    match source {
+        Source::Kube(servers) => watch::kube::run(servers, node_name, status, events).await,
+        Source::Manifests(directory) => {
+            watch::manifests::Manifests::new(&directory, &node_name, status)
+                .run(events)
+                .await;
+        }
+    }
+}
+
+/// Forwards what the programs trace.
+fn trace(ebpf: &mut aya::Ebpf) {
+    match aya_log::EbpfLogger::init_with_logger(ebpf, TraceLog) {
+        Ok(mut logger) => {
+            let started = std::thread::Builder::new()
+                .name("traces".to_owned())
+                .spawn(move || {
+                    loop {
+                        logger.flush();
+                        std::thread::sleep(TRACE_INTERVAL);
+                    }
+                });
+            if let Err(error) = started {
+                tracing::warn!("the programs' traces can't be read: {error}");
+            }
+        }
+        Err(error) => tracing::warn!("the programs' traces can't be read: {error}"),
+    }
+}
+
+/// Traces from the kernel as log lines.
+struct TraceLog;
+
+impl log::Log for TraceLog {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+    fn log(&self, record: &log::Record<'_>) {
+        tracing::debug!(target: "penstock::kernel", "{}", record.args());
+    }
+    fn flush(&self) {}
+}
+
+/// Sweeps flows on a thread of its own.
+fn sweep_flows(pins: &Pins) -> Result<()> {
+    let mut sweeper = Sweeper::open(pins)?;
+    std::thread::Builder::new()
+        .name("flows".to_owned())
+        .spawn(move || {
+            loop {
+                let (swept, live) = sweeper.sweep();
+                if swept > 0 {
+                    tracing::debug!("{swept} flows expired, {live} are there");
+                }
+                std::thread::sleep(SWEEP);
+            }
+        })
+        .context("starting the flow sweeper")?;
+    Ok(())
+}
+
+/// Looks after connected UDP sockets whenever it is notified.
+fn steer_udp(pins: &Pins) -> Result<Arc<Notify>> {
+    let resteer = Arc::new(Resteer::open(pins)?);
+    let notify = Arc::new(Notify::new());
+    let notified = notify.clone();
+    tokio::spawn(async move {
+        loop {
+            notified.notified().await;
+            pass(&resteer).await;
+            tokio::time::sleep(SECOND_LOOK).await;
+            pass(&resteer).await;
+        }
+    });
+    Ok(notify)
+}
+
+async fn pass(resteer: &Arc<Resteer>) {
+    let resteer = resteer.clone();
+    match tokio::task::spawn_blocking(move || resteer.pass()).await {
+        Ok(Ok(report)) if report != crate::udp::Report::default() => {
+            tracing::debug!("connected UDP sockets: {report:?}");
+            if report.failed > 0 {
+                tracing::warn!(
+                    "{} connected UDP sockets can't be reached and keep a dead backend; the agent \
+                     needs the host's PID namespace and CAP_SYS_PTRACE",
+                    report.failed
+                );
+            }
+        }
+        Ok(Err(error)) => tracing::warn!("looking after connected UDP sockets: {error}"),
+        _ => {}
+    }
+}
+
+/// What tasks share.
+#[derive(Default)]
+struct Shared {
+    node_addresses: Arc<Mutex<Vec<IpAddr>>>,
+    excluded: follow::Excluded,
+    changed: Arc<Notify>,
+}
+
+struct Agent {
+    reconciler: Reconciler<Bpf>,
+    status: watch::Status,
+    interfaces: Arc<Mutex<follow::Status>>,
+    shared: Shared,
+    config: Array<aya::maps::MapData, Config>,
+    exclusions: Exclusions,
+    node_name: String,
+    steer: Arc<Notify>,
+    started: Instant,
+    was_settled: bool,
+}
+
+impl Agent {
+    /// Takes events in.
+    fn take(&mut self, events: impl Iterator<Item = Event>) {
+        let mut touches_node = false;
+        for event in events {
+            match &event {
+                Event::Applied(object) => {
+                    let kind = object.kind();
+                    touches_node |= !matches!(
+                        kind,
+                        crate::model::object::Kind::Service
+                            | crate::model::object::Kind::EndpointSlice
+                    );
+                    self.status.accept_object(kind, &object.name().to_string());
+                }
+                Event::Deleted(kind, name) => {
+                    touches_node = true;
+                    self.status.accept_object(*kind, &name.to_string());
+                }
+                Event::Listed(..) => touches_node = true,
+                Event::Rejected(_) => {}
+            }
+            if let Err(rejection) = self.reconciler.world.apply(event)
+                && self.status.reject(&rejection)
+            {
+                tracing::warn!("{}", report::in_words(&rejection));
+            }
+        }
+        if touches_node {
+            self.update_node();
+        }
+    }
+
+    fn step(&mut self) {
+        let outcome = self.reconciler.step(self.started.elapsed());
+        if outcome.writes > 0 {
+            tracing::debug!("{} services, {} writes", outcome.services, outcome.writes);
+        }
+        if outcome.has_udp_change {
+            self.steer.notify_one();
+        }
+        if !self.was_settled && self.reconciler.is_settled() {
+            self.was_settled = true;
+            let (services, _, endpoints) = self.reconciler.world.sizes();
+            tracing::info!("serving {services} services with {endpoints} endpoints");
+        }
+    }
+
+    /// Until when nothing is to be done without an event.
+    fn wait(&self) -> Duration {
+        let due = self.reconciler.next_due();
+        due.map_or(Duration::from_secs(3_600), |due| {
+            due.saturating_sub(self.started.elapsed())
+        })
+    }
+
+    /// Tells programs and follower who this node is and who opted out.
+    fn update_node(&mut self) {
+        let world = &self.reconciler.world;
+        let own = world
+            .node()
+            .map(|node| node.internal_ips.clone())
+            .unwrap_or_default();
+        let mut addresses = own;
+        addresses.extend(world.node_addresses().iter().copied());
+        let first = |family| {
+            addresses
+                .iter()
+                .copied()
+                .find(|ip| Family::of(*ip) == family)
+        };
+        let node4 = match first(Family::V4) {
+            Some(IpAddr::V4(ip)) => V4::from(ip),
+            _ => V4::default(),
+        };
+        let node6 = match first(Family::V6) {
+            Some(IpAddr::V6(ip)) => V6::from(ip),
+            _ => V6::default(),
+        };
+        let excluded: HashSet<IpAddr> = world
+            .excluded()
+            .flat_map(|pod| pod.ips.iter().copied())
+            .collect();
+        *lock(&self.shared.node_addresses) = addresses;
+        *lock(&self.shared.excluded) = excluded;
+        self.exclusions
+            .set_pods(world.excluded().map(|pod| pod.uid.clone()).collect());
+        let excluded_cgroups = self.exclusions.count();
+        let config = Config {
+            node4,
+            node6,
+            excluded_cgroups,
+            ..Config::default()
+        };
+        if let Err(error) = self.config.set(0, config, 0) {
+            tracing::warn!("writing map CONFIG: {error}");
+        }
+        self.shared.changed.notify_one();
+    }
+
+    fn look_for_cgroups(&mut self) {
+        match self.exclusions.look() {
+            Ok(true) => self.update_node(),
+            Ok(false) => {}
+            Err(error) => tracing::warn!("excluding cgroups: {error}"),
+        }
+    }
+
+    fn answer(&self, query: Query) {
+        let report = Report::of(
+            &self.node_name,
+            &self.reconciler,
+            &self.status,
+            &lock(&self.interfaces),
+            self.started.elapsed(),
+        );
+        // Who asked may have gone.
+        let _ = query.send(report);
+    }
+}

@@ -1,0 +1,212 @@
+//! The operator's command line.
+
+mod cleanup;
+mod show;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use glob::Pattern;
+
+use crate::{
+    agent::{self, Options, Source},
+    watch::kube::Servers,
+};
+
+/// Kubernetes Services in the kernel.
+#[derive(Debug, Parser)]
+#[command(name = "penstock", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve this node's pods and processes until stopped; traffic goes on afterwards.
+    Agent(Box<AgentArgs>),
+    /// How the agent is doing.
+    Status(Look),
+    /// The services that the kernel serves.
+    Services(Look),
+    /// The backends of all services.
+    Backends(Look),
+    /// What was dropped or refused, and why.
+    Drops(Look),
+    /// Take everything out of the kernel: programs, maps, flows.
+    Cleanup(CleanupArgs),
+}
+
+#[derive(Debug, Args)]
+struct AgentArgs {
+    /// Kubernetes credentials; inside a pod the service account is used.
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    kubeconfig: Option<PathBuf>,
+    /// A directory of Kubernetes YAML or JSON instead of an API server.
+    #[arg(long, value_name = "DIR")]
+    manifests: Option<PathBuf>,
+    /// API servers to use in turn instead of the kubeconfig's (repeat, or separate by commas).
+    #[arg(
+        long = "api-server",
+        value_name = "URL",
+        value_delimiter = ',',
+        conflicts_with = "manifests"
+    )]
+    api_servers: Vec<http::Uri>,
+    /// This node's name in the cluster.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: String,
+    /// The cgroup whose sockets are translated [default: the cgroup2 root].
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// Interfaces that pods are behind, by name; `*` and `?` match.
+    #[arg(
+        long,
+        value_name = "PATTERNS",
+        value_delimiter = ',',
+        default_value = "veth*,cali*,lxc*,cni0"
+    )]
+    pod_interfaces: Vec<Pattern>,
+    /// Cgroups below --cgroup whose sockets are left alone, by path; `*` matches (repeatable).
+    #[arg(long = "exclude-cgroup", value_name = "PATTERN", value_delimiter = ',')]
+    exclude_cgroups: Vec<Pattern>,
+    #[command(flatten)]
+    place: Place,
+    /// How much to say.
+    #[arg(long, value_enum, default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
+}
+
+/// Where an agent keeps its things.
+#[derive(Debug, Args)]
+struct Place {
+    /// Where maps and links are pinned.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/penstock")]
+    bpffs: PathBuf,
+    /// Where the agent's socket is.
+    #[arg(long, value_name = "DIR", default_value = "/run/penstock")]
+    run_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct Look {
+    #[command(flatten)]
+    place: Place,
+    /// For a person or for a program.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct CleanupArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Even while an agent is running.
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    /// Also what the kernel programs trace.
+    Trace,
+}
+
+impl LogLevel {
+    fn filter(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "info,penstock=debug,penstock_agent=debug",
+            Self::Trace => "info,penstock=trace,penstock_agent=trace",
+        }
+    }
+}
+
+/// Does what the command line says.
+pub async fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Agent(args) => run_agent(*args).await,
+        Command::Status(look) => show::status(&look).await,
+        Command::Services(look) => show::services(&look).await,
+        Command::Backends(look) => show::backends(&look).await,
+        Command::Drops(look) => show::drops(&look),
+        Command::Cleanup(args) => cleanup::run(&args).await,
+    }
+}
+
+async fn run_agent(args: AgentArgs) -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(args.log_level.filter()))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let source = match args.manifests {
+        Some(directory) => {
+            anyhow::ensure!(
+                directory.is_dir(),
+                "{} is no directory; --manifests wants one with Kubernetes YAML or JSON",
+                directory.display()
+            );
+            Source::Manifests(directory)
+        }
+        None => Source::Kube(servers(args.kubeconfig, &args.api_servers).await?),
+    };
+    let cgroup = match args.cgroup {
+        Some(cgroup) => cgroup,
+        None => cgroup_root()?,
+    };
+    agent::run(Options {
+        source,
+        node_name: args.node_name,
+        cgroup,
+        bpffs: args.place.bpffs,
+        run_dir: args.place.run_dir,
+        pod_interfaces: args.pod_interfaces,
+        exclude_cgroups: args.exclude_cgroups,
+        is_tracing: args.log_level == LogLevel::Trace,
+    })
+    .await
+}
+
+async fn servers(kubeconfig: Option<PathBuf>, urls: &[http::Uri]) -> Result<Servers> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let what = || format!("reading the kubeconfig {}", path.display());
+            let kubeconfig = kube::config::Kubeconfig::read_from(&path).with_context(what)?;
+            kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
+                .await
+                .with_context(what)?
+        }
+        None => kube::Config::incluster().context(
+            "reading the pod's service account; outside a cluster pass --kubeconfig or --manifests",
+        )?,
+    };
+    Ok(Servers::new(config, urls)?)
+}
+
+/// Where cgroup2 is mounted.
+fn cgroup_root() -> Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
+    mounts
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(' ');
+            let (_, folder, kind) = (fields.next()?, fields.next()?, fields.next()?);
+            (kind == "cgroup2").then(|| PathBuf::from(folder))
+        })
+        .context("no cgroup2 is mounted (mount -t cgroup2 none DIR), or pass --cgroup")
+}

@@ -1,0 +1,346 @@
+//! What there is to see, as text for a person or JSON for a program.
+
+use anyhow::{Context, Result};
+use aya::maps::{Map, PerCpuArray};
+use penstock_common::{BackendFlags, Counter};
+use serde::Serialize;
+
+use super::{Look, Output};
+use crate::{
+    dataplane::{Dataplane, bpf::Bpf, pins::Pins},
+    report::{self, Report},
+};
+
+fn json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).context("writing JSON")?;
+    println!("{text}");
+    Ok(())
+}
+
+/// A table: columns as wide as their widest cell.
+fn table(header: &[&str], rows: &[Vec<String>]) {
+    let widths: Vec<usize> = header
+        .iter()
+        .enumerate()
+        .map(|(column, title)| {
+            let cells = rows.iter().filter_map(|row| row.get(column));
+            cells
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or(0)
+                .max(title.len())
+        })
+        .collect();
+    let line = |cells: Vec<&str>| {
+        let padded = cells
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"));
+        println!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
+    };
+    line(header.to_vec());
+    for row in rows {
+        line(row.iter().map(String::as_str).collect());
+    }
+}
+
+async fn agent(look: &Look) -> Result<Option<Report>> {
+    report::fetch(&look.place.run_dir).await
+}
+
+pub(super) async fn status(look: &Look) -> Result<()> {
+    let Some(mut report) = agent(look).await? else {
+        let pins = Pins::at(&look.place.bpffs);
+        let serves = pins.root().exists();
+        if look.output == Output::Json {
+            return json(
+                &serde_json::json!({ "running": false, "synced": false, "pinned": serves }),
+            );
+        }
+        println!("no agent answers at {}", look.place.run_dir.display());
+        if serves {
+            println!(
+                "the kernel goes on serving what is pinned under {}",
+                pins.root().display()
+            );
+        }
+        return Ok(());
+    };
+    if look.output == Output::Json {
+        report.ports.clear();
+        let mut value = serde_json::to_value(&report).context("writing JSON")?;
+        if let Some(object) = value.as_object_mut() {
+            object.remove("ports");
+            object.insert("running".to_owned(), true.into());
+        }
+        return json(&value);
+    }
+    let word = match (report.synced, report.settled) {
+        (true, true) => "serving".to_owned(),
+        (true, false) => "serving, with work left to do".to_owned(),
+        _ => format!(
+            "waiting for the first list of {}",
+            report.awaited.join(", ")
+        ),
+    };
+    println!(
+        "node {}: {word} (agent {}, process {}, up {} s)",
+        report.node, report.version, report.pid, report.uptime_secs
+    );
+    println!(
+        "  {} services, {} endpoint slices, {} endpoints; {} backends and {} slots in the kernel",
+        report.services,
+        report.endpoint_slices,
+        report.endpoints,
+        report.backends_used,
+        report.slots_used
+    );
+    for (kind, state) in &report.sources {
+        println!("  {kind}: {state}");
+    }
+    let attached = report
+        .interfaces
+        .iter()
+        .filter(|interface| interface.attached)
+        .count();
+    println!("  packet hooks on {attached} pod interfaces");
+    for interface in report
+        .interfaces
+        .iter()
+        .filter(|interface| !interface.attached)
+    {
+        println!(
+            "  {}: {}",
+            interface.name,
+            interface.error.as_deref().unwrap_or("not yet")
+        );
+    }
+    if !report.problems.is_empty() {
+        println!("problems:");
+        for problem in &report.problems {
+            println!("  {problem}");
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn services(look: &Look) -> Result<()> {
+    let Some(report) = agent(look).await? else {
+        return pinned_services(look);
+    };
+    if look.output == Output::Json {
+        return json(&report.ports);
+    }
+    let rows: Vec<Vec<String>> = report
+        .ports
+        .iter()
+        .map(|port| {
+            let active = port
+                .backends
+                .iter()
+                .filter(|backend| backend.state == "active")
+                .count();
+            let resting = port.backends.len() - active;
+            let mut backends = match active {
+                0 => port.on_empty.clone(),
+                1 => "1 backend".to_owned(),
+                _ => format!("{active} backends"),
+            };
+            if resting > 0 {
+                backends = format!("{backends}, {resting} resting");
+            }
+            let affinity = match port.affinity_secs {
+                0 => "-".to_owned(),
+                seconds => format!("{seconds} s"),
+            };
+            let name = if port.port.is_empty() {
+                "-"
+            } else {
+                &port.port
+            };
+            vec![
+                port.service.clone(),
+                name.to_owned(),
+                port.protocol.clone(),
+                port.frontends.join(" "),
+                affinity,
+                backends,
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        println!("no services");
+    } else {
+        table(
+            &[
+                "SERVICE",
+                "PORT",
+                "PROTOCOL",
+                "FRONTENDS",
+                "AFFINITY",
+                "BACKENDS",
+            ],
+            &rows,
+        );
+    }
+    Ok(())
+}
+
+/// Without an agent there are no names, but the kernel knows what it serves.
+fn pinned_services(look: &Look) -> Result<()> {
+    let state = Bpf::open(&Pins::at(&look.place.bpffs))?.observe()?;
+    if look.output == Output::Json {
+        return json(&state.canonical().lines().collect::<Vec<_>>());
+    }
+    println!("no agent is running; this is what the kernel serves:");
+    print!("{}", state.canonical());
+    Ok(())
+}
+
+pub(super) async fn backends(look: &Look) -> Result<()> {
+    let Some(report) = agent(look).await? else {
+        let state = Bpf::open(&Pins::at(&look.place.bpffs))?.observe()?;
+        let is_live = |flags: u32| flags & BackendFlags::LIVE != 0;
+        let v4 = state
+            .v4
+            .backends
+            .values()
+            .filter(|backend| is_live(backend.flags))
+            .map(|backend| {
+                (
+                    backend.service.0,
+                    format!("{}:{}", backend.addr, backend.port),
+                    backend.flags,
+                )
+            });
+        let v6 = state
+            .v6
+            .backends
+            .values()
+            .filter(|backend| is_live(backend.flags))
+            .map(|backend| {
+                (
+                    backend.service.0,
+                    format!("[{}]:{}", backend.addr, backend.port),
+                    backend.flags,
+                )
+            });
+        let rows: Vec<Vec<String>> = v4
+            .chain(v6)
+            .map(|(service, address, flags)| {
+                vec![
+                    service.to_string(),
+                    address,
+                    report::state(flags).to_owned(),
+                ]
+            })
+            .collect();
+        if look.output == Output::Json {
+            return json(&rows);
+        }
+        table(&["SERVICE ID", "BACKEND", "STATE"], &rows);
+        return Ok(());
+    };
+    #[derive(Serialize)]
+    struct Row<'a> {
+        service: &'a str,
+        port: &'a str,
+        protocol: &'a str,
+        backend: &'a report::Backend,
+    }
+    let rows: Vec<Row<'_>> = report
+        .ports
+        .iter()
+        .flat_map(|port| {
+            port.backends.iter().map(|backend| Row {
+                service: &port.service,
+                port: &port.port,
+                protocol: &port.protocol,
+                backend,
+            })
+        })
+        .collect();
+    if look.output == Output::Json {
+        return json(&rows);
+    }
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| {
+            vec![
+                row.service.to_owned(),
+                if row.port.is_empty() { "-" } else { row.port }.to_owned(),
+                row.protocol.to_owned(),
+                row.backend.address.clone(),
+                row.backend.state.clone(),
+                format!("{}.{}", row.backend.id, row.backend.generation),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        println!("no backends");
+    } else {
+        table(
+            &["SERVICE", "PORT", "PROTOCOL", "BACKEND", "STATE", "ID"],
+            &rows,
+        );
+    }
+    Ok(())
+}
+
+/// A counter's sum over all CPUs.
+#[derive(Serialize)]
+struct Count {
+    name: &'static str,
+    count: u64,
+    dropped: bool,
+    meaning: &'static str,
+}
+
+pub(super) fn drops(look: &Look) -> Result<()> {
+    let map = Pins::at(&look.place.bpffs).map("COUNTERS")?;
+    let map: PerCpuArray<_, u64> =
+        PerCpuArray::try_from(Map::PerCpuArray(map)).context("map COUNTERS")?;
+    let counts: Result<Vec<Count>> = Counter::ALL
+        .iter()
+        .map(|counter| {
+            let values = map
+                .get(&(*counter as u32), 0)
+                .context("reading map COUNTERS")?;
+            Ok(Count {
+                name: counter.label(),
+                count: values.iter().sum(),
+                dropped: counter.is_drop(),
+                meaning: counter.explanation(),
+            })
+        })
+        .collect();
+    let counts = counts?;
+    if look.output == Output::Json {
+        return json(&counts);
+    }
+    let rows = |dropped| -> Vec<Vec<String>> {
+        counts
+            .iter()
+            .filter(|count| count.dropped == dropped && count.count > 0)
+            .map(|count| {
+                vec![
+                    count.name.to_owned(),
+                    count.count.to_string(),
+                    count.meaning.to_owned(),
+                ]
+            })
+            .collect()
+    };
+    let drops = rows(true);
+    if drops.is_empty() {
+        println!("nothing was dropped or refused");
+    } else {
+        table(&["REASON", "COUNT", "MEANING"], &drops);
+    }
+    let done = rows(false);
+    if !done.is_empty() {
+        println!();
+        table(&["DONE", "COUNT", "MEANING"], &done);
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! Sweeps flows whose time is over, so that their records can serve new ones.
+//!
+//! The programs manage without: they evict when no record is free. Invariant: a record is taken
+//! away by moving its state to `RECLAIMING` with one compare-and-exchange, as the programs do.
+#![expect(
+    unsafe_code,
+    reason = "the flow table is memory shared with the kernel's programs"
+)]
+
+use std::{
+    io,
+    num::NonZeroUsize,
+    os::fd::AsFd,
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use aya::maps::{Array, HashMap, Map, MapData, MapError, Queue};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use penstock_common::{
+    Addr, Config, Flow, FlowId, FlowKey, FlowState, Proto, Timeouts, V4, V6, limits,
+};
+
+use crate::dataplane::pins::{PinError, Pins};
+
+/// The flow table can't be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum FlowsError {
+    /// A pinned map can't be opened.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A map operation failed.
+    #[error("map {map}: {source}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// The table can't be mapped into memory.
+    #[error("mapping {map} into memory: {source}")]
+    Mmap {
+        /// The map.
+        map: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Seconds since boot on the programs' clock (CLOCK_MONOTONIC_COARSE).
+pub fn now_secs() -> u32 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE)
+        .map_or(0, |time| time.tv_sec() as u32)
+}
+
+/// A family's flow table.
+struct Table<A> {
+    records: NonNull<Flow<A>>,
+    length: NonZeroUsize,
+    index: HashMap<MapData, FlowKey<A>, FlowId>,
+    free: Queue<MapData, FlowId>,
+}
+
+// SAFETY: the mapping belongs to this value alone and is not tied to a thread.
+unsafe impl<A: Send> Send for Table<A> {}
+
+impl<A> Drop for Table<A> {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `open` with this length, and nobody else has the pointer.
+        let _ = unsafe { munmap(self.records.cast(), self.length.get()) };
+    }
+}
+
+impl<A: Addr> Table<A>
+where
+    FlowKey<A>: aya::Pod,
+{
+    fn open(pins: &Pins, [records, index, free]: [&'static str; 3]) -> Result<Self, FlowsError> {
+        let map = |name, source| FlowsError::Map { map: name, source };
+        let data = pins.map(records)?;
+        // The kernel rounds an array's elements up to 8 bytes; flows are a multiple of that.
+        let bytes = size_of::<Flow<A>>() * limits::FLOWS as usize;
+        let bad = |source| FlowsError::Mmap {
+            map: records,
+            source,
+        };
+        let length = NonZeroUsize::new(bytes.next_multiple_of(4_096))
+            .ok_or_else(|| bad(io::ErrorKind::InvalidInput.into()))?;
+        // SAFETY: a new mapping of a file descriptor, at no particular address.
+        let memory = unsafe {
+            let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            mmap(
+                None,
+                length,
+                access,
+                MapFlags::MAP_SHARED,
+                data.fd().as_fd(),
+                0,
+            )
+        }
+        .map_err(|error| bad(error.into()))?;
+        Ok(Self {
+            records: memory.cast(),
+            length,
+            index: HashMap::try_from(Map::HashMap(pins.map(index)?))
+                .map_err(|source| map(index, source))?,
+            free: Queue::try_from(Map::Queue(pins.map(free)?))
+                .map_err(|source| map(free, source))?,
+        })
+    }
+
+    fn record(&self, id: u32) -> *mut Flow<A> {
+        // SAFETY: ids are below `FLOWS`, and the mapping holds that many records.
+        unsafe { self.records.as_ptr().add(id as usize) }
+    }
+
+    fn state(&self, id: u32) -> &AtomicU32 {
+        // SAFETY: the first field of a record in the mapping, aligned, and only ever changed
+        // atomically; the mapping lives as long as `self`.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.record(id)).state) }
+    }
+
+    fn read(&self, id: u32) -> Flow<A> {
+        // SAFETY: inside the mapping; any bytes are a flow, and what a program changes meanwhile
+        // is caught by the compare-and-exchange that follows.
+        unsafe { self.record(id).read_volatile() }
+    }
+
+    /// Fills the queue of free records anew.
+    fn refill(&mut self) {
+        while self.free.pop(0).is_ok() {}
+        for id in 0..limits::FLOWS {
+            if self.state(id).load(Ordering::Relaxed) == FlowState::FREE
+                && self.free.push(FlowId(id), 0).is_err()
+            {
+                // Full: the rest is found by sampling.
+                return;
+            }
+        }
+    }
+
+    /// Frees flows that have expired; how many, and how many there are.
+    fn sweep(&mut self, timeouts: &Timeouts, now: u32) -> (usize, usize) {
+        let (mut swept, mut live) = (0, 0);
+        for id in 0..limits::FLOWS {
+            let state = self.state(id).load(Ordering::Relaxed);
+            if state == FlowState::FREE {
+                continue;
+            }
+            live += 1;
+            let flow = self.read(id);
+            if !has_expired(&flow, timeouts, now) {
+                continue;
+            }
+            let claimed = self.state(id).compare_exchange(
+                flow.state,
+                FlowState::RECLAIMING,
+                Ordering::SeqCst,
+                Ordering::Relaxed,
+            );
+            if claimed.is_err() {
+                continue;
+            }
+            for key in [flow.request_key(), flow.reply_key()] {
+                // An index entry may already lead to another flow's record.
+                if self
+                    .index
+                    .get(&key, 0)
+                    .is_ok_and(|found| found == FlowId(id))
+                {
+                    let _ = self.index.remove(&key);
+                }
+            }
+            self.state(id).store(FlowState::FREE, Ordering::SeqCst);
+            // Full: the record is found by sampling.
+            let _ = self.free.push(FlowId(id), 0);
+            swept += 1;
+            live -= 1;
+        }
+        (swept, live)
+    }
+}
+
+/// Whether nobody will miss a flow.
+fn has_expired<A>(flow: &Flow<A>, timeouts: &Timeouts, now: u32) -> bool {
+    let idle = now.saturating_sub(flow.seen_secs);
+    let timeout = match (flow.state, flow.proto) {
+        // A program died in the middle, which takes far less than this.
+        (FlowState::CLAIMED | FlowState::RECLAIMING, _) => 60,
+        (FlowState::EMBRYONIC, Proto::TCP) => timeouts.tcp_syn_secs,
+        (FlowState::ESTABLISHED, Proto::TCP) => timeouts.tcp_established_secs,
+        (FlowState::CLOSING, _) => timeouts.tcp_closing_secs,
+        (FlowState::EMBRYONIC, _) => timeouts.udp_secs,
+        (FlowState::ESTABLISHED, _) => timeouts.udp_stream_secs,
+        _ => return false,
+    };
+    idle >= timeout
+}
+
+/// Sweeps both families.
+pub struct Sweeper {
+    v4: Table<V4>,
+    v6: Table<V6>,
+    config: Array<MapData, Config>,
+}
+
+impl Sweeper {
+    /// Maps the pinned tables and fills the queues of free records.
+    pub fn open(pins: &Pins) -> Result<Self, FlowsError> {
+        let config =
+            Array::try_from(Map::Array(pins.map("CONFIG")?)).map_err(|source| FlowsError::Map {
+                map: "CONFIG",
+                source,
+            })?;
+        let mut sweeper = Self {
+            v4: Table::open(pins, ["FLOWS4", "FLOW_INDEX4", "FREE_FLOWS4"])?,
+            v6: Table::open(pins, ["FLOWS6", "FLOW_INDEX6", "FREE_FLOWS6"])?,
+            config,
+        };
+        sweeper.v4.refill();
+        sweeper.v6.refill();
+        Ok(sweeper)
+    }
+
+    /// Frees what has expired. Returns how many flows went and how many are there.
+    pub fn sweep(&mut self) -> (usize, usize) {
+        let timeouts = self.config.get(&0, 0).unwrap_or_default().timeouts;
+        let now = now_secs();
+        let (swept4, live4) = self.v4.sweep(&timeouts, now);
+        let (swept6, live6) = self.v6.sweep(&timeouts, now);
+        (swept4 + swept6, live4 + live6)
+    }
+}
