@@ -1,2 +1,2 @@
-//! Placeholder removed when the benchmark is written.
+//! The side-by-side benchmark.
 fn main() {}

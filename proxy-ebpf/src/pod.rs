@@ -73,9 +73,12 @@ fn is_translated(proto: Proto) -> bool {
     matches!(proto, Proto::TCP | Proto::UDP)
 }
 
+/// Source and destination.
+type Ends<A> = (A, A);
+
 /// The headers of a packet that [`classify`] has seen.
 #[inline(always)]
-fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, (F::Addr, F::Addr)), Counter> {
+fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, Ends<F::Addr>), Counter> {
     let addrs = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
     Ok((header, addrs))

@@ -1,5 +1,24 @@
 //! Nodes, pods and clients as network namespaces, for tests, demo and benchmarks.
+//!
+//! A [`Testbed`] is a bridge in a namespace of its own, with nodes around it. Each [`Node`] has its
+//! own namespace, cgroup, bpffs folder and manifests, and routes to the other nodes' pods; each
+//! [`Pod`] hangs on a veth pair, as with a routed CNI plugin. Everything is removed when the
+//! testbed is dropped, also by a panic; what a killed run left is removed by the next.
 
+mod agent;
+mod apiserver;
+mod host;
+mod manifest;
+mod process;
 mod requirement;
+mod testbed;
+mod wait;
 
-pub use requirement::require_kernel;
+pub use agent::{Agent, Source};
+pub use apiserver::ApiServer;
+pub use host::Host;
+pub use manifest::{Service, Slice};
+pub use process::Process;
+pub use requirement::{require_api_server, require_kernel};
+pub use testbed::{Node, Pod, Testbed};
+pub use wait::eventually;

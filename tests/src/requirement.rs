@@ -1,12 +1,12 @@
 //! What a test needs of its machine: said aloud when it is missing, and an error in CI.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// `None`, after saying so, unless this process may load programs and pin maps.
 #[must_use]
 pub fn require_kernel() -> Option<()> {
     if !nix::unistd::geteuid().is_root() {
-        return missing("root, to load programs");
+        return missing("root, to load programs and make network namespaces");
     }
     if !Path::new("/sys/fs/bpf").exists() {
         return missing("a kernel with bpffs");
@@ -14,8 +14,19 @@ pub fn require_kernel() -> Option<()> {
     Some(())
 }
 
+/// Where etcd and kube-apiserver are; `None`, after saying so, if that is not known.
+#[must_use]
+pub fn require_api_server() -> Option<PathBuf> {
+    require_kernel()?;
+    let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+    match assets.filter(|assets| assets.join("kube-apiserver").exists()) {
+        Some(assets) => Some(assets),
+        None => missing("KUBEBUILDER_ASSETS, a folder with etcd and kube-apiserver"),
+    }
+}
+
 /// Says what is missing; in CI nothing may be.
-fn missing(what: &str) -> Option<()> {
+fn missing<T>(what: &str) -> Option<T> {
     #[expect(clippy::panic, reason = "in CI a test that can't run is a failure")]
     if std::env::var_os("CI").is_some() {
         panic!("this test needs {what}");

@@ -32,6 +32,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("/bin/ip", "iproute2"),
     ("/usr/bin/nsenter", "util-linux"),
     ("/usr/bin/openssl", "openssl"),
+    ("/sbin/sysctl", "procps"),
 ];
 
 const LINKER_VERSION: &str = "0.13.0";

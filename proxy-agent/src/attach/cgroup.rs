@@ -42,7 +42,7 @@ pub fn attach(ebpf: &mut Ebpf, pins: &Pins, path: &Path) -> Result<(), AttachErr
     };
     let cgroup = File::open(path).map_err(open)?;
     let is_cgroup2 = nix::sys::statfs::fstatfs(&cgroup)
-        .is_ok_and(|stat| stat.filesystem_type().0 as i64 == CGROUP2_SUPER_MAGIC);
+        .is_ok_and(|stat| stat.filesystem_type().0 == CGROUP2_SUPER_MAGIC);
     if !is_cgroup2 {
         return Err(AttachError::NotCgroup2 {
             path: path.to_path_buf(),

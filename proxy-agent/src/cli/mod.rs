@@ -127,11 +127,11 @@ enum LogLevel {
 impl LogLevel {
     fn filter(self) -> &'static str {
         match self {
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
-            Self::Debug => "info,penstock=debug,penstock_agent=debug",
-            Self::Trace => "info,penstock=trace,penstock_agent=trace",
+            Self::Error => "error,kube_client=off",
+            Self::Warn => "warn,kube_client=off",
+            Self::Info => "info,kube_client=off",
+            Self::Debug => "info,kube_client=off,penstock=debug,penstock_agent=debug",
+            Self::Trace => "info,kube_client=off,penstock=trace,penstock_agent=trace",
         }
     }
 }
@@ -153,6 +153,7 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::new(args.log_level.filter()))
         .with_writer(std::io::stderr)
         .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     let source = match args.manifests {
         Some(directory) => {

@@ -139,7 +139,7 @@ impl Pins {
         let links = pins.root.join("links");
         fs::create_dir_all(&links).map_err(folder("creating", &links))?;
         let is_bpffs = nix::sys::statfs::statfs(&pins.root)
-            .is_ok_and(|stat| stat.filesystem_type().0 as i64 == BPF_FS_MAGIC);
+            .is_ok_and(|stat| stat.filesystem_type().0 == BPF_FS_MAGIC);
         if !is_bpffs {
             return Err(PinError::NotBpffs { path: pins.root });
         }

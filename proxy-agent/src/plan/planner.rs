@@ -406,14 +406,14 @@ fn view<A: PlannedAddr>(key: &PortKey, state: &PortState<A>) -> PortView {
         frontends: state
             .frontends
             .iter()
-            .map(|(key, frontend)| (key.addr.to_ip(), key.port.to_host(), *frontend))
+            .map(|(key, frontend)| (key.addr.into_ip(), key.port.to_host(), *frontend))
             .collect(),
         backends: state
             .backends
             .iter()
             .map(|((addr, port), held)| {
                 (
-                    addr.to_ip(),
+                    addr.into_ip(),
                     port.to_host(),
                     held.id,
                     held.generation,
@@ -699,7 +699,7 @@ fn plan_addresses<A: PlannedAddr>(
         change: A::change(FamilyChange::DeleteAddress(addr)),
     };
     for (addr, (change, service)) in &uses {
-        let is_node = nodes.contains(&addr.to_ip());
+        let is_node = nodes.contains(&addr.into_ip());
         let after = i64::from(side.uses.get(addr).copied().unwrap_or(0)) + change;
         let kind = side.addresses.get(addr).map(|address| address.kind);
         if after > 0 && !is_node && kind != Some(AddressKind::SERVICE) {
@@ -710,7 +710,7 @@ fn plan_addresses<A: PlannedAddr>(
     }
     for addr in &side.idle {
         let is_held = side.addresses.contains_key(addr);
-        if is_held && !uses.contains_key(addr) && !nodes.contains(&addr.to_ip()) {
+        if is_held && !uses.contains_key(addr) && !nodes.contains(&addr.into_ip()) {
             steps.push(delete(*addr, usize::MAX));
         }
     }
@@ -723,7 +723,7 @@ fn plan_addresses<A: PlannedAddr>(
         }
     }
     let is_stale = |addr: &A, address: &Address| {
-        let is_node = nodes.contains(&addr.to_ip());
+        let is_node = nodes.contains(&addr.into_ip());
         let is_used =
             side.uses.contains_key(addr) || uses.contains_key(addr) || side.idle.contains(addr);
         !is_node && !is_used && (sweeps || address.kind == AddressKind::NODE)

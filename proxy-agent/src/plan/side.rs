@@ -18,7 +18,7 @@ pub(super) trait PlannedAddr: Addr + Ord + std::hash::Hash {
     /// This family's address, if it is of this family.
     fn from_ip(ip: IpAddr) -> Option<Self>;
     /// The other way.
-    fn to_ip(self) -> IpAddr;
+    fn into_ip(self) -> IpAddr;
     /// A change of this family's maps.
     fn change(change: FamilyChange<Self>) -> Change;
     /// The other way, if it is this family's.
@@ -32,7 +32,7 @@ impl PlannedAddr for V4 {
             IpAddr::V6(_) => None,
         }
     }
-    fn to_ip(self) -> IpAddr {
+    fn into_ip(self) -> IpAddr {
         IpAddr::V4(self.into())
     }
     fn change(change: FamilyChange<Self>) -> Change {
@@ -53,7 +53,7 @@ impl PlannedAddr for V6 {
             IpAddr::V4(_) => None,
         }
     }
-    fn to_ip(self) -> IpAddr {
+    fn into_ip(self) -> IpAddr {
         IpAddr::V6(self.into())
     }
     fn change(change: FamilyChange<Self>) -> Change {

@@ -63,13 +63,13 @@ fn write_family<A: PlannedAddr>(
             _ => "unknown",
         };
         // Writing to a string can't fail.
-        let _ = writeln!(text, "address {} {kind}", addr.to_ip());
+        let _ = writeln!(text, "address {} {kind}", addr.into_ip());
     }
     for (key, frontend) in &state.frontends {
         let FrontendKey {
             addr, port, proto, ..
         } = *key;
-        let _ = write!(text, "frontend {} {port} {proto}", addr.to_ip());
+        let _ = write!(text, "frontend {} {port} {proto}", addr.into_ip());
         if frontend.affinity_secs > 0 {
             let _ = write!(text, " affinity {}s", frontend.affinity_secs);
         }
@@ -83,7 +83,12 @@ fn write_family<A: PlannedAddr>(
             let backend = slots.get(&slot).and_then(|id| state.backends.get(id));
             let _ = match backend {
                 Some(backend) => {
-                    writeln!(text, "  backend {} {}", backend.addr.to_ip(), backend.port)
+                    writeln!(
+                        text,
+                        "  backend {} {}",
+                        backend.addr.into_ip(),
+                        backend.port
+                    )
                 }
                 None => writeln!(text, "  backend missing"),
             };
@@ -92,7 +97,7 @@ fn write_family<A: PlannedAddr>(
             backend.service == frontend.service && backend.flags == BackendFlags::LIVE
         });
         let resting: BTreeSet<_> = resting
-            .map(|backend| (backend.addr.to_ip(), backend.port.to_host()))
+            .map(|backend| (backend.addr.into_ip(), backend.port.to_host()))
             .collect();
         for (ip, port) in resting {
             let _ = writeln!(text, "  resting {ip} {port}");
@@ -107,7 +112,7 @@ fn check_family<A: PlannedAddr>(
     slots: &BTreeMap<u32, BackendId>,
 ) {
     for (key, frontend) in &state.frontends {
-        let name = format!("frontend {} {} {}", key.addr.to_ip(), key.port, key.proto);
+        let name = format!("frontend {} {} {}", key.addr.into_ip(), key.port, key.proto);
         if frontend.key_check != key.check() {
             problems.push(format!("{name} does not carry its key"));
         }
@@ -158,7 +163,7 @@ fn leaks_of<A: PlannedAddr>(leaks: &mut Vec<String>, state: &FamilyState<A>) {
     let used: BTreeSet<A> = state.frontends.keys().map(|key| key.addr).collect();
     for (addr, address) in &state.addresses {
         if address.kind == AddressKind::SERVICE && !used.contains(addr) {
-            leaks.push(format!("address {} has no frontend", addr.to_ip()));
+            leaks.push(format!("address {} has no frontend", addr.into_ip()));
         }
     }
 }

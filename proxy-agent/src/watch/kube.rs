@@ -114,6 +114,7 @@ pub async fn run(servers: Servers, node_name: String, status: Status, events: Se
             selector: selector(kind, &node_name),
             decoder: Decoder::default(),
             status: status.clone(),
+            complaint: None,
             events: events.clone(),
         };
         tokio::spawn(watcher.run())
@@ -150,6 +151,7 @@ struct Watcher {
     selector: (&'static str, String),
     decoder: Decoder,
     status: Status,
+    complaint: Option<String>,
     events: Sender<Event>,
 }
 
@@ -211,6 +213,7 @@ impl Watcher {
                     Ok(listed) => {
                         version = Some(listed);
                         wait = FIRST_WAIT;
+                        self.complaint = None;
                         continue;
                     }
                     Err(stop) => stop,

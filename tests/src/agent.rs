@@ -1,0 +1,206 @@
+//! The agent as a process on a node.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{
+    eventually,
+    process::{self, Place, Process},
+    testbed::Node,
+};
+
+/// Where an agent gets its objects.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// The node's folder of manifests.
+    Manifests,
+    /// An API server.
+    Kubeconfig(PathBuf),
+}
+
+/// A program of this workspace, from the folder that this one runs from or the one beside it.
+pub(crate) fn binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program")?;
+    let target = own
+        .ancestors()
+        .find(|path| path.join("CACHEDIR.TAG").exists())
+        .context("this program is in no target directory")?;
+    ["release", "debug"]
+        .iter()
+        .map(|profile| target.join(profile).join(name))
+        .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
+        .max()
+        .map(|(_, path)| path)
+        .with_context(|| format!("{name} is not built: cargo build --release --bins"))
+}
+
+/// A node's agent.
+pub struct Agent {
+    node: Node,
+    source: Source,
+    extra: Vec<String>,
+    process: Process,
+    log: PathBuf,
+    place: Place,
+}
+
+impl Agent {
+    /// Starts the agent of a node and waits until it serves.
+    pub fn start(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
+        let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
+        let log = node.run_dir.with_extension("log");
+        Self::launch(node.clone(), source.clone(), extra, log, node.place())
+    }
+
+    /// Starts the agent of a node in the caller's own network namespace, from where a loopback API
+    /// server can be reached; socket hooks go by cgroup, so only packet hooks are missing.
+    pub fn start_here(node: &Node, source: &Source) -> Result<Self> {
+        let log = node.run_dir.with_extension("log");
+        Self::launch(
+            node.clone(),
+            source.clone(),
+            Vec::new(),
+            log,
+            process::here(),
+        )
+    }
+
+    fn launch(
+        node: Node,
+        source: Source,
+        extra: Vec<String>,
+        log: PathBuf,
+        place: Place,
+    ) -> Result<Self> {
+        let process = spawn(&node, &source, &extra, &log, &place)?;
+        let mut agent = Self {
+            node,
+            source,
+            extra,
+            process,
+            log,
+            place,
+        };
+        agent.wait_until_settled()?;
+        Ok(agent)
+    }
+
+    /// Waits until the kernel holds all that is wanted.
+    pub fn wait_until_settled(&mut self) -> Result<()> {
+        eventually("the agent serves", || {
+            anyhow::ensure!(self.process.is_running(), "the agent ended: {}", self.log());
+            let status = self.status()?;
+            let is_settled = status.get("settled").and_then(Value::as_bool) == Some(true);
+            anyhow::ensure!(is_settled, "{status}\n{}", self.log());
+            Ok(())
+        })
+    }
+
+    /// Waits until all pods' interfaces have their hooks and their namespaces are known.
+    pub fn wait_for_pods(&self, count: usize) -> Result<()> {
+        eventually("every pod is known", || {
+            let status = self.status()?;
+            let interfaces = status.get("interfaces").and_then(Value::as_array);
+            let known = interfaces.into_iter().flatten().filter(|interface| {
+                let addresses = interface.get("addresses").and_then(Value::as_array);
+                addresses.is_some_and(|addresses| addresses.len() == 2)
+                    && interface.get("attached").and_then(Value::as_bool) == Some(true)
+            });
+            anyhow::ensure!(known.count() == count, "{status}");
+            Ok(())
+        })
+    }
+
+    /// `penstock COMMAND -o json` of this node.
+    pub fn show(&self, command: &str) -> Result<Value> {
+        show(&self.node, command)
+    }
+
+    /// `penstock status -o json`.
+    pub fn status(&self) -> Result<Value> {
+        self.show("status")
+    }
+
+    /// A counter of `penstock drops`.
+    pub fn count(&self, name: &str) -> Result<u64> {
+        let counts = self.show("drops")?;
+        let count = counts.as_array().into_iter().flatten().find_map(|entry| {
+            (entry.get("name")?.as_str()? == name).then(|| entry.get("count")?.as_u64())?
+        });
+        count.with_context(|| format!("there is no counter {name}"))
+    }
+
+    /// What it logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again after [`Self::kill`].
+    pub fn restart(&mut self) -> Result<()> {
+        self.process = spawn(
+            &self.node,
+            &self.source,
+            &self.extra,
+            &self.log,
+            &self.place,
+        )?;
+        self.wait_until_settled()
+    }
+}
+
+fn spawn(
+    node: &Node,
+    source: &Source,
+    extra: &[String],
+    log: &Path,
+    place: &Place,
+) -> Result<Process> {
+    let mut command = process::command(binary("penstock")?, place)?;
+    command.arg("agent");
+    match source {
+        Source::Manifests => command.arg("--manifests").arg(&node.manifests),
+        Source::Kubeconfig(file) => command.arg("--kubeconfig").arg(file),
+    };
+    command
+        .args([
+            "--node-name",
+            &node.name(),
+            "--pod-interfaces",
+            &node.pod_interfaces,
+        ])
+        .arg("--cgroup")
+        .arg(&node.cgroup)
+        .arg("--bpffs")
+        .arg(&node.bpffs)
+        .arg("--run-dir")
+        .arg(&node.run_dir)
+        .args(["--log-level", "debug"])
+        .args(extra);
+    Process::start_logging(command, log)
+}
+
+/// `penstock COMMAND -o json` on a node, whether its agent runs or not.
+pub(crate) fn show(node: &Node, command: &str) -> Result<Value> {
+    let mut process = Command::new(binary("penstock")?);
+    process
+        .args([command, "-o", "json", "--bpffs"])
+        .arg(&node.bpffs);
+    process.arg("--run-dir").arg(&node.run_dir);
+    let text = process::run(process)?;
+    serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
+}

@@ -1,0 +1,301 @@
+//! Serves and asks, over TCP and UDP: what tests, demo and benchmarks send.
+//!
+//! A server answers "NAME PEER REACHED". A question prints one line of JSON.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use serde_json::json;
+
+/// Serves and asks.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answers on a port, TCP and UDP, both families.
+    Serve {
+        #[arg(long)]
+        name: String,
+        #[arg(long)]
+        port: u16,
+    },
+    /// Asks once.
+    Ask {
+        /// tcp, udp (unconnected) or udp-connected.
+        protocol: String,
+        to: SocketAddr,
+        /// Bytes of a datagram's payload.
+        #[arg(long, default_value_t = 1)]
+        size: usize,
+        /// Source port.
+        #[arg(long, default_value_t = 0)]
+        port: u16,
+        #[arg(long, default_value_t = 2_000)]
+        timeout_ms: u64,
+    },
+    /// Asks over one UDP socket, again and again; a line for each answer or failure.
+    Keep {
+        /// udp or udp-connected.
+        protocol: String,
+        to: SocketAddr,
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+    },
+    /// Holds one TCP connection and asks over it; a line for each answer or failure.
+    Hold {
+        to: SocketAddr,
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+    },
+    /// Connects, asks and closes, as fast as it goes, until stdin ends or the time is over.
+    Load {
+        to: Vec<SocketAddr>,
+        #[arg(long, default_value_t = 1_000)]
+        for_ms: u64,
+        #[arg(long, default_value_t = 1)]
+        tasks: usize,
+    },
+    /// Connects, asks and closes a number of times; one line with all times in nanoseconds.
+    Times {
+        to: SocketAddr,
+        #[arg(long, default_value_t = 1_000)]
+        count: usize,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Serve { name, port } => serve(&name, port),
+        Command::Ask {
+            protocol,
+            to,
+            size,
+            port,
+            timeout_ms,
+        } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            let answer = match protocol.as_str() {
+                "tcp" => ask_tcp(to, port, timeout),
+                "udp" => ask_udp(&udp(to, port, timeout)?, Some(to), size),
+                _ => {
+                    let socket = udp(to, port, timeout)?;
+                    match socket.connect(to) {
+                        Ok(()) => ask_udp(&socket, None, size),
+                        Err(error) => Err(error),
+                    }
+                }
+            };
+            println!("{}", shown(answer));
+            Ok(())
+        }
+        Command::Keep {
+            protocol,
+            to,
+            interval_ms,
+        } => {
+            let socket = udp(to, 0, Duration::from_millis(200))?;
+            let is_connected = protocol == "udp-connected";
+            if is_connected {
+                socket.connect(to)?;
+            }
+            let to = (!is_connected).then_some(to);
+            loop {
+                println!("{}", shown(ask_udp(&socket, to, 1)));
+                std::thread::sleep(Duration::from_millis(interval_ms));
+            }
+        }
+        Command::Hold { to, interval_ms } => hold(to, Duration::from_millis(interval_ms)),
+        Command::Load { to, for_ms, tasks } => load(&to, Duration::from_millis(for_ms), tasks),
+        Command::Times { to, count } => {
+            let mut times = Vec::with_capacity(count);
+            for _ in 0..count {
+                let started = Instant::now();
+                ask_tcp(to, 0, Duration::from_secs(2))?;
+                times.push(started.elapsed().as_nanos() as u64);
+            }
+            println!("{}", json!(times));
+            Ok(())
+        }
+    }
+}
+
+fn shown(answer: std::io::Result<serde_json::Value>) -> serde_json::Value {
+    answer.unwrap_or_else(|error| json!({ "error": error.kind().to_string() }))
+}
+
+/// An address as one writes it, IPv4 never in IPv6's form.
+fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn serve(name: &str, port: u16) -> Result<()> {
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).context("listening")?;
+    let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).context("binding")?;
+    println!("ready");
+    let udp_name = name.to_owned();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 65_536];
+        while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
+            let answer = format!("{udp_name} {} {length}", plain(peer));
+            // The peer may be gone.
+            let _ = socket.send_to(answer.as_bytes(), peer);
+        }
+    });
+    for stream in listener.incoming() {
+        let Ok(stream) = stream else { continue };
+        let name = name.to_owned();
+        std::thread::spawn(move || answer(stream, &name));
+    }
+    Ok(())
+}
+
+/// One line for each byte that comes.
+fn answer(mut stream: TcpStream, name: &str) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let peer = plain(stream.peer_addr()?);
+    let own = plain(stream.local_addr()?);
+    let mut byte = [0];
+    while stream.read(&mut byte)? > 0 {
+        stream.write_all(format!("{name} {peer} {own}\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+fn read_line(stream: &mut TcpStream) -> std::io::Result<String> {
+    let mut text = Vec::new();
+    let mut buffer = [0; 256];
+    loop {
+        let length = stream.read(&mut buffer)?;
+        if length == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        text.extend_from_slice(buffer.get(..length).unwrap_or_default());
+        if text.ends_with(b"\n") {
+            return Ok(String::from_utf8_lossy(&text).trim_end().to_owned());
+        }
+    }
+}
+
+fn ask_tcp(to: SocketAddr, _port: u16, timeout: Duration) -> std::io::Result<serde_json::Value> {
+    let mut stream = TcpStream::connect_timeout(&to, timeout)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_nodelay(true)?;
+    stream.write_all(b"?")?;
+    let line = read_line(&mut stream)?;
+    let peer = plain(stream.peer_addr()?).to_string();
+    let own = plain(stream.local_addr()?).to_string();
+    Ok(parsed(&line, &peer, &own))
+}
+
+fn parsed(line: &str, peer: &str, own: &str) -> serde_json::Value {
+    let mut words = line.split(' ');
+    json!({
+        "server": words.next(),
+        "source": words.next(),
+        "reached": words.next(),
+        "peer": peer,
+        "own": own,
+    })
+}
+
+fn udp(to: SocketAddr, port: u16, timeout: Duration) -> Result<UdpSocket> {
+    let any: IpAddr = if to.is_ipv4() {
+        [0, 0, 0, 0].into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let socket = UdpSocket::bind((any, port)).context("binding")?;
+    socket.set_read_timeout(Some(timeout))?;
+    Ok(socket)
+}
+
+/// Sends a datagram; to the socket's peer if `to` is `None`.
+fn ask_udp(
+    socket: &UdpSocket,
+    to: Option<SocketAddr>,
+    size: usize,
+) -> std::io::Result<serde_json::Value> {
+    let payload = vec![b'?'; size];
+    match to {
+        Some(to) => socket.send_to(&payload, to)?,
+        None => socket.send(&payload)?,
+    };
+    let mut buffer = [0; 65_536];
+    let (length, from) = socket.recv_from(&mut buffer)?;
+    let line = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
+    let own = plain(socket.local_addr()?).to_string();
+    let mut answer = parsed(&line, &plain(from).to_string(), &own);
+    if let (None, Some(answer)) = (to, answer.as_object_mut()) {
+        let name = socket
+            .peer_addr()
+            .map(|peer| plain(peer).to_string())
+            .unwrap_or_default();
+        answer.insert("peername".to_owned(), name.into());
+    }
+    Ok(answer)
+}
+
+fn hold(to: SocketAddr, interval: Duration) -> Result<()> {
+    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    loop {
+        let answer = stream.write_all(b"?").and_then(|()| read_line(&mut stream));
+        let peer = stream
+            .peer_addr()
+            .map(|peer| plain(peer).to_string())
+            .unwrap_or_default();
+        println!("{}", shown(answer.map(|line| parsed(&line, &peer, ""))));
+        std::thread::sleep(interval);
+    }
+}
+
+fn load(to: &[SocketAddr], time: Duration, tasks: usize) -> Result<()> {
+    let started = Instant::now();
+    let threads: Vec<_> = (0..tasks.max(1))
+        .map(|task| {
+            let to = to.to_vec();
+            std::thread::spawn(move || {
+                let (mut done, mut failed) = (0_u64, Vec::new());
+                let mut servers = std::collections::BTreeSet::new();
+                for to in to.iter().cycle().skip(task) {
+                    if started.elapsed() >= time {
+                        break;
+                    }
+                    match ask_tcp(*to, 0, Duration::from_secs(5)) {
+                        Ok(answer) => {
+                            done += 1;
+                            let server = answer.get("server").and_then(|server| server.as_str());
+                            servers.extend(server.map(str::to_owned));
+                        }
+                        Err(error) => failed.push(format!("{to}: {error}")),
+                    }
+                }
+                (done, failed, servers)
+            })
+        })
+        .collect();
+    let (mut done, mut failed) = (0, Vec::new());
+    let mut servers = std::collections::BTreeSet::new();
+    for thread in threads {
+        if let Ok((more, errors, names)) = thread.join() {
+            done += more;
+            failed.extend(errors);
+            servers.extend(names);
+        }
+    }
+    println!(
+        "{}",
+        json!({ "done": done, "failed": failed, "servers": servers })
+    );
+    Ok(())
+}

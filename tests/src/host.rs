@@ -1,0 +1,76 @@
+//! Somewhere that processes run: a node, a pod or an outside client.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::process::{self, Place, Process};
+
+/// A network namespace with addresses, and a cgroup for its processes.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The namespace's name.
+    pub name: String,
+    /// Its IPv4 address.
+    pub ip4: IpAddr,
+    /// Its IPv6 address.
+    pub ip6: IpAddr,
+    pub(crate) place: Place,
+}
+
+/// The program that serves and asks, built with this crate.
+fn traffic() -> Result<PathBuf> {
+    crate::agent::binary("penstock-traffic")
+}
+
+impl Host {
+    /// The same place, with processes in a cgroup that no socket hook is on.
+    #[must_use]
+    pub fn without_socket_hooks(&self) -> Self {
+        let mut host = self.clone();
+        host.place.cgroup = None;
+        host
+    }
+
+    /// Runs a program to its end; what it printed.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = process::command(program, &self.place)?;
+        command.args(arguments);
+        process::run(command)
+    }
+
+    /// Starts the traffic program, which says "ready" first where it serves.
+    pub fn traffic(&self, arguments: &[&str]) -> Result<Process> {
+        let mut command = process::command(traffic()?, &self.place)?;
+        command.args(arguments);
+        Process::start(command)
+    }
+
+    /// Serves TCP and UDP on `port` of all addresses: each answer names this host, who asked, and
+    /// the address that was reached.
+    pub fn serve(&self, port: u16) -> Result<Process> {
+        let mut server =
+            self.traffic(&["serve", "--name", &self.name, "--port", &port.to_string()])?;
+        let first = server.line().context("starting a server")?;
+        anyhow::ensure!(first == "ready", "the server said {first:?}");
+        Ok(server)
+    }
+
+    /// Asks once; what was answered, or the error's name under "error".
+    pub fn ask(&self, protocol: &str, to: &str, options: &[&str]) -> Result<Value> {
+        let arguments = [&["ask", protocol, to], options].concat();
+        let mut command = process::command(traffic()?, &self.place)?;
+        command.args(arguments);
+        let text = process::run(command)?;
+        serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
+    }
+
+    /// Who answers.
+    pub fn who_answers(&self, protocol: &str, to: &str) -> Result<String> {
+        let answer = self.ask(protocol, to, &[])?;
+        let name = answer.get("server").and_then(Value::as_str);
+        name.map(str::to_owned)
+            .with_context(|| format!("{to} did not answer: {answer}"))
+    }
+}

@@ -1,0 +1,118 @@
+//! Services and endpoint slices as manifests.
+
+use serde_json::{Value, json};
+
+use crate::testbed::Pod;
+
+/// A Service in the making.
+#[derive(Clone, Debug)]
+pub struct Service(Value);
+
+impl Service {
+    /// A service with one address a family: 10.96.0.`number` and fd00:96::`number`.
+    pub fn new(name: &str, number: u8) -> Self {
+        let ips = [format!("10.96.0.{number}"), format!("fd00:96::{number:x}")];
+        Self(json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": { "name": name, "namespace": "default" },
+            "spec": {
+                "clusterIP": format!("10.96.0.{number}"), "clusterIPs": ips, "ipFamilyPolicy": "PreferDualStack",
+                "ipFamilies": ["IPv4", "IPv6"], "ports": [],
+            },
+        }))
+    }
+
+    /// Adds a port.
+    #[must_use]
+    pub fn port(self, name: &str, port: u16, protocol: &str) -> Self {
+        let mut ports = self.0.pointer("/spec/ports").cloned().unwrap_or_default();
+        if let Some(ports) = ports.as_array_mut() {
+            ports.push(json!({ "name": name, "port": port, "protocol": protocol }));
+        }
+        self.set("ports", ports)
+    }
+
+    /// Sets a field of its spec.
+    #[must_use]
+    pub fn set(mut self, field: &str, value: impl Into<Value>) -> Self {
+        if let Some(spec) = self.0.pointer_mut("/spec").and_then(Value::as_object_mut) {
+            spec.insert(field.to_owned(), value.into());
+        }
+        self
+    }
+
+    /// As JSON, which is YAML too.
+    pub fn json(&self) -> Value {
+        self.0.clone()
+    }
+}
+
+/// An EndpointSlice in the making.
+#[derive(Clone, Debug)]
+pub struct Slice(Value);
+
+impl Slice {
+    /// An empty slice of a service.
+    pub fn new(service: &str, is_v4: bool) -> Self {
+        let family = if is_v4 { "IPv4" } else { "IPv6" };
+        Self(json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("{service}-{}", family.to_lowercase()),
+                "namespace": "default",
+                "labels": { "kubernetes.io/service-name": service },
+            },
+            "addressType": family,
+            "ports": [],
+            "endpoints": [],
+        }))
+    }
+
+    /// Adds a port.
+    #[must_use]
+    pub fn port(mut self, name: &str, port: u16, protocol: &str) -> Self {
+        if let Some(ports) = self.0.pointer_mut("/ports").and_then(Value::as_array_mut) {
+            ports.push(json!({ "name": name, "port": port, "protocol": protocol }));
+        }
+        self
+    }
+
+    /// Adds a ready pod.
+    #[must_use]
+    pub fn pod(mut self, pod: &Pod) -> Self {
+        let is_v4 = self.0.pointer("/addressType") == Some(&json!("IPv4"));
+        let ip = if is_v4 { pod.host.ip4 } else { pod.host.ip6 };
+        if let Some(endpoints) = self
+            .0
+            .pointer_mut("/endpoints")
+            .and_then(Value::as_array_mut)
+        {
+            endpoints.push(json!({
+                "addresses": [ip.to_string()],
+                "conditions": { "ready": true },
+                "nodeName": pod.node,
+            }));
+        }
+        self
+    }
+
+    /// As JSON, which is YAML too.
+    pub fn json(&self) -> Value {
+        self.0.clone()
+    }
+
+    /// Slices of both families with TCP and UDP ports called "tcp" and "udp".
+    pub fn both(service: &str, port: u16, pods: &[&Pod]) -> Vec<Value> {
+        [true, false]
+            .into_iter()
+            .map(|is_v4| {
+                let slice = Self::new(service, is_v4)
+                    .port("tcp", port, "TCP")
+                    .port("udp", port, "UDP");
+                pods.iter().fold(slice, |slice, pod| slice.pod(pod)).json()
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,164 @@
+//! Processes that end with whoever started them.
+#![expect(unsafe_code, reason = "what a child does between fork and exec")]
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io::{BufRead, BufReader, Write},
+    os::{fd::AsRawFd, unix::process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+
+/// Where a process runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// A network namespace's file.
+    pub(crate) namespace: PathBuf,
+    /// A cgroup's folder; the caller's own where there is none.
+    pub(crate) cgroup: Option<PathBuf>,
+}
+
+/// The caller's own namespace and cgroup.
+pub(crate) fn here() -> Place {
+    Place {
+        namespace: PathBuf::from("/proc/self/ns/net"),
+        cgroup: None,
+    }
+}
+
+/// A command that will run in `place`, and die with its parent.
+pub(crate) fn command(program: impl AsRef<OsStr>, place: &Place) -> Result<Command> {
+    let namespace = File::open(&place.namespace)
+        .with_context(|| format!("opening {}", place.namespace.display()))?;
+    let cgroup = match &place.cgroup {
+        Some(cgroup) => {
+            let path = cgroup.join("cgroup.procs");
+            let file = File::options().write(true).open(&path);
+            Some(file.with_context(|| format!("opening {}", path.display()))?)
+        }
+        None => None,
+    };
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null());
+    let enter = move || {
+        // 0 is the writing process itself.
+        if let Some(mut cgroup) = cgroup.as_ref() {
+            cgroup.write_all(b"0")?;
+        }
+        // SAFETY: plain numbers; both calls are async-signal-safe.
+        unsafe {
+            if libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) != 0
+                || libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0
+            {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only makes system calls on descriptors that it owns.
+    unsafe { command.pre_exec(enter) };
+    Ok(command)
+}
+
+/// A running process, killed when dropped.
+pub struct Process {
+    child: Child,
+    output: Option<BufReader<ChildStdout>>,
+    name: String,
+}
+
+impl Process {
+    /// Starts a command whose output is read line by line.
+    pub(crate) fn start(mut command: Command) -> Result<Self> {
+        let name = format!("{command:?}");
+        let mut child = command
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {name}"))?;
+        let output = child.stdout.take().map(BufReader::new);
+        Ok(Self {
+            child,
+            output,
+            name,
+        })
+    }
+
+    /// Starts a command that writes to a file.
+    pub(crate) fn start_logging(mut command: Command, log: &Path) -> Result<Self> {
+        let name = format!("{command:?}");
+        let open = || File::options().create(true).append(true).open(log);
+        let file = open().with_context(|| format!("opening {}", log.display()))?;
+        let copy = file.try_clone().context("duplicating a descriptor")?;
+        let child = command
+            .stdout(file)
+            .stderr(copy)
+            .spawn()
+            .with_context(|| format!("starting {name}"))?;
+        Ok(Self {
+            child,
+            output: None,
+            name,
+        })
+    }
+
+    /// The next line that it prints.
+    pub fn line(&mut self) -> Result<String> {
+        let output = self.output.as_mut().context("the output goes elsewhere")?;
+        let mut line = String::new();
+        if output.read_line(&mut line).context("reading output")? == 0 {
+            let status = self.child.wait().context("waiting")?;
+            bail!("{} ended with {status} and no further output", self.name);
+        }
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it at once (SIGKILL).
+    pub fn kill(&mut self) {
+        // Already gone is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Asks it to end (SIGTERM) and waits until it has.
+    pub fn stop(&mut self) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).context("SIGTERM")?;
+        self.child.wait().context("waiting")?;
+        Ok(())
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Runs a command to its end; what it printed.
+pub(crate) fn run(mut command: Command) -> Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("starting {command:?}"))?;
+    if !output.status.success() {
+        bail!(
+            "{command:?} ended with {}: {}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
