@@ -55,13 +55,15 @@ fn copy(from: &Path, to: &Path) -> Result<(), String> {
         .map_err(|error| format!("copying {} to {}: {error}", from.display(), to.display()))
 }
 
-/// The target directory that contains `$OUT_DIR`: the nested build keeps its files beside ours, in
-/// a directory of its own, since cargo holds a lock on ours.
-fn target_dir(out: &Path) -> Result<PathBuf, String> {
-    out.ancestors()
-        .find(|path| path.join("CACHEDIR.TAG").exists())
+/// The directory of this build's profiles: the nested build keeps its files beside ours, in a
+/// directory of its own, since cargo holds a lock on ours.
+fn target_dir(object: &Path) -> Result<PathBuf, String> {
+    // TARGET/PROFILE/build/PACKAGE/out/penstock-ebpf
+    object
+        .ancestors()
+        .nth(5)
         .map(Path::to_path_buf)
-        .ok_or_else(|| format!("{} is in no target directory", out.display()))
+        .ok_or_else(|| format!("{} is in no target directory", object.display()))
 }
 
 /// A compiler for the BPF target, as a command that takes cargo's arguments.

@@ -28,7 +28,8 @@ pub(crate) fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let target = own
         .ancestors()
-        .find(|path| path.join("CACHEDIR.TAG").exists())
+        .find(|path| path.ends_with("debug") || path.ends_with("release"))
+        .and_then(Path::parent)
         .context("this program is in no target directory")?;
     ["release", "debug"]
         .iter()

@@ -20,5 +20,5 @@ pub use host::Host;
 pub use manifest::{Service, Slice};
 pub use process::Process;
 pub use requirement::{require_api_server, require_kernel};
-pub use testbed::{Node, Pod, Testbed};
+pub use testbed::{Node, Pod, Testbed, remove_leftovers};
 pub use wait::eventually;

@@ -425,42 +425,45 @@ fn remove_cgroup(cgroup: &Path) -> Result<()> {
     }
 }
 
-/// Removes what killed runs left.
+/// Removes what killed runs left, once a process.
 fn reap() {
     static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let is_dead = |name: &str| -> Option<String> {
-            let prefix = name.split('-').next()?;
-            let pid: u32 = prefix.strip_prefix("pn")?.split('x').next()?.parse().ok()?;
-            (!Path::new(&format!("/proc/{pid}")).exists()).then(|| prefix.to_owned())
-        };
-        let names = |folder: &Path| -> Vec<String> {
-            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-            entries
-                .filter_map(|entry| entry.file_name().into_string().ok())
-                .collect()
-        };
-        let namespaces: Vec<String> = names(Path::new("/run/netns"))
-            .into_iter()
-            .filter(|name| is_dead(name).is_some())
-            .collect();
-        let root = cgroup_root().unwrap_or_default();
-        let cgroups: Vec<PathBuf> = names(&root)
-            .into_iter()
-            .filter(|name| is_dead(name).is_some())
-            .map(|name| root.join(name))
-            .collect();
-        let mut prefixes: Vec<String> = names(Path::new("/sys/fs/bpf"))
-            .iter()
-            .filter_map(|name| is_dead(name))
-            .collect();
-        prefixes.sort();
-        prefixes.dedup();
-        for prefix in &prefixes {
-            remove(prefix, &[], &[]);
-        }
-        if !namespaces.is_empty() || !cgroups.is_empty() {
-            remove("\0", &namespaces, &cgroups);
-        }
-    });
+    ONCE.call_once(remove_leftovers);
+}
+
+/// Removes what killed runs left.
+pub fn remove_leftovers() {
+    let is_dead = |name: &str| -> Option<String> {
+        let prefix = name.split('-').next()?;
+        let pid: u32 = prefix.strip_prefix("pn")?.split('x').next()?.parse().ok()?;
+        (!Path::new(&format!("/proc/{pid}")).exists()).then(|| prefix.to_owned())
+    };
+    let names = |folder: &Path| -> Vec<String> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    };
+    let namespaces: Vec<String> = names(Path::new("/run/netns"))
+        .into_iter()
+        .filter(|name| is_dead(name).is_some())
+        .collect();
+    let root = cgroup_root().unwrap_or_default();
+    let cgroups: Vec<PathBuf> = names(&root)
+        .into_iter()
+        .filter(|name| is_dead(name).is_some())
+        .map(|name| root.join(name))
+        .collect();
+    let mut prefixes: Vec<String> = names(Path::new("/sys/fs/bpf"))
+        .iter()
+        .filter_map(|name| is_dead(name))
+        .collect();
+    prefixes.sort();
+    prefixes.dedup();
+    for prefix in &prefixes {
+        remove(prefix, &[], &[]);
+    }
+    if !namespaces.is_empty() || !cgroups.is_empty() {
+        remove("\0", &namespaces, &cgroups);
+    }
 }
