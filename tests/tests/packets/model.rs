@@ -102,7 +102,7 @@ impl Model {
                 None => untouched(),
             },
             Hook::FromPod if self.service_addrs.contains(&addrs.1) => match header {
-                Some(header) => self.to_service(input, header, done),
+                Some(header) => self.towards_service(input, header, done),
                 None => self.drops(input, done, Counter::Truncated),
             },
             Hook::FromPod if self.nodes.contains(&addrs.1) => match header {
@@ -118,7 +118,7 @@ impl Model {
         same(done, SHOT, input)
     }
 
-    fn to_service(&mut self, input: &[u8], header: Header, done: &Done<'_>) -> Check {
+    fn towards_service(&mut self, input: &[u8], header: Header, done: &Done<'_>) -> Check {
         if header.proto == frame::icmp_number(header.src) {
             return self.error_to_service(input, &header, done);
         }
