@@ -28,7 +28,7 @@ use crate::{
     dataplane::{bpf::Bpf, pins::Pins},
     flows::Sweeper,
     model::{
-        object::{Event, Family},
+        object::{Event, Family, Kind},
         world::World,
     },
     reconcile::Reconciler,
@@ -295,22 +295,17 @@ impl Agent {
     fn take(&mut self, events: impl Iterator<Item = Event>) {
         let mut touches_node = false;
         for event in events {
-            match &event {
-                Event::Applied(object) => {
-                    let kind = object.kind();
-                    touches_node |= !matches!(
-                        kind,
-                        crate::model::object::Kind::Service
-                            | crate::model::object::Kind::EndpointSlice
-                    );
-                    self.status.accept_object(kind, &object.name().to_string());
+            let about = match &event {
+                Event::Applied(object) => Some((object.kind(), Some(object.name()))),
+                Event::Deleted(kind, name) => Some((*kind, Some(name.clone()))),
+                Event::Listed(kind, ..) => Some((*kind, None)),
+                Event::Rejected(_) => None,
+            };
+            if let Some((kind, name)) = about {
+                touches_node |= matches!(kind, Kind::Node | Kind::Pod);
+                if let Some(name) = name {
+                    self.status.accept_object(kind, &name.to_string());
                 }
-                Event::Deleted(kind, name) => {
-                    touches_node = true;
-                    self.status.accept_object(*kind, &name.to_string());
-                }
-                Event::Listed(..) => touches_node = true,
-                Event::Rejected(_) => {}
             }
             if let Err(rejection) = self.reconciler.world.apply(event)
                 && self.status.reject(&rejection)
