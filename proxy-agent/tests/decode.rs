@@ -1,0 +1,108 @@
+//! Whatever a source delivers, decoding ends in objects or in reasons, never in a panic.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
+
+use penstock_agent::{
+    api::{Decoded, Decoder},
+    model::object::{Kind, Object},
+};
+use proptest::prelude::*;
+
+const GOOD: &str = r#"apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, creationTimestamp: "2024-01-01T00:00:00Z"}
+spec:
+  type: ClusterIP
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10, "fd00:96::10"]
+  ports: [{name: http, port: 80, targetPort: web}, {name: dns, port: 53, protocol: UDP}]
+  sessionAffinity: ClientIP
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080, protocol: TCP}]
+endpoints:
+- addresses: [10.244.0.5]
+  conditions: {ready: true, serving: null, terminating: false}
+  nodeName: a
+  hints: {forZones: [{name: z1}]}
+"#;
+
+fn objects(text: &str) -> Vec<Object> {
+    let decoded = Decoder::default().manifest(text, false, "test.yaml");
+    let objects = decoded.into_iter().filter_map(|result| match result {
+        Ok(Decoded::Object(object)) => Some(object),
+        _ => None,
+    });
+    objects.collect()
+}
+
+#[test]
+fn good_documents_are_understood() {
+    let found = objects(GOOD);
+    let [Object::Service(service), Object::EndpointSlice(slice)] = found.as_slice() else {
+        panic!("{found:?}");
+    };
+    assert_eq!(service.name.to_string(), "shop/web");
+    assert_eq!(service.cluster_ips.len(), 2);
+    assert_eq!(service.affinity_secs, Some(10_800));
+    assert_eq!(service.created_secs, 1_704_067_200);
+    assert!(slice.endpoints[0].ready && slice.endpoints[0].serving);
+    assert_eq!(slice.service, service.name);
+}
+
+#[test]
+fn a_broken_document_harms_no_other() {
+    let text = format!(
+        "{GOOD}---\n{{{{ broken\n---\n{}",
+        GOOD.replace("web", "shop")
+    );
+    assert_eq!(objects(&text).len(), 4);
+    let results = Decoder::default().manifest(&text, false, "test.yaml");
+    let errors: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+    assert_eq!(errors.len(), 1);
+    assert!(errors[0].origin.contains("document 3"), "{:?}", errors[0]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_text_is_survived(text in ".{0,400}", is_json in any::<bool>()) {
+        for rejection in Decoder::default().manifest(&text, is_json, "x").into_iter().filter_map(Result::err) {
+            prop_assert!(!rejection.reason.is_empty() && rejection.reason.len() < 1_000);
+        }
+    }
+
+    #[test]
+    fn mutated_manifests_are_survived(cuts in proptest::collection::vec((0usize..900, 0usize..12, "[ -~\n]{0,8}"), 1..6)) {
+        let mut text = GOOD.to_owned();
+        for (at, length, new) in cuts {
+            let at = at.min(text.len());
+            let end = (at + length).min(text.len());
+            text.replace_range(at..end, &new);
+        }
+        for object in objects(&text) {
+            if let Object::EndpointSlice(slice) = object {
+                for endpoint in &slice.endpoints {
+                    prop_assert!(endpoint.address.is_ipv4() == (slice.family == penstock_agent::model::object::Family::V4));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn json_of_any_kind_is_survived(text in "[\\[\\]{}\":,a-z0-9 ]{0,200}") {
+        for kind in Kind::ALL {
+            let _ = Decoder::default().json(kind, &text, "x");
+        }
+    }
+}
