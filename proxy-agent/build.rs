@@ -68,6 +68,22 @@ fn target_dir(object: &Path) -> Result<PathBuf, String> {
 
 /// A compiler for the BPF target, as a command that takes cargo's arguments.
 fn cargo() -> Result<Command, String> {
+    let mut cargo = compiler()?;
+    // What cargo tells a build script about the host's build is not for the nested one: its
+    // compiler, for one, would be used in place of the nightly's.
+    let own: Vec<_> = cargo.get_envs().map(|(name, _)| name.to_owned()).collect();
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        let is_cargos = text.starts_with("CARGO") && text != "CARGO_HOME";
+        let is_rustcs = text.starts_with("RUSTC") || text.starts_with("RUSTDOC");
+        if (is_cargos || is_rustcs || text == "RUSTFLAGS") && !own.contains(&name) {
+            cargo.env_remove(name);
+        }
+    }
+    Ok(cargo)
+}
+
+fn compiler() -> Result<Command, String> {
     let has_debian = Path::new(DEBIAN_RUSTC).exists() && Path::new(DEBIAN_SOURCE).exists();
     if has_debian {
         let mut cargo = Command::new(DEBIAN_CARGO);
@@ -104,21 +120,6 @@ fn compile(root: &Path, target: &Path) -> Result<PathBuf, String> {
         return Err(format!("no bpf-linker: {SETUP}"));
     }
     let mut cargo = cargo()?;
-    // What cargo tells a build script about the host's build is not for the nested one.
-    for (name, _) in env::vars_os() {
-        let name = name.to_string_lossy().into_owned();
-        let is_cargos = name.starts_with("CARGO_") && name != "CARGO_HOME";
-        let is_rustcs = [
-            "RUSTFLAGS",
-            "RUSTDOCFLAGS",
-            "RUSTC_WRAPPER",
-            "RUSTC_WORKSPACE_WRAPPER",
-        ]
-        .contains(&name.as_str());
-        if is_cargos || is_rustcs {
-            cargo.env_remove(name);
-        }
-    }
     let status = cargo
         .args([
             "build",

@@ -223,6 +223,7 @@ fn sweep_flows(pins: &Pins) -> Result<()> {
     std::thread::Builder::new()
         .name("flows".to_owned())
         .spawn(move || {
+            sweeper.refill();
             loop {
                 let (swept, live) = sweeper.sweep();
                 if swept > 0 {

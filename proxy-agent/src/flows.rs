@@ -207,21 +207,25 @@ pub struct Sweeper {
 }
 
 impl Sweeper {
-    /// Maps the pinned tables and fills the queues of free records.
+    /// Maps the pinned tables.
     pub fn open(pins: &Pins) -> Result<Self, FlowsError> {
         let config =
             Array::try_from(Map::Array(pins.map("CONFIG")?)).map_err(|source| FlowsError::Map {
                 map: "CONFIG",
                 source,
             })?;
-        let mut sweeper = Self {
+        Ok(Self {
             v4: Table::open(pins, ["FLOWS4", "FLOW_INDEX4", "FREE_FLOWS4"])?,
             v6: Table::open(pins, ["FLOWS6", "FLOW_INDEX6", "FREE_FLOWS6"])?,
             config,
-        };
-        sweeper.v4.refill();
-        sweeper.v6.refill();
-        Ok(sweeper)
+        })
+    }
+
+    /// Fills the queues of free records anew: ids are lost where a program or an agent ended between
+    /// taking one and using it. Programs that meet an empty queue sample meanwhile.
+    pub fn refill(&mut self) {
+        self.v4.refill();
+        self.v6.refill();
     }
 
     /// Frees what has expired. Returns how many flows went and how many are there.

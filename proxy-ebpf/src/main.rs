@@ -118,7 +118,7 @@ mod programs {
         let kernel = Kernel { context };
         kernel.count(reason);
         kernel.trace(reason, Proto::default(), 0);
-        TC_ACT_SHOT as i32
+        TC_ACT_SHOT
     }
 
     /// Packets that a pod sends, at the host end of its interface.

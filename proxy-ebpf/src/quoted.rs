@@ -58,8 +58,7 @@ fn quote<F: Family>(packet: &impl Packet, header: &Network) -> Option<Quote<F::A
 
 /// Translates an error about a request, on its way to the client.
 ///
-/// It quotes what left the client's node: source → backend. Returns whether it was ours, and
-/// whether the client is the backend itself.
+/// It quotes what left the client's node: source → backend. Returns the flow's flags if it was ours.
 #[inline(always)]
 pub fn about_request<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -68,40 +67,7 @@ pub fn about_request<F: Family, M: Maps<F>>(
     header: &Network,
     outer: (F::Addr, F::Addr),
 ) -> Result<Option<u16>, Counter> {
-    let Some(quote) = quote::<F>(packet, header) else {
-        return Ok(None);
-    };
-    let key = FlowKey::new(
-        FlowKey::<F::Addr>::REPLY,
-        quote.proto,
-        (quote.dst, quote.dst_port),
-        (quote.src, quote.src_port),
-    );
-    let Some(known) = flow::find::<F, M>(maps, &key) else {
-        return Ok(None);
-    };
-    let flow = known.flow;
-    // The backend itself speaks with the service's address; a router on the way keeps its own.
-    let speaker = if outer.0 == flow.backend {
-        flow.frontend
-    } else {
-        outer.0
-    };
-    replace::<F>(
-        packet,
-        network,
-        header,
-        outer,
-        (speaker, flow.client),
-        &quote,
-        (
-            (flow.client, flow.client_port),
-            (flow.frontend, flow.frontend_port),
-        ),
-    )
-    .map_err(|Refused| Counter::RewriteFailed)?;
-    maps.count(Counter::IcmpError);
-    Ok(Some(flow.flags))
+    translate::<F, M>(packet, maps, network, header, outer, true)
 }
 
 /// Translates an error about a reply, on its way from the client to the backend.
@@ -115,11 +81,28 @@ pub fn about_reply<F: Family, M: Maps<F>>(
     header: &Network,
     outer: (F::Addr, F::Addr),
 ) -> Result<Option<u16>, Counter> {
+    translate::<F, M>(packet, maps, network, header, outer, false)
+}
+
+#[inline(always)]
+fn translate<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    network: usize,
+    header: &Network,
+    outer: (F::Addr, F::Addr),
+    is_about_request: bool,
+) -> Result<Option<u16>, Counter> {
     let Some(quote) = quote::<F>(packet, header) else {
         return Ok(None);
     };
+    // The quoted packet's opposite is what the error's sender would have answered with.
     let key = FlowKey::new(
-        FlowKey::<F::Addr>::REQUEST,
+        if is_about_request {
+            FlowKey::<F::Addr>::REPLY
+        } else {
+            FlowKey::<F::Addr>::REQUEST
+        },
         quote.proto,
         (quote.dst, quote.dst_port),
         (quote.src, quote.src_port),
@@ -128,19 +111,31 @@ pub fn about_reply<F: Family, M: Maps<F>>(
         return Ok(None);
     };
     let flow = known.flow;
-    replace::<F>(
-        packet,
-        network,
-        header,
-        outer,
-        (flow.source, flow.backend),
-        &quote,
+    let (ends, quoted) = if is_about_request {
+        // The backend itself speaks with the service's address; a router on the way keeps its own.
+        let speaker = if outer.0 == flow.backend {
+            flow.frontend
+        } else {
+            outer.0
+        };
         (
-            (flow.backend, flow.backend_port),
-            (flow.source, flow.source_port),
-        ),
-    )
-    .map_err(|Refused| Counter::RewriteFailed)?;
+            (speaker, flow.client),
+            (
+                (flow.client, flow.client_port),
+                (flow.frontend, flow.frontend_port),
+            ),
+        )
+    } else {
+        (
+            (flow.source, flow.backend),
+            (
+                (flow.backend, flow.backend_port),
+                (flow.source, flow.source_port),
+            ),
+        )
+    };
+    replace::<F>(packet, network, header, outer, ends, &quote, quoted)
+        .map_err(|Refused| Counter::RewriteFailed)?;
     maps.count(Counter::IcmpError);
     Ok(Some(flow.flags))
 }

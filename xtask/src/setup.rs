@@ -18,6 +18,7 @@ const COMPILER: &[(&str, &str)] = &[
         "rust-web-src",
     ),
     ("/usr/bin/cargo", "cargo-web"),
+    ("/usr/bin/clippy-driver", "rust-web-clippy"),
 ];
 /// What bpf-linker is built with.
 const LINKER: &[(&str, &str)] = &[
