@@ -64,6 +64,13 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         tasks: usize,
     },
+    /// Connects, asks and closes for a while; for each connection a line: when it began and ended
+    /// (nanoseconds of CLOCK_MONOTONIC), what was dialled, and the address that answered.
+    Trail {
+        to: Vec<SocketAddr>,
+        #[arg(long, default_value_t = 1_000)]
+        for_ms: u64,
+    },
     /// Connects, asks and closes a number of times; one line with all times in nanoseconds.
     Times {
         to: SocketAddr,
@@ -115,6 +122,7 @@ fn main() -> Result<()> {
         }
         Command::Hold { to, interval_ms } => hold(to, Duration::from_millis(interval_ms)),
         Command::Load { to, for_ms, tasks } => load(&to, Duration::from_millis(for_ms), tasks),
+        Command::Trail { to, for_ms } => trail(&to, Duration::from_millis(for_ms)),
         Command::Times { to, count } => {
             let mut times = Vec::with_capacity(count);
             for _ in 0..count {
@@ -257,6 +265,33 @@ fn hold(to: SocketAddr, interval: Duration) -> Result<()> {
         println!("{}", shown(answer.map(|line| parsed(&line, &peer, ""))));
         std::thread::sleep(interval);
     }
+}
+
+fn monotonic_nanos() -> Result<i64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
+}
+
+fn trail(to: &[SocketAddr], time: Duration) -> Result<()> {
+    let started = Instant::now();
+    for to in to.iter().cycle() {
+        let began = monotonic_nanos()?;
+        let answer = ask_tcp(*to, 0, Duration::from_secs(5));
+        let ended = monotonic_nanos()?;
+        let reached = match &answer {
+            Ok(answer) => answer.get("reached").and_then(|reached| reached.as_str()),
+            Err(_) => None,
+        };
+        let failed = answer.as_ref().err().map(ToString::to_string);
+        println!(
+            "{}",
+            json!({ "began": began, "ended": ended, "to": to, "reached": reached, "failed": failed })
+        );
+        if started.elapsed() >= time {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn load(to: &[SocketAddr], time: Duration, tasks: usize) -> Result<()> {
