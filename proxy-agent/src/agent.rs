@@ -33,6 +33,7 @@ use crate::{
     },
     reconcile::Reconciler,
     report::{self, Query, Report},
+    traces,
     udp::Resteer,
     watch,
 };
@@ -44,8 +45,6 @@ const SWEEP: Duration = Duration::from_secs(2);
 const SECOND_LOOK: Duration = Duration::from_millis(250);
 /// How often excluded cgroups are looked for.
 const LOOK_FOR_CGROUPS: Duration = Duration::from_secs(1);
-/// How often the programs' traces are fetched.
-const TRACE_INTERVAL: Duration = Duration::from_millis(50);
 /// Events that are taken in before the maps are written.
 const BATCH: usize = 8_192;
 
@@ -97,7 +96,7 @@ pub async fn run(options: Options) -> Result<()> {
     let pins = Pins::create(&options.bpffs)?;
     let mut ebpf = pins.load(version >= (6, 1), options.is_tracing)?;
     if options.is_tracing {
-        trace(&mut ebpf);
+        traces::forward(&mut ebpf);
     }
     cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
     let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6))?;
@@ -182,39 +181,6 @@ async fn source(
                 .await;
         }
     }
-}
-
-/// Forwards what the programs trace.
-fn trace(ebpf: &mut aya::Ebpf) {
-    match aya_log::EbpfLogger::init_with_logger(ebpf, TraceLog) {
-        Ok(mut logger) => {
-            let started = std::thread::Builder::new()
-                .name("traces".to_owned())
-                .spawn(move || {
-                    loop {
-                        logger.flush();
-                        std::thread::sleep(TRACE_INTERVAL);
-                    }
-                });
-            if let Err(error) = started {
-                tracing::warn!("the programs' traces can't be read: {error}");
-            }
-        }
-        Err(error) => tracing::warn!("the programs' traces can't be read: {error}"),
-    }
-}
-
-/// Traces from the kernel as log lines.
-struct TraceLog;
-
-impl log::Log for TraceLog {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
-    fn log(&self, record: &log::Record<'_>) {
-        tracing::debug!(target: "penstock::kernel", "{}", record.args());
-    }
-    fn flush(&self) {}
 }
 
 /// Sweeps flows on a thread of its own.

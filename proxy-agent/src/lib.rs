@@ -14,5 +14,6 @@ pub mod model;
 pub mod plan;
 pub mod reconcile;
 pub mod report;
+pub mod traces;
 pub mod udp;
 pub mod watch;

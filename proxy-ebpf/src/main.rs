@@ -21,7 +21,7 @@ mod programs {
         macros::{cgroup_sock, cgroup_sock_addr, classifier},
         programs::{SockAddrContext, SockContext, TcContext},
     };
-    use penstock_common::{Counter, Proto, V4, V6};
+    use penstock_common::{Counter, V4, V6};
     use penstock_ebpf::{
         env::Env,
         family::Family,
@@ -72,9 +72,12 @@ mod programs {
                             verdict = $request(skb);
                         }
                         match verdict {
-                            REFUSE => $refuse(skb),
                             // The flow was gone again before its first packet.
                             OPEN => dropped(context, Counter::FlowRace),
+                            verdict if verdict >= REFUSED => {
+                                trace(skb, verdict - REFUSED);
+                                $refuse(skb)
+                            }
                             verdict => verdict,
                         }
                     }
@@ -95,7 +98,7 @@ mod programs {
                     Ok(Verdict::TurnAround) => skb.turn_around(),
                     Ok(Verdict::Open) => OPEN,
                     Ok(Verdict::Opened) => OPENED,
-                    Ok(Verdict::Refuse) => REFUSE,
+                    Ok(Verdict::Refuse(reason)) => REFUSED + reason as i32,
                     Err(reason) => dropped(&context, reason),
                 }
             }
@@ -110,35 +113,63 @@ mod programs {
     const NODE: i32 = -5;
     const OPEN: i32 = -4;
     const OPENED: i32 = -3;
-    const REFUSE: i32 = -2;
+    // Plus the `Counter` that says why.
+    const DROPPED: i32 = 1_000;
+    const REFUSED: i32 = 2_000;
 
     /// Counts a packet that goes no further.
     #[inline(always)]
     fn dropped(context: &TcContext, reason: Counter) -> i32 {
-        let kernel = Kernel { context };
-        kernel.count(reason);
-        kernel.trace(reason, Proto::default(), 0);
+        Kernel { context }.count(reason);
+        DROPPED + reason as i32
+    }
+
+    /// The kernel's verdict for a hook's.
+    #[inline(always)]
+    fn conclude(skb: *mut __sk_buff, verdict: i32) -> i32 {
+        if verdict < DROPPED {
+            return verdict;
+        }
+        trace(skb, verdict - DROPPED);
         TC_ACT_SHOT
+    }
+
+    /// Traces why a packet goes no further, on a stack of its own: a record needs as much as a
+    /// packet's longest way.
+    #[inline(never)]
+    fn trace(skb: *mut __sk_buff, reason: i32) -> i32 {
+        let context = TcContext::new(skb);
+        let packet = Skb::new(&context);
+        let (proto, port) = match ethertype(&context) {
+            V4::ETHERTYPE => pod::destination::<V4>(&packet),
+            V6::ETHERTYPE => pod::destination::<V6>(&packet),
+            _ => Default::default(),
+        };
+        let context = &context;
+        Kernel { context }.trace_index(reason as u32, proto, port.to_host());
+        0
     }
 
     /// Packets that a pod sends, at the host end of its interface.
     #[classifier]
     pub(crate) fn from_pod(context: TcContext) -> i32 {
-        match ethertype(&context) {
+        let verdict = match ethertype(&context) {
             V4::ETHERTYPE => from_pod4(&context),
             V6::ETHERTYPE => from_pod6(&context),
             _ => NEXT,
-        }
+        };
+        conclude(context.skb.skb, verdict)
     }
 
     /// Packets on their way to a pod, at the host end of its interface.
     #[classifier]
     pub(crate) fn to_pod(context: TcContext) -> i32 {
-        match ethertype(&context) {
+        let verdict = match ethertype(&context) {
             V4::ETHERTYPE => to_pod4(context.skb.skb),
             V6::ETHERTYPE => to_pod6(context.skb.skb),
             _ => NEXT,
-        }
+        };
+        conclude(context.skb.skb, verdict)
     }
 
     /// A frame's protocol, host order.

@@ -5,7 +5,7 @@
 //! [`to_pod`]. Each of these is a
 //! function of its own in the kernel, with a stack of its own, and parses what it needs.
 
-use penstock_common::{Addr, AddressKind, Counter, FlowFlags, FlowKey, FrontendKey, Proto};
+use penstock_common::{Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, FrontendKey, Proto};
 
 use crate::{
     env::Maps,
@@ -27,8 +27,8 @@ pub enum Verdict {
     Open,
     /// Its flow is there now: [`request`] again.
     Opened,
-    /// It is to be answered by [`refuse`].
-    Refuse,
+    /// It is to be answered by [`refuse`], for this reason.
+    Refuse(Counter),
 }
 
 /// Which way a packet from a pod takes.
@@ -65,6 +65,16 @@ pub fn classify<F: Family>(packet: &impl Packet, maps: &impl Maps<F>) -> Result<
         (AddressKind::NODE, Some(_)) => Path::Node,
         _ => Path::Pass,
     })
+}
+
+/// Protocol and destination port of a packet, as far as it has them; for traces.
+#[inline(always)]
+pub fn destination<F: Family>(packet: &impl Packet) -> (Proto, Be16) {
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return Default::default();
+    };
+    let ports = parse::ports(packet, header.transport);
+    (header.proto, ports.unwrap_or_default().1)
 }
 
 /// Whether flows of a protocol are translated.
@@ -131,8 +141,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
         Ok(()) => Ok(Verdict::Opened),
         Err(reason @ (Counter::NoEndpoints | Counter::UndefinedPort)) => {
             maps.count(reason);
-            maps.trace(reason, segment.proto, segment.dst_port.to_host());
-            Ok(Verdict::Refuse)
+            Ok(Verdict::Refuse(reason))
         }
         Err(reason) => Err(reason),
     }

@@ -58,19 +58,6 @@ impl Agent {
         Self::launch(node.clone(), source.clone(), extra, log, node.place())
     }
 
-    /// Starts the agent of a node in the caller's own network namespace, from where a loopback API
-    /// server can be reached; socket hooks go by cgroup, so only packet hooks are missing.
-    pub fn start_here(node: &Node, source: &Source) -> Result<Self> {
-        let log = node.run_dir.with_extension("log");
-        Self::launch(
-            node.clone(),
-            source.clone(),
-            Vec::new(),
-            log,
-            process::here(),
-        )
-    }
-
     fn launch(
         node: Node,
         source: Source,
@@ -190,8 +177,10 @@ fn spawn(
         .arg(&node.bpffs)
         .arg("--run-dir")
         .arg(&node.run_dir)
-        .args(["--log-level", "debug"])
         .args(extra);
+    if !extra.iter().any(|text| text == "--log-level") {
+        command.args(["--log-level", "debug"]);
+    }
     Process::start_logging(command, log)
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -12,45 +11,38 @@ use serde_json::Value;
 
 use crate::{
     eventually,
+    host::Host,
     process::{self, Process},
 };
 
 const TOKEN: &str = "testbed-token";
+// The host is theirs alone, so any ports will do.
+const SECURE_PORT: u16 = 6_443;
+const ETCD: &str = "http://127.0.0.1:2379";
+const ETCD_PEER: &str = "http://127.0.0.1:2380";
 
-/// An API server on loopback.
+/// An API server on a host of its own, reachable from the nodes.
 pub struct ApiServer {
     assets: PathBuf,
+    host: Host,
     data: PathBuf,
-    ports: [u16; 3],
     etcd: Process,
     server: Process,
 }
 
-/// Ports that nobody listens on.
-fn free_ports<const N: usize>() -> Result<[u16; N]> {
-    let mut listeners = Vec::with_capacity(N);
-    let mut ports = [0; N];
-    for port in &mut ports {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).context("finding a free port")?;
-        *port = listener.local_addr().context("finding a free port")?.port();
-        listeners.push(listener);
-    }
-    Ok(ports)
-}
-
 impl ApiServer {
-    /// Starts etcd and the API server, with their data in `folder`, and waits until they serve.
-    pub fn start(assets: &Path, folder: &Path) -> Result<Self> {
+    /// Starts etcd and the API server on `host`, with their data in `folder`, and waits until they
+    /// serve.
+    pub fn start(assets: &Path, host: &Host, folder: &Path) -> Result<Self> {
         let data = folder.join("apiserver");
         fs::create_dir_all(&data).context("making a folder")?;
-        keys(&data)?;
-        let ports = free_ports::<3>()?;
-        let etcd = etcd(assets, &data, ports)?;
-        let server = server(assets, &data, ports)?;
+        keys(&data, host)?;
+        let etcd = etcd(assets, &data, host)?;
+        let server = server(assets, &data, host)?;
         let mut api = Self {
             assets: assets.to_path_buf(),
+            host: host.clone(),
             data,
-            ports,
             etcd,
             server,
         };
@@ -76,10 +68,10 @@ impl ApiServer {
     }
 
     fn write_kubeconfig(&self) -> Result<()> {
-        let [_, _, port] = self.ports;
+        let address = self.host.ip4;
         let text = format!(
             "apiVersion: v1\nkind: Config\n\
-             clusters: [{{name: c, cluster: {{server: \"https://127.0.0.1:{port}\", \
+             clusters: [{{name: c, cluster: {{server: \"https://{address}:{SECURE_PORT}\", \
              certificate-authority: \"{}\"}}}}]\n\
              users: [{{name: u, user: {{token: \"{TOKEN}\"}}}}]\n\
              contexts: [{{name: c, context: {{cluster: c, user: u}}}}]\ncurrent-context: c\n",
@@ -88,13 +80,13 @@ impl ApiServer {
         fs::write(self.kubeconfig(), text).context("writing the kubeconfig")
     }
 
-    /// How to reach it from the namespace that it was started in.
+    /// How to reach it from the nodes.
     pub fn kubeconfig(&self) -> PathBuf {
         self.data.join("kubeconfig")
     }
 
     fn kubectl(&self, arguments: &[&str], input: Option<&Value>) -> Result<String> {
-        let mut command = Command::new(self.assets.join("kubectl"));
+        let mut command = process::command(self.assets.join("kubectl"), &self.host.place)?;
         command
             .arg("--kubeconfig")
             .arg(self.kubeconfig())
@@ -122,7 +114,7 @@ impl ApiServer {
     /// Kills the API server (not etcd) and starts it again.
     pub fn restart(&mut self) -> Result<()> {
         self.server.kill();
-        self.server = server(&self.assets, &self.data, self.ports)?;
+        self.server = server(&self.assets, &self.data, &self.host)?;
         self.wait()
     }
 }
@@ -134,7 +126,7 @@ fn openssl(data: &Path, arguments: &[&str]) -> Result<()> {
 }
 
 /// A key and certificate for the server, a key for service accounts, a token for us.
-fn keys(data: &Path) -> Result<()> {
+fn keys(data: &Path, host: &Host) -> Result<()> {
     openssl(
         data,
         &[
@@ -156,7 +148,10 @@ fn keys(data: &Path) -> Result<()> {
             "-addext",
             "basicConstraints=critical,CA:FALSE",
             "-addext",
-            "subjectAltName=IP:127.0.0.1,IP:10.96.0.1,DNS:localhost",
+            &format!(
+                "subjectAltName=IP:127.0.0.1,IP:10.96.0.1,IP:{},DNS:localhost",
+                host.ip4
+            ),
         ],
     )?;
     openssl(data, &["genrsa", "-out", "sa.key", "2048"])?;
@@ -167,23 +162,19 @@ fn keys(data: &Path) -> Result<()> {
     .context("writing tokens")
 }
 
-fn etcd(assets: &Path, data: &Path, [client, peer, _]: [u16; 3]) -> Result<Process> {
-    let mut command = process::command(assets.join("etcd"), &process::here())?;
-    let (client, peer) = (
-        format!("http://127.0.0.1:{client}"),
-        format!("http://127.0.0.1:{peer}"),
-    );
+fn etcd(assets: &Path, data: &Path, host: &Host) -> Result<Process> {
+    let mut command = process::command(assets.join("etcd"), &host.place)?;
     command.arg("--data-dir").arg(data.join("etcd")).args([
         "--listen-client-urls",
-        &client,
+        ETCD,
         "--advertise-client-urls",
-        &client,
+        ETCD,
         "--listen-peer-urls",
-        &peer,
+        ETCD_PEER,
         "--initial-advertise-peer-urls",
-        &peer,
+        ETCD_PEER,
         "--initial-cluster",
-        &format!("default={peer}"),
+        &format!("default={ETCD_PEER}"),
         "--unsafe-no-fsync",
         "--log-level",
         "warn",
@@ -191,16 +182,17 @@ fn etcd(assets: &Path, data: &Path, [client, peer, _]: [u16; 3]) -> Result<Proce
     Process::start_logging(command, &data.join("etcd.log"))
 }
 
-fn server(assets: &Path, data: &Path, [etcd, _, port]: [u16; 3]) -> Result<Process> {
+fn server(assets: &Path, data: &Path, host: &Host) -> Result<Process> {
     let program = assets.join("kube-apiserver");
     if !program.exists() {
         bail!("{} is not there", program.display());
     }
-    let mut command = process::command(program, &process::here())?;
+    let mut command = process::command(program, &host.place)?;
     command.current_dir(data).args([
-        &format!("--etcd-servers=http://127.0.0.1:{etcd}"),
-        "--bind-address=127.0.0.1",
-        &format!("--secure-port={port}"),
+        &format!("--etcd-servers={ETCD}"),
+        &format!("--bind-address={}", host.ip4),
+        &format!("--advertise-address={}", host.ip4),
+        &format!("--secure-port={SECURE_PORT}"),
         "--tls-cert-file=server.crt",
         "--tls-private-key-file=server.key",
         "--token-auth-file=tokens.csv",

@@ -11,6 +11,7 @@ mod host;
 mod manifest;
 mod process;
 mod requirement;
+mod scene;
 mod testbed;
 mod wait;
 
@@ -20,5 +21,6 @@ pub use host::Host;
 pub use manifest::{Service, Slice};
 pub use process::Process;
 pub use requirement::{require_api_server, require_kernel};
+pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};
 pub use testbed::{Node, Pod, Testbed, remove_leftovers};
 pub use wait::eventually;

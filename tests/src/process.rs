@@ -21,14 +21,6 @@ pub(crate) struct Place {
     pub(crate) cgroup: Option<PathBuf>,
 }
 
-/// The caller's own namespace and cgroup.
-pub(crate) fn here() -> Place {
-    Place {
-        namespace: PathBuf::from("/proc/self/ns/net"),
-        cgroup: None,
-    }
-}
-
 /// A command that will run in `place`, and die with its parent.
 pub(crate) fn command(program: impl AsRef<OsStr>, place: &Place) -> Result<Command> {
     let namespace = File::open(&place.namespace)

@@ -227,7 +227,7 @@ fn every_connection_lands_on_the_old_set_or_the_new_one() -> Result<()> {
             .collect();
         for _ in 0..CHANGES {
             let service = (dice.roll() % u64::from(SERVICES)) as u8;
-            let is_v4 = dice.roll() % 2 == 0;
+            let is_v4 = dice.roll().is_multiple_of(2);
             let set = dice.set();
             let value = slice(service, is_v4, &set);
             let applied = Event::Applied(object(Kind::EndpointSlice, &value, &mut decoder));

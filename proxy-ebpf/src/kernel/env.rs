@@ -96,10 +96,18 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
 
     #[inline(always)]
     fn trace(&self, counter: Counter, proto: Proto, port: u16) {
+        self.trace_index(counter as u32, proto, port);
+    }
+}
+
+impl<C: EbpfContext> Kernel<'_, C> {
+    /// [`Env::trace`] of the counter with an index.
+    #[inline(always)]
+    pub(crate) fn trace_index(&self, counter: u32, proto: Proto, port: u16) {
         aya_log_ebpf::debug!(
             self.context,
             "counter {} protocol {} port {}",
-            counter as u32,
+            counter,
             proto.0,
             port
         );
