@@ -29,7 +29,8 @@ fn endpoint_ip(service: usize, endpoint: usize) -> String {
     )
 }
 
-fn service(number: usize) -> Value {
+/// Service `number`.
+pub fn service(number: usize) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": { "name": format!("s{number}"), "namespace": "bench" },

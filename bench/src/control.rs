@@ -1,8 +1,12 @@
 //! From objects to map entries, through the agent's own code and the kernel's own maps.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
+use aya::maps::{HashMap, Map};
 use penstock_agent::{
     api::Decoder,
     dataplane::{bpf::Bpf, pins::Pins},
@@ -13,13 +17,84 @@ use penstock_agent::{
     reconcile::Reconciler,
     watch::manifests,
 };
-use penstock_testbed::Testbed;
+use penstock_common::{Be16, Frontend, FrontendKey, Proto, V4};
+use penstock_testbed::{Agent, Source, Testbed};
 use serde_json::{Value, json};
 
 use crate::{cluster, figures};
 
+/// How long a single change may take before it counts as lost.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Measures programming everything, and then single endpoints.
 pub fn measure(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
+    Ok(json!({
+        "agent": agent(services, endpoints, changes)?,
+        "in_process": in_process(services, endpoints, changes)?,
+    }))
+}
+
+/// The agent as it is: from its start until it says that all is programmed, then from a file's
+/// replacement to the frontend's new value in the kernel.
+fn agent(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
+    let mut testbed = Testbed::new()?;
+    let node = testbed.node()?;
+    cluster::write(&node.manifests, services - 1, endpoints)?;
+    let hot = services - 1;
+    node.manifest("hot-service.json", &cluster::service(hot).to_string())?;
+    node.manifest(
+        "hot-slice.json",
+        &cluster::slice(hot, endpoints, None).to_string(),
+    )?;
+    let started = Instant::now();
+    let agent = Agent::start(&node, &Source::Manifests, &["--log-level", "info"])?;
+    let all = started.elapsed();
+    let memory = figures::memory(agent.pid(), "VmRSS");
+    let peak = figures::memory(agent.pid(), "VmHWM");
+    println!(
+        "{services} services with {} endpoints: {:.2} s from the agent's start to the last map entry, \
+         {memory} MiB resident, {peak} MiB at most",
+        services * endpoints,
+        all.as_secs_f64(),
+    );
+
+    let pinned = Pins::at(&node.bpffs).map("FRONTENDS4")?;
+    let frontends: HashMap<_, FrontendKey<V4>, Frontend> =
+        HashMap::try_from(Map::HashMap(pinned)).context("map FRONTENDS4")?;
+    let ip: Ipv4Addr = cluster::service_ip(hot).parse().context("an address")?;
+    let key = FrontendKey::new(ip.into(), Be16::from_host(80), Proto::TCP);
+    let mut times = Vec::with_capacity(changes);
+    for number in 0..changes {
+        let text = cluster::slice(hot, endpoints, Some(number % endpoints)).to_string();
+        let before = frontends.get(&key, 0).context("the frontend")?;
+        let began = Instant::now();
+        node.manifest("hot-slice.json", &text)?;
+        while frontends.get(&key, 0).context("the frontend")? == before {
+            anyhow::ensure!(began.elapsed() < PATIENCE, "a change was not heeded");
+            std::thread::yield_now();
+        }
+        times.push(began.elapsed().as_nanos() as u64);
+    }
+    println!(
+        "one endpoint's change among them, from its file's replacement to the kernel: p50 {:.0} us, \
+         p99 {:.0} us of {changes}",
+        micros(&times, 50),
+        micros(&times, 99)
+    );
+    Ok(json!({
+        "services": services, "endpoints": services * endpoints,
+        "all_seconds": all.as_secs_f64(),
+        "resident_mib": memory, "peak_mib": peak,
+        "change_nanos": times,
+    }))
+}
+
+fn micros(times: &[u64], percent: usize) -> f64 {
+    figures::percentile(times, percent) as f64 / 1_000.0
+}
+
+/// The agent's code in this process, where it can be seen from inside.
+fn in_process(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
     // The testbed makes sure of a bpffs and removes the pins, whatever happens.
     let testbed = Testbed::new()?;
     let folder = testbed.folder().join("cluster");
@@ -39,11 +114,9 @@ pub fn measure(services: usize, endpoints: usize, changes: usize) -> Result<Valu
     let outcome = reconciler.step(Duration::from_secs(1));
     let all = started.elapsed();
     anyhow::ensure!(reconciler.is_settled(), "{:?}", reconciler.errors());
-    let (memory, peak) = (figures::memory("VmRSS"), figures::memory("VmHWM"));
     println!(
-        "{services} services with {} endpoints: {:.2} s from the first file to the last map entry \
-         ({:.2} s of it reading), {} writes, {memory} MiB resident, {peak} MiB at most",
-        services * endpoints,
+        "in this process: {:.2} s from the first file to the last map entry ({:.2} s of it reading), \
+         {} writes",
         all.as_secs_f64(),
         read.as_secs_f64(),
         outcome.writes
@@ -67,17 +140,15 @@ pub fn measure(services: usize, endpoints: usize, changes: usize) -> Result<Valu
         times.push(began.elapsed().as_nanos() as u64);
         anyhow::ensure!(outcome.writes > 0, "the change changed nothing");
     }
-    let micros = |percent| figures::percentile(&times, percent) as f64 / 1_000.0;
     println!(
-        "one endpoint's change among them, from the event's text to the maps: p50 {:.0} us, p99 {:.0} us \
+        "in this process: one endpoint's change, from the event's text to the maps: p50 {:.0} us, p99 {:.0} us \
          of {changes}",
-        micros(50),
-        micros(99)
+        micros(&times, 50),
+        micros(&times, 99)
     );
     Ok(json!({
         "services": services, "endpoints": services * endpoints,
         "all_seconds": all.as_secs_f64(), "reading_seconds": read.as_secs_f64(),
-        "resident_mib": memory, "peak_mib": peak,
         "change_nanos": times,
     }))
 }

@@ -10,16 +10,56 @@ pub fn percentile(samples: &[u64], percent: usize) -> u64 {
     sorted.get(index).copied().unwrap_or_default()
 }
 
-/// Median, least and greatest of some ratios.
-pub fn spread(ratios: &[f64]) -> (f64, f64, f64) {
-    let mut sorted = ratios.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = |index: usize| sorted.get(index).copied().unwrap_or(f64::NAN);
-    (
-        at(sorted.len() / 2),
-        at(0),
-        at(sorted.len().saturating_sub(1)),
-    )
+/// A median and an interval that holds the true one at 95 % confidence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Median {
+    /// The samples' median.
+    pub value: f64,
+    /// The interval's lower end.
+    pub low: f64,
+    /// The interval's upper end.
+    pub high: f64,
+}
+
+impl Median {
+    /// Of some ratios: the interval is between order statistics, so it supposes nothing of how they
+    /// are distributed (the sign test turned around; David and Nagaraja, Order Statistics, 7.1).
+    pub fn of(samples: &[f64]) -> Self {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let at = |index: usize| sorted.get(index).copied().unwrap_or(f64::NAN);
+        let count = sorted.len();
+        let outside = rank(count);
+        Self {
+            value: (at(count / 2) + at(count.saturating_sub(1) / 2)) / 2.0,
+            low: at(outside),
+            high: at(count.saturating_sub(1 + outside)),
+        }
+    }
+
+    /// In words; a ratio is only named where its interval leaves 1 out.
+    pub fn shown(self) -> String {
+        let Self { value, low, high } = self;
+        if low <= 1.0 && 1.0 <= high {
+            format!("no difference (95 % interval {low:.3} to {high:.3})")
+        } else {
+            format!("{value:.3} (95 % interval {low:.3} to {high:.3})")
+        }
+    }
+}
+
+/// How many samples at each end lie outside a 95 % interval of the median.
+fn rank(count: usize) -> usize {
+    let mut probability = 0.5_f64.powi(count as i32);
+    let mut cumulated = probability;
+    let mut outside = 0;
+    while cumulated <= 0.025 && outside * 2 < count {
+        outside += 1;
+        probability *= (count + 1 - outside) as f64 / outside as f64;
+        cumulated += probability;
+    }
+    // The interval begins with the last sample whose tail is small enough.
+    outside.saturating_sub(1)
 }
 
 /// Kernel and processor.
@@ -40,12 +80,38 @@ pub fn machine() -> String {
     )
 }
 
-/// A line of /proc/self/status in MiB.
-pub fn memory(field: &str) -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+/// A line of a process's /proc status in MiB.
+pub fn memory(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let value = status
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let kib = value.and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or_default() / 1_024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_those_of_the_tables() {
+        // Ranks from the binomial distribution: 15 samples, 4th and 12th; 9 samples, 2nd and 8th.
+        assert_eq!(rank(15), 3);
+        assert_eq!(rank(9), 1);
+        assert_eq!(rank(5), 0);
+        let samples: Vec<f64> = (1..=15).map(f64::from).collect();
+        let median = Median::of(&samples);
+        assert_eq!((median.value, median.low, median.high), (8.0, 4.0, 12.0));
+    }
+
+    #[test]
+    fn a_ratio_within_its_noise_is_not_named() {
+        assert!(
+            Median::of(&[0.9, 1.0, 1.1])
+                .shown()
+                .starts_with("no difference")
+        );
+        assert!(Median::of(&[1.2, 1.3, 1.4]).shown().starts_with("1.3"));
+    }
 }

@@ -26,10 +26,11 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_values_t = [1, 100_000])]
         services: Vec<usize>,
         /// How often each contender gets its turn.
-        #[arg(long, default_value_t = 9)]
+        #[arg(long, default_value_t = 15)]
         rounds: usize,
     },
-    /// From objects to map entries: everything at once, then one endpoint at a time.
+    /// From objects to map entries, in the agent's process and in this one: everything at once, then
+    /// one endpoint at a time.
     Control {
         /// How many services there are.
         #[arg(long, default_value_t = 5_000)]
@@ -57,7 +58,7 @@ fn main() -> Result<()> {
             },
             Command::Data {
                 services: vec![1, 100_000],
-                rounds: 9,
+                rounds: 15,
             },
         ],
     };

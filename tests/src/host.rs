@@ -50,8 +50,18 @@ impl Host {
     /// Serves TCP and UDP on `port` of all addresses: each answer names this host, who asked, and
     /// the address that was reached.
     pub fn serve(&self, port: u16) -> Result<Process> {
-        let mut server =
-            self.traffic(&["serve", "--name", &self.name, "--port", &port.to_string()])?;
+        self.start_serving(port, &[])
+    }
+
+    /// The same, on one processor.
+    pub fn serve_on(&self, port: u16, cpu: usize) -> Result<Process> {
+        self.start_serving(port, &["--cpu", &cpu.to_string()])
+    }
+
+    fn start_serving(&self, port: u16, options: &[&str]) -> Result<Process> {
+        let port = port.to_string();
+        let arguments = [&["serve", "--name", &self.name, "--port", &port], options].concat();
+        let mut server = self.traffic(&arguments)?;
         let first = server.line().context("starting a server")?;
         anyhow::ensure!(first == "ready", "the server said {first:?}");
         Ok(server)

@@ -15,6 +15,9 @@ use serde_json::json;
 /// Serves and asks.
 #[derive(Parser)]
 struct Cli {
+    /// Stay on this processor.
+    #[arg(long, global = true)]
+    cpu: Option<usize>,
     #[command(subcommand)]
     command: Command,
 }
@@ -71,16 +74,24 @@ enum Command {
         #[arg(long, default_value_t = 1_000)]
         for_ms: u64,
     },
-    /// Connects, asks and closes a number of times; one line with all times in nanoseconds.
+    /// Connects, asks and closes a number of times, the targets in turns; one line with a list of
+    /// times in nanoseconds for each target.
     Times {
-        to: SocketAddr,
+        to: Vec<SocketAddr>,
         #[arg(long, default_value_t = 1_000)]
         count: usize,
     },
 }
 
 fn main() -> Result<()> {
-    match Cli::parse().command {
+    let cli = Cli::parse();
+    if let Some(cpu) = cli.cpu {
+        let mut cpus = nix::sched::CpuSet::new();
+        cpus.set(cpu).context("choosing a processor")?;
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)
+            .with_context(|| format!("staying on processor {cpu}"))?;
+    }
+    match cli.command {
         Command::Serve { name, port } => serve(&name, port),
         Command::Ask {
             protocol,
@@ -123,17 +134,27 @@ fn main() -> Result<()> {
         Command::Hold { to, interval_ms } => hold(to, Duration::from_millis(interval_ms)),
         Command::Load { to, for_ms, tasks } => load(&to, Duration::from_millis(for_ms), tasks),
         Command::Trail { to, for_ms } => trail(&to, Duration::from_millis(for_ms)),
-        Command::Times { to, count } => {
-            let mut times = Vec::with_capacity(count);
-            for _ in 0..count {
-                let started = Instant::now();
-                ask_tcp(to, 0, Duration::from_secs(2))?;
-                times.push(started.elapsed().as_nanos() as u64);
-            }
-            println!("{}", json!(times));
-            Ok(())
+        Command::Times { to, count } => times(&to, count),
+    }
+}
+
+/// Targets take turns within each repetition, and the order turns around each time: whatever
+/// drifts meanwhile, drifts for all.
+fn times(to: &[SocketAddr], count: usize) -> Result<()> {
+    let mut times = vec![Vec::with_capacity(count); to.len()];
+    for number in 0..count {
+        let mut turns: Vec<_> = to.iter().zip(&mut times).collect();
+        if number % 2 == 1 {
+            turns.reverse();
+        }
+        for (to, times) in turns {
+            let started = Instant::now();
+            ask_tcp(*to, 0, Duration::from_secs(2))?;
+            times.push(started.elapsed().as_nanos() as u64);
         }
     }
+    println!("{}", json!(times));
+    Ok(())
 }
 
 fn shown(answer: std::io::Result<serde_json::Value>) -> serde_json::Value {
