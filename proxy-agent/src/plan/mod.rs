@@ -9,3 +9,4 @@ pub mod ids;
 pub mod planner;
 mod side;
 pub mod state;
+pub mod writes;

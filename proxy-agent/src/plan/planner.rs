@@ -10,97 +10,26 @@ use std::{
 };
 
 use penstock_common::{
-    Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Frontend, FrontendFlags,
-    FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
+    BackendId, Be16, Frontend, FrontendKey, ServiceId, SlotRange, V4, V6, limits,
 };
 
 use super::{
     blocks::Blocks,
     ids::Ids,
-    side::{Held, PlannedAddr, PortState, Side},
+    side::{PlannedAddr, PortState, Side},
+    writes::{Plan, Step, plan_addresses, plan_port, proto, take_all},
 };
 use crate::{
     dataplane::{Change, FamilyChange, MapState},
     model::{
         object::{Family, ObjectName, Protocol},
-        port::{OnEmpty, Port, PortKey},
+        port::{Port, PortKey},
     },
 };
 
 /// How long a block or an id rests before it is given out anew: far longer than any program run
 /// that may still hold it.
 pub const GRACE: Duration = Duration::from_secs(1);
-
-/// A service can't be programmed for now.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
-    /// All backend ids are taken.
-    #[error("all {limit} backends of this family are in use")]
-    NoBackendId {
-        /// How many there are.
-        limit: u32,
-    },
-    /// No range of slots is large enough.
-    #[error("no {wanted} consecutive slots are free ({free} of {limit} are)", limit = limits::SLOTS)]
-    NoSlots {
-        /// How many were wanted.
-        wanted: u32,
-        /// How many are free in all.
-        free: u32,
-    },
-}
-
-/// The order of writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
-    PutBackends,
-    PutSlots,
-    PutAddresses,
-    PutFrontends,
-    DeleteFrontends,
-    DeleteAddresses,
-    TakeBackends,
-}
-
-/// One write and whose it is.
-#[derive(Clone, Debug)]
-struct Step {
-    phase: Phase,
-    family: Family,
-    service: usize,
-    change: Change,
-}
-
-/// Ordered writes.
-#[derive(Debug, Default)]
-pub struct Plan {
-    /// What to write, in this order.
-    pub changes: Vec<Change>,
-    /// Services that can't be programmed, and why.
-    pub failures: Vec<(ObjectName, PlanError)>,
-    /// Whether a UDP port lost a backend, or got its first.
-    pub has_udp_change: bool,
-    services: Vec<ObjectName>,
-    owners: Vec<usize>,
-    touched: Vec<(Family, ServiceId)>,
-    new_backends: HashSet<(Family, BackendId)>,
-    new_blocks: Vec<(Family, ServiceId, SlotRange)>,
-}
-
-impl Plan {
-    /// Whose change the one at `index` is; `None` for what belongs to no service.
-    pub fn service_of(&self, index: usize) -> Option<&ObjectName> {
-        self.services.get(*self.owners.get(index)?)
-    }
-
-    /// The services with changes from `index` on.
-    pub fn services_from(&self, index: usize) -> HashSet<&ObjectName> {
-        let rest = self.owners.get(index..).unwrap_or_default();
-        rest.iter()
-            .filter_map(|owner| self.services.get(*owner))
-            .collect()
-    }
-}
 
 /// A port as the command line shows it.
 #[derive(Clone, Debug)]
@@ -434,22 +363,6 @@ fn owner<A: PlannedAddr>(
     side.owners.get(&key).copied()
 }
 
-fn proto(protocol: Protocol) -> Proto {
-    match protocol {
-        Protocol::Tcp => Proto::TCP,
-        Protocol::Udp => Proto::UDP,
-        Protocol::Sctp => Proto::SCTP,
-    }
-}
-
-fn family_of<A: PlannedAddr>() -> Family {
-    if size_of::<A>() == 4 {
-        Family::V4
-    } else {
-        Family::V6
-    }
-}
-
 fn adopt_blocks<A: PlannedAddr>(side: &mut Side<A>, blocks: &mut Blocks, observed: &MapState) {
     for state in side.ports.values_mut() {
         let mut ranges: Vec<SlotRange> = state
@@ -472,268 +385,6 @@ fn adopt_blocks<A: PlannedAddr>(side: &mut Side<A>, blocks: &mut Blocks, observe
                 state.blocks.push((range, content));
             }
         }
-    }
-}
-
-/// Plans one port; on an error nothing is kept of what was planned for it.
-fn plan_port<A: PlannedAddr>(
-    side: &mut Side<A>,
-    blocks: &mut Blocks,
-    plan: &mut Plan,
-    steps: &mut Vec<Step>,
-    service: usize,
-    id: ServiceId,
-    port: &Port,
-) -> Result<(), PlanError> {
-    let family = family_of::<A>();
-    let step = |phase, change| Step {
-        phase,
-        family,
-        service,
-        change: A::change(change),
-    };
-    let known = side
-        .ports
-        .get(&id)
-        .map(|state| state.backends.clone())
-        .unwrap_or_default();
-    let mut wanted = HashSet::with_capacity(port.backends.len());
-    let mut content = Vec::with_capacity(port.backends.len());
-    let mut own_steps = Vec::new();
-    let mut new = Vec::new();
-    for backend in &port.backends {
-        let Some(addr) = A::from_ip(backend.address) else {
-            continue;
-        };
-        let key = (addr, Be16::from_host(backend.port));
-        let selected = if backend.is_selected {
-            BackendFlags::SELECTED
-        } else {
-            0
-        };
-        let flags = BackendFlags::LIVE | selected;
-        let held = match known.get(&key) {
-            Some(held) => *held,
-            None => {
-                let Some((number, generation)) = side.backend_ids.allocate() else {
-                    new.into_iter()
-                        .for_each(|id: BackendId| side.backend_ids.release(id.0));
-                    return Err(PlanError::NoBackendId {
-                        limit: limits::BACKENDS,
-                    });
-                };
-                new.push(BackendId(number));
-                Held {
-                    id: BackendId(number),
-                    generation,
-                    flags: 0,
-                }
-            }
-        };
-        let put = |flags| {
-            let value = Backend::new(held.generation, flags, id, key.0, key.1);
-            FamilyChange::PutBackend(held.id, value)
-        };
-        if flags & !held.flags != 0 {
-            own_steps.push(step(Phase::PutBackends, put(flags | held.flags)));
-        }
-        if held.flags & !flags != 0 {
-            own_steps.push(step(Phase::TakeBackends, put(flags)));
-        }
-        wanted.insert(key);
-        if backend.is_selected {
-            content.push(held.id);
-        }
-    }
-    plan.has_udp_change |= port.key.protocol == Protocol::Udp;
-    for (key, held) in known.iter().filter(|(key, _)| !wanted.contains(key)) {
-        let dead = Backend::new(held.generation, 0, id, key.0, key.1);
-        own_steps.push(step(
-            Phase::TakeBackends,
-            FamilyChange::PutBackend(held.id, dead),
-        ));
-    }
-
-    let state = side.port(id);
-    let is_empty = content.is_empty();
-    let range = match state.blocks.iter().find(|(_, held)| *held == content) {
-        _ if is_empty => SlotRange::default(),
-        Some((range, _)) => *range,
-        None => {
-            let count = content.len() as u32;
-            let Some(range) = blocks.allocate(count) else {
-                new.into_iter()
-                    .for_each(|id| side.backend_ids.release(id.0));
-                return Err(PlanError::NoSlots {
-                    wanted: count,
-                    free: blocks.free_slots(),
-                });
-            };
-            state.blocks.push((range, content.clone()));
-            plan.new_blocks.push((family, id, range));
-            let change = Change::PutSlots {
-                base: range.base,
-                backends: content,
-            };
-            own_steps.push(Step {
-                phase: Phase::PutSlots,
-                family,
-                service,
-                change,
-            });
-            range
-        }
-    };
-
-    let drops = is_empty && port.on_empty == OnEmpty::Drop;
-    let mut keys = HashSet::with_capacity(port.frontends.len());
-    for (ip, number) in &port.frontends {
-        let Some(addr) = A::from_ip(*ip) else {
-            continue;
-        };
-        let key = FrontendKey::new(addr, Be16::from_host(*number), proto(port.key.protocol));
-        let frontend = Frontend {
-            service: id,
-            flags: if drops {
-                FrontendFlags::DROP_WHEN_EMPTY
-            } else {
-                0
-            },
-            slots: range,
-            affinity_secs: port.affinity_secs,
-            key_check: key.check(),
-        };
-        keys.insert(key);
-        if state.frontends.get(&key) != Some(&frontend) {
-            own_steps.push(step(
-                Phase::PutFrontends,
-                FamilyChange::PutFrontend(key, frontend),
-            ));
-        }
-    }
-    for key in state.frontends.keys().filter(|key| !keys.contains(key)) {
-        own_steps.push(step(
-            Phase::DeleteFrontends,
-            FamilyChange::DeleteFrontend(*key),
-        ));
-    }
-    plan.new_backends
-        .extend(new.into_iter().map(|id| (family, id)));
-    steps.extend(own_steps);
-    Ok(())
-}
-
-fn take_all<A: PlannedAddr>(
-    state: &PortState<A>,
-    steps: &mut Vec<Step>,
-    service: usize,
-    family: Family,
-) {
-    for key in state.frontends.keys() {
-        let change = A::change(FamilyChange::DeleteFrontend(*key));
-        steps.push(Step {
-            phase: Phase::DeleteFrontends,
-            family,
-            service,
-            change,
-        });
-    }
-    for ((addr, port), held) in &state.backends {
-        let dead = Backend::new(held.generation, 0, state.id, *addr, *port);
-        let change = A::change(FamilyChange::PutBackend(held.id, dead));
-        steps.push(Step {
-            phase: Phase::TakeBackends,
-            family,
-            service,
-            change,
-        });
-    }
-}
-
-/// Drops deletions of frontends that the same plan gives to another port, and plans addresses:
-/// there before their first frontend, gone after their last.
-fn plan_addresses<A: PlannedAddr>(
-    side: &Side<A>,
-    steps: &mut Vec<Step>,
-    nodes: &HashSet<IpAddr>,
-    sweeps: bool,
-    all: bool,
-) {
-    let family = family_of::<A>();
-    let view = |change: &Change| -> Option<FamilyChange<A>> { A::own(change) };
-    let puts: HashSet<FrontendKey<A>> = steps
-        .iter()
-        .filter_map(|step| match view(&step.change)? {
-            FamilyChange::PutFrontend(key, _) => Some(key),
-            _ => None,
-        })
-        .collect();
-    steps.retain(|step| match view(&step.change) {
-        Some(FamilyChange::DeleteFrontend(key)) => !puts.contains(&key),
-        _ => true,
-    });
-    let mut uses: HashMap<A, (i64, usize)> = HashMap::new();
-    for step in steps.iter() {
-        match view(&step.change) {
-            Some(FamilyChange::PutFrontend(key, _)) => {
-                let is_new = !side.owners.contains_key(&key);
-                let entry = uses.entry(key.addr).or_insert((0, step.service));
-                entry.0 += i64::from(is_new);
-            }
-            Some(FamilyChange::DeleteFrontend(key)) => {
-                uses.entry(key.addr).or_insert((0, step.service)).0 -= 1;
-            }
-            _ => {}
-        }
-    }
-    let put = |addr: A, kind, service| Step {
-        phase: Phase::PutAddresses,
-        family,
-        service,
-        change: A::change(FamilyChange::PutAddress(addr, Address { kind })),
-    };
-    let delete = |addr: A, service| Step {
-        phase: Phase::DeleteAddresses,
-        family,
-        service,
-        change: A::change(FamilyChange::DeleteAddress(addr)),
-    };
-    for (addr, (change, service)) in &uses {
-        let is_node = nodes.contains(&addr.into_ip());
-        let after = i64::from(side.uses.get(addr).copied().unwrap_or(0)) + change;
-        let kind = side.addresses.get(addr).map(|address| address.kind);
-        if after > 0 && !is_node && kind != Some(AddressKind::SERVICE) {
-            steps.push(put(*addr, AddressKind::SERVICE, *service));
-        } else if after <= 0 && !is_node && kind.is_some() {
-            steps.push(delete(*addr, *service));
-        }
-    }
-    for addr in &side.idle {
-        let is_held = side.addresses.contains_key(addr);
-        if is_held && !uses.contains_key(addr) && !nodes.contains(&addr.into_ip()) {
-            steps.push(delete(*addr, usize::MAX));
-        }
-    }
-    if !all {
-        return;
-    }
-    for addr in nodes.iter().filter_map(|ip| A::from_ip(*ip)) {
-        if side.addresses.get(&addr).map(|address| address.kind) != Some(AddressKind::NODE) {
-            steps.push(put(addr, AddressKind::NODE, usize::MAX));
-        }
-    }
-    let is_stale = |addr: &A, address: &Address| {
-        let is_node = nodes.contains(&addr.into_ip());
-        let is_used =
-            side.uses.contains_key(addr) || uses.contains_key(addr) || side.idle.contains(addr);
-        !is_node && !is_used && (sweeps || address.kind == AddressKind::NODE)
-    };
-    for (addr, _) in side
-        .addresses
-        .iter()
-        .filter(|(addr, address)| is_stale(addr, address))
-    {
-        steps.push(delete(*addr, usize::MAX));
     }
 }
 
