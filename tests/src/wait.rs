@@ -2,14 +2,22 @@
 
 use std::time::{Duration, Instant};
 
-/// Asks until the answer is yes, for ten seconds at most; the last reason is the error.
+/// How long to wait: ten seconds, or as many as `PENSTOCK_PATIENCE` says, for slow machines.
+fn patience() -> Duration {
+    let seconds = std::env::var("PENSTOCK_PATIENCE");
+    let seconds = seconds.ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(10))
+}
+
+/// Asks until the answer is yes, for [`patience`] at most; the last reason is the error.
 pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let started = Instant::now();
+    let patience = patience();
     loop {
         match ask() {
             Ok(answer) => return Ok(answer),
-            Err(error) if started.elapsed() > Duration::from_secs(10) => {
-                return Err(error.context(format!("{what} did not come true in 10 s")));
+            Err(error) if started.elapsed() > patience => {
+                return Err(error.context(format!("{what} did not come true in {patience:?}")));
             }
             Err(_) => std::thread::sleep(Duration::from_millis(5)),
         }

@@ -2,6 +2,7 @@
 //!
 //! Every command first makes sure that what it needs is there, and says what it installs.
 
+mod kernels;
 mod lint;
 mod run;
 mod setup;
@@ -41,6 +42,14 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// The end-to-end tests on other Linux kernels, emulated.
+    Kernels {
+        /// Which ones; all if none is named.
+        versions: Vec<String>,
+        /// Go on without kernels that can't be fetched.
+        #[arg(long)]
+        allow_missing: bool,
+    },
     /// Format, clippy for the host and for the kernel side, dependency audit, house rules.
     Lint,
     /// The side-by-side benchmark.
@@ -73,6 +82,14 @@ fn main() -> Result<()> {
             prepare()?;
             binaries()?;
             in_root(cargo("test").arg("--workspace").args(arguments))
+        }
+        Command::Kernels {
+            versions,
+            allow_missing,
+        } => {
+            setup::all()?;
+            setup::emulation()?;
+            kernels::all(&versions, allow_missing)
         }
         Command::Lint => {
             setup::all()?;

@@ -36,6 +36,15 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("/sbin/sysctl", "procps"),
 ];
 
+/// What other kernels are unpacked, packed and run with.
+const EMULATION: &[(&str, &str)] = &[
+    ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
+    ("/usr/bin/cpio", "cpio"),
+    ("/bin/busybox", "busybox-static"),
+    ("/usr/bin/xz", "xz-utils"),
+    ("/usr/bin/strip", "binutils"),
+];
+
 const LINKER_VERSION: &str = "0.13.0";
 
 /// Everything that building and running needs.
@@ -51,6 +60,11 @@ pub fn all() -> Result<()> {
     }
     install(&missing)?;
     if needs_linker { linker() } else { Ok(()) }
+}
+
+/// What running other kernels needs besides.
+pub fn emulation() -> Result<()> {
+    install(&packages_of(EMULATION))
 }
 
 fn packages_of(list: &[(&str, &'static str)]) -> Vec<&'static str> {

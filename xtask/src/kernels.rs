@@ -1,0 +1,206 @@
+//! The end-to-end tests on other Linux kernels: the real agent, the real programs, real packets.
+//!
+//! Debian's kernels boot under QEMU's emulation, so neither KVM nor a spare machine is needed, from
+//! an initrd with this workspace's debug binaries and nothing that a kernel does not need. Emulation
+//! is an order of magnitude slower than the machine, hence a choice of tests: each way into the
+//! kernel once.
+
+mod fetch;
+mod initrd;
+mod machine;
+
+use std::{path::PathBuf, process::Command, time::Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::run::{cargo, in_root, root};
+
+/// A kernel of the matrix.
+struct Kernel {
+    /// What it is called on the command line.
+    name: &'static str,
+    /// The Debian suite whose cloud kernel it is.
+    suite: &'static str,
+}
+
+/// The oldest that Debian supports (filters of a clsact qdisc, `bpf_set_retval` just there), the
+/// long-term one with TCX, and whatever is newest.
+const KERNELS: &[Kernel] = &[
+    Kernel {
+        name: "6.1",
+        suite: "bookworm",
+    },
+    Kernel {
+        name: "6.12",
+        suite: "trixie",
+    },
+    Kernel {
+        name: "newest",
+        suite: "sid",
+    },
+];
+
+/// Tests of `tests/tests/services.rs`: sockets, packets, both refusals, hairpin, errors about
+/// packets, UDP that moves (needs the pid of a socket's owner), and agents that are replaced.
+const TESTS: &[&str] = &[
+    "pods_and_host_processes_reach_services_at_the_socket",
+    "packets_that_no_socket_hook_saw_are_translated",
+    "what_nobody_serves_is_refused_at_once_or_dropped",
+    "a_pod_reaches_itself_through_its_own_service",
+    "errors_about_translated_packets_reach_the_client",
+    "udp_leaves_a_backend_that_is_removed",
+    "killing_the_agent_disturbs_nobody",
+];
+
+/// Runs the tests on the kernels named, or on all.
+pub fn all(names: &[String], may_be_missing: bool) -> Result<()> {
+    if std::env::consts::ARCH != "x86_64" {
+        bail!("the kernels are emulated for x86-64, and only its binaries are at hand here");
+    }
+    let kernels = chosen(names)?;
+    let binaries = binaries()?;
+    let mut failures = Vec::new();
+    for kernel in kernels {
+        let started = Instant::now();
+        let image = match fetch::kernel(kernel.name, kernel.suite) {
+            Ok(image) => image,
+            Err(error) if may_be_missing => {
+                println!("{:7} NOT RUN: it can't be fetched: {error:#}", kernel.name);
+                continue;
+            }
+            Err(error) => {
+                return Err(error.context(format!("fetching Linux {}", kernel.name)));
+            }
+        };
+        let initrd = initrd::build(&image, &binaries, TESTS)
+            .with_context(|| format!("an initrd for {}", image.release))?;
+        let failed = machine::run(kernel.name, &image, &initrd, TESTS)?;
+        println!(
+            "{:7} {}: {} of {} tests passed, {:.0} s",
+            kernel.name,
+            image.release,
+            TESTS.len() - failed.len(),
+            TESTS.len(),
+            started.elapsed().as_secs_f32()
+        );
+        failures.extend(
+            failed
+                .into_iter()
+                .map(|test| format!("{}: {test}", kernel.name)),
+        );
+    }
+    if failures.is_empty() {
+        return Ok(());
+    }
+    bail!("failed on other kernels:\n{}", failures.join("\n"))
+}
+
+fn chosen(names: &[String]) -> Result<Vec<&'static Kernel>> {
+    if names.is_empty() {
+        return Ok(KERNELS.iter().collect());
+    }
+    let find = |name: &String| {
+        let known: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        KERNELS
+            .iter()
+            .find(|kernel| kernel.name == name)
+            .with_context(|| format!("no kernel {name} is known; there are {}", known.join(", ")))
+    };
+    names.iter().map(find).collect()
+}
+
+/// What runs in the machine.
+pub struct Binaries {
+    /// The agent.
+    agent: PathBuf,
+    /// What the tests send.
+    traffic: PathBuf,
+    /// The end-to-end tests.
+    tests: PathBuf,
+}
+
+/// Builds what runs in the machine, with debug assertions.
+fn binaries() -> Result<Binaries> {
+    in_root(cargo("build").args(["--package", "penstock-agent"]).args([
+        "--package",
+        "penstock-testbed",
+        "--bins",
+    ]))?;
+    let output = cargo("test")
+        .args(["--package", "penstock-testbed", "--test", "services"])
+        .args(["--no-run", "--message-format", "json"])
+        .current_dir(root())
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("starting cargo")?;
+    if !output.status.success() {
+        bail!("building the end-to-end tests ended with {}", output.status);
+    }
+    let tests = String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .find_map(|line| executable(line, "services"))
+        .context("cargo did not say where the end-to-end tests are")?;
+    let target = tests
+        .ancestors()
+        .find(|folder| folder.ends_with("debug"))
+        .context("the tests are in no debug folder")?;
+    Ok(Binaries {
+        agent: target.join("penstock"),
+        traffic: target.join("penstock-traffic"),
+        tests,
+    })
+}
+
+/// The executable of the target `name`, if this message of cargo's is about it.
+fn executable(message: &str, name: &str) -> Option<PathBuf> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    let is_it = message.get("target")?.get("name")?.as_str()? == name;
+    let executable = message.get("executable")?.as_str()?;
+    is_it.then(|| PathBuf::from(executable))
+}
+
+/// Runs a command to its end; what it printed.
+fn output_of(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("starting {command:?}"))?;
+    if !output.status.success() {
+        bail!(
+            "{command:?} ended with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tests_executable_is_found_among_the_messages() {
+        let message = r#"{"reason":"compiler-artifact","target":{"name":"services"},"executable":"/t/debug/deps/services-1"}"#;
+        assert_eq!(
+            executable(message, "services"),
+            Some(PathBuf::from("/t/debug/deps/services-1"))
+        );
+        assert_eq!(executable(message, "scripts"), None);
+        assert_eq!(executable(r#"{"executable":null}"#, "services"), None);
+    }
+
+    #[test]
+    fn the_tests_that_are_run_exist() -> Result<()> {
+        let source = std::fs::read_to_string(root().join("tests/tests/services.rs"))?;
+        for test in TESTS {
+            assert!(source.contains(&format!("fn {test}()")), "{test}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_unknown_kernel_is_named() {
+        assert!(chosen(&["2.4".to_owned()]).is_err());
+        assert_eq!(chosen(&[]).map_or(0, |all| all.len()), KERNELS.len());
+    }
+}
