@@ -25,6 +25,13 @@ fn one(services: usize, rounds: usize) -> Result<Value> {
     let node = testbed.node()?;
     let client = testbed.pod(&node)?;
     let server = testbed.pod(&node)?;
+    // Both targets share a destination, whose closed connections would use up the client's ports.
+    let reuse = [
+        "-q",
+        "net.ipv4.tcp_tw_reuse=1",
+        "net.ipv4.ip_local_port_range=1024 65535",
+    ];
+    client.host.run("sysctl", &reuse)?;
     let _serving = server.host.serve_on(8080, 1)?;
     // The one that is measured, and the others.
     let mut items = vec![Service::new("measured", 10).port("tcp", 80, "TCP").json()];

@@ -40,17 +40,36 @@ const KERNELS: &[Kernel] = &[
     },
 ];
 
-/// Tests of `tests/tests/services.rs`: sockets, packets, both refusals, hairpin, errors about
-/// packets, UDP that moves (needs the pid of a socket's owner), and agents that are replaced.
-const TESTS: &[&str] = &[
-    "pods_and_host_processes_reach_services_at_the_socket",
-    "packets_that_no_socket_hook_saw_are_translated",
-    "what_nobody_serves_is_refused_at_once_or_dropped",
-    "a_pod_reaches_itself_through_its_own_service",
-    "errors_about_translated_packets_reach_the_client",
-    "udp_leaves_a_backend_that_is_removed",
-    "killing_the_agent_disturbs_nobody",
+/// A file of `tests/tests` and the tests of it that are run.
+type Group = (&'static str, &'static [&'static str]);
+
+/// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); both refusals,
+/// errors about packets, traces, and agents that are replaced.
+const TESTS: &[Group] = &[
+    (
+        "services",
+        &[
+            "pods_and_host_processes_reach_services_at_the_socket",
+            "packets_that_no_socket_hook_saw_are_translated",
+            "a_pod_reaches_itself_through_its_own_service",
+        ],
+    ),
+    ("changes", &["udp_leaves_a_backend_that_is_removed"]),
+    (
+        "trouble",
+        &[
+            "what_nobody_serves_is_refused_at_once_or_dropped",
+            "errors_about_translated_packets_reach_the_client",
+            "the_programs_say_what_they_refuse_when_asked_to",
+            "killing_the_agent_disturbs_nobody",
+        ],
+    ),
 ];
+
+/// How many tests there are.
+fn count(tests: &[Group]) -> usize {
+    tests.iter().map(|(_, names)| names.len()).sum()
+}
 
 /// Runs the tests on the kernels named, or on all.
 pub fn all(names: &[String], may_be_missing: bool) -> Result<()> {
@@ -79,8 +98,8 @@ pub fn all(names: &[String], may_be_missing: bool) -> Result<()> {
             "{:7} {}: {} of {} tests passed, {:.0} s",
             kernel.name,
             image.release,
-            TESTS.len() - failed.len(),
-            TESTS.len(),
+            count(TESTS) - failed.len(),
+            count(TESTS),
             started.elapsed().as_secs_f32()
         );
         failures.extend(
@@ -115,8 +134,8 @@ pub struct Binaries {
     agent: PathBuf,
     /// What the tests send.
     traffic: PathBuf,
-    /// The end-to-end tests.
-    tests: PathBuf,
+    /// The end-to-end tests, as [`TESTS`] groups them.
+    tests: Vec<(&'static str, PathBuf)>,
 }
 
 /// Builds what runs in the machine, with debug assertions.
@@ -126,9 +145,13 @@ fn binaries() -> Result<Binaries> {
         "penstock-testbed",
         "--bins",
     ]))?;
-    let output = cargo("test")
-        .args(["--package", "penstock-testbed", "--test", "services"])
-        .args(["--no-run", "--message-format", "json"])
+    let mut test = cargo("test");
+    test.args(["--package", "penstock-testbed", "--no-run"]);
+    for (group, _) in TESTS {
+        test.args(["--test", group]);
+    }
+    let output = test
+        .args(["--message-format", "json"])
         .current_dir(root())
         .stderr(std::process::Stdio::inherit())
         .output()
@@ -136,11 +159,16 @@ fn binaries() -> Result<Binaries> {
     if !output.status.success() {
         bail!("building the end-to-end tests ended with {}", output.status);
     }
-    let tests = String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .find_map(|line| executable(line, "services"))
-        .context("cargo did not say where the end-to-end tests are")?;
-    let target = tests
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let mut tests = Vec::new();
+    for (group, _) in TESTS {
+        let path = messages.lines().find_map(|line| executable(line, group));
+        let path =
+            path.with_context(|| format!("cargo did not say where the tests {group} are"))?;
+        tests.push((*group, path));
+    }
+    let (_, first) = tests.first().context("there are no tests")?;
+    let target = first
         .ancestors()
         .find(|folder| folder.ends_with("debug"))
         .context("the tests are in no debug folder")?;
@@ -191,9 +219,11 @@ mod tests {
 
     #[test]
     fn the_tests_that_are_run_exist() -> Result<()> {
-        let source = std::fs::read_to_string(root().join("tests/tests/services.rs"))?;
-        for test in TESTS {
-            assert!(source.contains(&format!("fn {test}()")), "{test}");
+        for (group, tests) in TESTS {
+            let source = std::fs::read_to_string(root().join(format!("tests/tests/{group}.rs")))?;
+            for test in *tests {
+                assert!(source.contains(&format!("fn {test}()")), "{group}: {test}");
+            }
         }
         Ok(())
     }

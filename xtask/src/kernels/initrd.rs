@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{Binaries, fetch::Image, output_of};
+use super::{Binaries, Group, fetch::Image, output_of};
 
 /// What the testbed's networks are made of, each after what it needs; some kernels have them built
 /// in.
@@ -27,7 +27,7 @@ const APPLETS: &[&str] = &["sh", "mount", "mkdir", "insmod", "cat", "cut", "rebo
 const PROGRAMS: &str = "target/debug";
 
 /// Builds the initrd.
-pub fn build(image: &Image, binaries: &Binaries, tests: &[&str]) -> Result<PathBuf> {
+pub fn build(image: &Image, binaries: &Binaries, tests: &[Group]) -> Result<PathBuf> {
     // A new folder each time: nothing of an earlier build is booted.
     let folder = tempfile::tempdir_in(&image.folder).context("making a folder")?;
     let tree = Tree {
@@ -45,11 +45,12 @@ pub fn build(image: &Image, binaries: &Binaries, tests: &[&str]) -> Result<PathB
         let name = tool.file_name().context("a tool has a name")?;
         tree.program(tool, &format!("bin/{}", name.to_string_lossy()))?;
     }
-    for (name, binary) in [
+    let programs = [
         ("penstock", &binaries.agent),
         ("penstock-traffic", &binaries.traffic),
-        ("services", &binaries.tests),
-    ] {
+    ];
+    let tests_of = binaries.tests.iter().map(|(name, path)| (*name, path));
+    for (name, binary) in programs.into_iter().chain(tests_of) {
         let to = format!("{PROGRAMS}/{name}");
         tree.program(binary, &to)?;
         // Debug information would be most of the initrd, and nobody reads it there.
@@ -212,10 +213,14 @@ fn libraries_of(text: &str) -> BTreeSet<PathBuf> {
 }
 
 /// What runs first: the tests, one process each, reported on the second serial line.
-fn init(modules: &[&str], tests: &[&str]) -> String {
+fn init(modules: &[&str], tests: &[Group]) -> String {
     let modules: String = modules
         .iter()
         .map(|name| format!("insmod /modules/{name}.ko || echo \"no module {name}\"\n"))
+        .collect();
+    let tests: Vec<String> = tests
+        .iter()
+        .flat_map(|(group, names)| names.iter().map(move |name| format!("{group}:{name}")))
         .collect();
     let tests = tests.join(" ");
     // The tests' own patience is for a machine that is not emulated. In CI what can't run fails.
@@ -234,9 +239,10 @@ fn init(modules: &[&str], tests: &[&str]) -> String {
          {modules}\
          ip link set lo up\n\
          echo \"@@up\"\n\
-         for test in {tests}; do\n\
+         for each in {tests}; do\n\
+         test=${{each#*:}}\n\
          began=$(cut -d' ' -f1 /proc/uptime)\n\
-         if /{PROGRAMS}/services --exact $test --test-threads 1 --nocapture\n\
+         if /{PROGRAMS}/${{each%%:*}} --exact $test --test-threads 1 --nocapture\n\
          then verdict=pass; else verdict=fail; fi\n\
          echo \"@@$verdict $test $began $(cut -d' ' -f1 /proc/uptime)\"\n\
          done\n\

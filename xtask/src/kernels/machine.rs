@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::fetch::Image;
+use super::{Group, fetch::Image};
 
 /// How long a kernel has for all tests.
 const TIMEOUT: Duration = Duration::from_secs(1_200);
@@ -55,7 +55,7 @@ impl Event {
 }
 
 /// Runs the tests on a kernel, printing a line for each; those that did not pass.
-pub fn run(name: &str, image: &Image, initrd: &Path, tests: &[&str]) -> Result<Vec<String>> {
+pub fn run(name: &str, image: &Image, initrd: &Path, tests: &[Group]) -> Result<Vec<String>> {
     for _ in 1..TRIES {
         match boot(name, image, initrd, tests)? {
             Outcome::NeverUp(reason) => {
@@ -92,7 +92,7 @@ impl Drop for Machine {
     }
 }
 
-fn boot(name: &str, image: &Image, initrd: &Path, tests: &[&str]) -> Result<Outcome> {
+fn boot(name: &str, image: &Image, initrd: &Path, tests: &[Group]) -> Result<Outcome> {
     let report = image.folder.join("report.log");
     File::create(&report).context("making the report")?;
     let serial = |file: &Path| format!("file:{}", file.display());
@@ -165,6 +165,7 @@ fn boot(name: &str, image: &Image, initrd: &Path, tests: &[&str]) -> Result<Outc
     }
     let failed: Vec<String> = tests
         .iter()
+        .flat_map(|(_, names)| *names)
         .filter(|test| !passed.iter().any(|name| name == *test))
         .map(|test| (*test).to_owned())
         .collect();
