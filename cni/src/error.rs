@@ -1,0 +1,146 @@
+//! What can go wrong, with the code that the CNI specification gives it (SPEC.md 1.1.0, "Error").
+
+use std::{io, net::IpAddr, path::PathBuf};
+
+use serde_json::{Value, json};
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The configuration is of a version that this plugin does not speak.
+    #[error("CNI version {0:?} is not spoken here; use one of 0.3.1, 0.4.0, 1.0.0 and 1.1.0")]
+    IncompatibleVersion(String),
+    /// The container is gone: there is nothing to clean up either.
+    #[error("the network namespace {} is gone", .0.display())]
+    UnknownContainer(PathBuf),
+    /// An environment variable is missing or malformed.
+    #[error("{variable} {reason}")]
+    Environment {
+        /// Which.
+        variable: &'static str,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// Reading or writing failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was done, to which file.
+        what: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Standard input or a file is not what it should be.
+    #[error("{what}: {reason}")]
+    Decode {
+        /// What was read.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The network configuration can't be meant.
+    #[error("{field}: {reason}")]
+    Config {
+        /// Which field.
+        field: String,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// It can't be done now, and perhaps soon.
+    #[error("{0}")]
+    TryAgain(String),
+    /// The plugin can't serve at all for now.
+    #[error("{0}")]
+    NotAvailable(String),
+    /// Every address is in use.
+    #[error(
+        "all {capacity} addresses of {range} are in use; end pods on this node, or give it a larger \
+         podCIDR"
+    )]
+    Exhausted {
+        /// The range.
+        range: String,
+        /// How many addresses it has for pods.
+        capacity: u128,
+    },
+    /// The kernel refused something.
+    #[error("{what}: {source}")]
+    Kernel {
+        /// What was asked, about which interface.
+        what: String,
+        /// Why not.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// CHECK found something else than ADD had made.
+    #[error("{0}")]
+    Mismatch(String),
+    /// An address that was asked for can't be had.
+    #[error("{address} {reason}")]
+    Address {
+        /// The address.
+        address: IpAddr,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl Failure {
+    /// An I/O failure with what was done.
+    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+
+    /// A refusal of the kernel's with what was asked.
+    pub fn kernel(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Kernel { what, source }
+    }
+
+    /// The code: 1 to 99 are the specification's, from 100 on they are this plugin's.
+    pub fn code(&self) -> u32 {
+        match self {
+            Self::IncompatibleVersion(_) => 1,
+            Self::UnknownContainer(_) => 3,
+            Self::Environment { .. } => 4,
+            Self::Io { .. } => 5,
+            Self::Decode { .. } => 6,
+            Self::Config { .. } => 7,
+            Self::TryAgain(_) => 11,
+            Self::NotAvailable(_) => 50,
+            Self::Exhausted { .. } => 100,
+            Self::Kernel { .. } => 101,
+            Self::Mismatch(_) => 102,
+            Self::Address { .. } => 103,
+        }
+    }
+
+    /// The sort of failure in a few words that never differ.
+    fn summary(&self) -> &'static str {
+        match self {
+            Self::IncompatibleVersion(_) => "incompatible CNI version",
+            Self::UnknownContainer(_) => "unknown container",
+            Self::Environment { .. } => "invalid environment variable",
+            Self::Io { .. } => "I/O failure",
+            Self::Decode { .. } => "failed to decode content",
+            Self::Config { .. } => "invalid network config",
+            Self::TryAgain(_) => "try again later",
+            Self::NotAvailable(_) => "plugin not available",
+            Self::Exhausted { .. } => "no address left",
+            Self::Kernel { .. } => "the kernel refused",
+            Self::Mismatch(_) => "the attachment is not as it was made",
+            Self::Address { .. } => "the address can't be had",
+        }
+    }
+
+    /// The error object, for a runtime that spoke `version`.
+    pub fn to_json(&self, version: &str) -> Value {
+        json!({
+            "cniVersion": version,
+            "code": self.code(),
+            "msg": format!("penstock: {}", self.summary()),
+            "details": self.to_string(),
+        })
+    }
+}

@@ -1,0 +1,121 @@
+//! What a network's state on disk says. The plugin alone writes it; the agent reads it.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// An attachment's name: what a runtime calls it by.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct AttachmentKey {
+    /// CNI_CONTAINERID.
+    pub container: String,
+    /// CNI_IFNAME, the interface's name inside the container.
+    pub ifname: String,
+}
+
+/// An interface of a pod's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attachment {
+    /// Its name.
+    #[serde(flatten)]
+    pub key: AttachmentKey,
+    /// The name of the interface's end on the host.
+    pub interface: String,
+    /// The address of the end in the container.
+    pub mac: Mac,
+    /// The address of the end on the host.
+    pub host_mac: Mac,
+    /// Its addresses, at most one a family.
+    pub ips: Vec<IpAddr>,
+    /// Whose it is, as far as the runtime said (CNI_ARGS).
+    #[serde(default)]
+    pub pod: Option<Pod>,
+    /// Ports of the node that lead to it.
+    #[serde(default)]
+    pub host_ports: Vec<HostPort>,
+    /// How fast it may be.
+    #[serde(default)]
+    pub bandwidth: Option<Bandwidth>,
+}
+
+/// A pod as Kubernetes runtimes name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    /// K8S_POD_NAMESPACE.
+    pub namespace: String,
+    /// K8S_POD_NAME.
+    pub name: String,
+    /// K8S_POD_UID, if it was said.
+    #[serde(default)]
+    pub uid: Option<String>,
+}
+
+/// An entry of the capability `portMappings`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostPort {
+    /// The address of the node; every one if there is none.
+    #[serde(default)]
+    pub host_ip: Option<IpAddr>,
+    /// The node's port.
+    pub host_port: u16,
+    /// The container's port.
+    pub container_port: u16,
+    /// "tcp", "udp" or "sctp".
+    pub protocol: String,
+}
+
+/// The capability `bandwidth`: bits per second and bits, 0 for unlimited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Bandwidth {
+    /// To the container.
+    pub ingress_rate: u64,
+    /// How much may come at once.
+    pub ingress_burst: u64,
+    /// From the container.
+    pub egress_rate: u64,
+    /// How much may come at once.
+    pub egress_burst: u64,
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl std::fmt::Display for Mac {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong =
+            || format!("{text:?} is no Ethernet address; write six octets like 02:00:00:00:00:01");
+        let mut octets = [0; 6];
+        let mut parts = text.split(':');
+        for octet in &mut octets {
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .ok_or_else(wrong)?;
+            *octet = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+        }
+        if parts.next().is_some() {
+            return Err(wrong());
+        }
+        Ok(Self(octets))
+    }
+}
