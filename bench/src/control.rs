@@ -106,8 +106,7 @@ fn in_process(services: usize, endpoints: usize, changes: usize) -> Result<Value
     let mut reconciler = Reconciler::new(Bpf::open(&pins)?, World::new("node1"))?;
 
     let started = Instant::now();
-    let (events, rejections) =
-        manifests::read_once(&folder, "node1").context("reading manifests")?;
+    let (events, rejections) = manifests::read_once(&folder).context("reading manifests")?;
     anyhow::ensure!(rejections.is_empty(), "{rejections:?}");
     let read = started.elapsed();
     list(&mut reconciler.world, events)?;

@@ -119,3 +119,32 @@ impl TryFrom<String> for Mac {
         Ok(Self(octets))
     }
 }
+
+/// A network's state as its file holds it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Saved {
+    version: u32,
+    attachments: Vec<Attachment>,
+}
+
+/// The format's version.
+pub const VERSION: u32 = 1;
+
+/// The attachments that a network's file names. The file is replaced whole, so no lock is needed.
+pub fn read(path: &std::path::Path) -> Result<Vec<Attachment>, crate::error::Failure> {
+    use crate::error::Failure;
+    let text = std::fs::read(path).map_err(Failure::io(format!("reading {}", path.display())))?;
+    let decode = |reason: String| Failure::Decode {
+        what: path.display().to_string(),
+        reason,
+    };
+    let saved: Saved = serde_json::from_slice(&text).map_err(|error| decode(error.to_string()))?;
+    if saved.version != VERSION {
+        return Err(decode(format!(
+            "version {} is not {VERSION}",
+            saved.version
+        )));
+    }
+    Ok(saved.attachments)
+}

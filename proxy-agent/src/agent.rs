@@ -11,7 +11,8 @@ use std::{
 use anyhow::{Context, Result};
 use aya::maps::{Array, Map};
 use glob::Pattern;
-use penstock_common::{Config, V4, V6};
+use penstock_cni::agent::Answer;
+use penstock_common::{Config, NetworkFlags, V4, V6};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
@@ -21,21 +22,23 @@ use crate::{
     attach::{
         cgroup,
         exclude::Exclusions,
-        follow::{self, Follower, lock},
+        follow::{self, Follower, WireRequest, Wiring, lock},
         interface::PacketHooks,
         netns,
     },
     dataplane::{bpf::Bpf, pins::Pins},
     flows::Sweeper,
+    ipc::{self, Query},
     model::{
-        object::{Event, Family, Kind},
+        object::{Event, Family, Kind, Node},
         world::World,
     },
+    network::{self, pods::Pods},
     reconcile::Reconciler,
-    report::{self, Query, Report},
+    report::{self, Report},
     traces,
     udp::Resteer,
-    watch,
+    watch::{self, Scope},
 };
 
 /// How often flows are swept.
@@ -72,6 +75,8 @@ pub struct Options {
     pub pod_interfaces: Vec<Pattern>,
     /// Cgroups, below `cgroup`, whose sockets are left alone.
     pub exclude_cgroups: Vec<Pattern>,
+    /// The pod network, where pods are Penstock's to connect.
+    pub network: Option<network::Options>,
     /// Whether the programs trace what they refuse.
     pub is_tracing: bool,
 }
@@ -85,7 +90,7 @@ fn kernel_version() -> Option<(u32, u32)> {
 
 /// Runs until told to stop. Traffic goes on afterwards.
 pub async fn run(options: Options) -> Result<()> {
-    let listener = report::listen(&options.run_dir)?;
+    let listener = ipc::listen(&options.run_dir)?;
     let version = kernel_version().context("this kernel does not say its version")?;
     anyhow::ensure!(
         version >= (5, 15),
@@ -106,23 +111,46 @@ pub async fn run(options: Options) -> Result<()> {
     let status = watch::Status::default();
     tokio::spawn(source(
         options.source,
-        options.node_name.clone(),
+        Scope {
+            node_name: options.node_name.clone(),
+            has_network: options.network.is_some(),
+        },
         status.clone(),
         sender,
     ));
 
     let shared = Shared::default();
+    let (nodes, nodes_seen) = tokio::sync::watch::channel(Arc::default());
+    let (wires, wire_requests) = mpsc::channel(64);
+    let mut network_state = None;
+    let mut wiring = None;
+    if let Some(options_of_network) = options.network {
+        wiring = Some(Wiring {
+            pods: Pods::new(&options_of_network.places.state_dir),
+            endpoints: network::Endpoints::open(&pins)?,
+            requests: wire_requests,
+        });
+        let (network, state) = network::Network::new(
+            options_of_network,
+            options.node_name.clone(),
+            pins.clone(),
+            nodes_seen,
+        );
+        network_state = Some(state);
+        tokio::spawn(network.run());
+    }
     let follower = Follower::new(
         hooks,
         options.pod_interfaces,
         &pins,
         shared.node_addresses.clone(),
         shared.excluded.clone(),
+        wiring,
     )?;
     let interfaces = follower.status.clone();
     tokio::spawn(follower.run(shared.changed.clone()));
     let (queries_sender, mut queries) = mpsc::channel(16);
-    tokio::spawn(report::serve(listener, queries_sender));
+    tokio::spawn(ipc::serve(listener, queries_sender));
     sweep_flows(&pins)?;
     let steer = steer_udp(&pins)?;
 
@@ -136,6 +164,9 @@ pub async fn run(options: Options) -> Result<()> {
         config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
         exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
         node_name: options.node_name,
+        nodes,
+        network: network_state,
+        wires,
         steer,
         started: Instant::now(),
         was_settled: false,
@@ -157,6 +188,7 @@ pub async fn run(options: Options) -> Result<()> {
                 agent.step();
             }
             Some(query) = queries.recv() => agent.answer(query),
+            () = changed(&mut agent.network) => agent.update_node(),
             () = tokio::time::sleep(wait) => agent.step(),
             _ = cgroups.tick() => agent.look_for_cgroups(),
             _ = terminate.recv() => break,
@@ -167,16 +199,21 @@ pub async fn run(options: Options) -> Result<()> {
     Ok(())
 }
 
-async fn source(
-    source: Source,
-    node_name: String,
-    status: watch::Status,
-    events: mpsc::Sender<Event>,
-) {
+/// Waits until the network is another.
+async fn changed(network: &mut Option<tokio::sync::watch::Receiver<network::State>>) {
+    if let Some(network) = network
+        && network.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+async fn source(source: Source, scope: Scope, status: watch::Status, events: mpsc::Sender<Event>) {
     match source {
-        Source::Kube(servers) => watch::kube::run(servers, node_name, status, events).await,
+        Source::Kube(servers) => watch::kube::run(servers, scope, status, events).await,
         Source::Manifests(directory) => {
-            watch::manifests::Manifests::new(&directory, &node_name, status)
+            watch::manifests::Manifests::new(&directory, status)
                 .run(events)
                 .await;
         }
@@ -252,6 +289,9 @@ struct Agent {
     config: Array<aya::maps::MapData, Config>,
     exclusions: Exclusions,
     node_name: String,
+    nodes: tokio::sync::watch::Sender<Arc<Vec<Node>>>,
+    network: Option<tokio::sync::watch::Receiver<network::State>>,
+    wires: mpsc::Sender<WireRequest>,
     steer: Arc<Notify>,
     started: Instant,
     was_settled: bool,
@@ -340,10 +380,24 @@ impl Agent {
         self.exclusions
             .set_pods(world.excluded().map(|pod| pod.uid.clone()).collect());
         let excluded_cgroups = self.exclusions.count();
+        self.tell_network();
+        let network = self
+            .network
+            .as_ref()
+            .map(|network| network.borrow().clone());
+        let network = network.unwrap_or_default();
         let config = Config {
             node4,
             node6,
             excluded_cgroups,
+            network: if network.overlay_ifindex == 0 {
+                0
+            } else {
+                NetworkFlags::FORWARD
+            },
+            overlay_ifindex: network.overlay_ifindex,
+            overlay_mtu: network.overlay_mtu,
+            overlay_vni: network.vni,
             ..Config::default()
         };
         if let Err(error) = self.config.set(0, config, 0) {
@@ -360,15 +414,65 @@ impl Agent {
         }
     }
 
+    /// Tells the network who the nodes are, once that is known.
+    fn tell_network(&self) {
+        if self.network.is_none() || self.reconciler.world.awaited().contains(&Kind::Node) {
+            return;
+        }
+        let nodes: Vec<Node> = self.reconciler.world.nodes().cloned().collect();
+        self.nodes.send_if_modified(|old| {
+            let is_new = **old != nodes;
+            if is_new {
+                *old = Arc::new(nodes);
+            }
+            is_new
+        });
+    }
+
     fn answer(&self, query: Query) {
-        let report = Report::of(
-            &self.node_name,
-            &self.reconciler,
-            &self.status,
-            &lock(&self.interfaces),
-            self.started.elapsed(),
-        );
-        // Who asked may have gone.
-        let _ = query.send(report);
+        // Who asked may have gone, hence results that do not matter.
+        match query {
+            Query::Report(answer) => {
+                let network = self
+                    .network
+                    .as_ref()
+                    .map(|network| network.borrow().clone());
+                let _ = answer.send(Report::of(
+                    &self.node_name,
+                    &self.reconciler,
+                    &self.status,
+                    &lock(&self.interfaces),
+                    network.as_ref(),
+                    self.started.elapsed(),
+                ));
+            }
+            Query::Ready(answer) => {
+                let _ = answer.send(self.readiness());
+            }
+            Query::Wire(request) => match self.readiness() {
+                Answer::Done => {
+                    // A full queue drops the question, and the plugin tries again.
+                    let _ = self.wires.try_send(request);
+                }
+                not_ready => {
+                    let _ = request.answer.send(not_ready);
+                }
+            },
+        }
+    }
+
+    /// Whether pods can be given a network.
+    fn readiness(&self) -> Answer {
+        let Some(network) = &self.network else {
+            return Answer::Failed(
+                "this agent does not connect pods; start it with --network".to_owned(),
+            );
+        };
+        let network = network.borrow();
+        match (&network.problem, network.is_ready, self.was_settled) {
+            (_, true, true) => Answer::Done,
+            (Some(problem), false, _) => Answer::NotYet(problem.clone()),
+            _ => Answer::NotYet("services and nodes are not known yet".to_owned()),
+        }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Each module stands at one place on that line and imports only from its left neighbour's types:
 //! `watch` and `api` read objects, `model` (pure) decides what this node should serve, `plan`
-//! (pure) turns that into ordered map writes, `dataplane` makes them.
+//! (pure) turns that into ordered map writes, `dataplane` makes them. Beside that line `network`
+//! connects pods: routes, the overlay, and what the CNI plugin needs.
 
 pub mod agent;
 pub mod api;
@@ -10,7 +11,9 @@ pub mod attach;
 pub mod cli;
 pub mod dataplane;
 pub mod flows;
+pub mod ipc;
 pub mod model;
+pub mod network;
 pub mod plan;
 pub mod reconcile;
 pub mod report;

@@ -1,20 +1,10 @@
-//! What the agent tells the command line, over a socket in its run directory.
+//! What there is to know about a running agent, for the command line.
 
-use std::{
-    collections::BTreeMap,
-    fs, io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use penstock_cni::state::Attachment;
 use penstock_common::{BackendFlags, FrontendFlags};
 use serde::{Deserialize, Serialize};
-use tokio::{
-    io::AsyncWriteExt,
-    net::{UnixListener, UnixStream},
-    sync::{mpsc, oneshot},
-};
 
 use crate::{
     attach::follow,
@@ -23,13 +13,11 @@ use crate::{
         object::{Family, Rejection},
         port::OnEmpty,
     },
+    network,
     plan::planner::PortView,
     reconcile::Reconciler,
     watch,
 };
-
-/// A question, answered with the whole report.
-pub type Query = oneshot::Sender<Report>;
 
 /// Everything about a running agent.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -60,12 +48,59 @@ pub struct Report {
     pub backends_used: usize,
     /// Slots in use.
     pub slots_used: u32,
+    /// What the pod network does, where there is one.
+    #[serde(default)]
+    pub network: Option<Network>,
+    /// This node's pods.
+    #[serde(default)]
+    pub pods: Vec<Pod>,
     /// Interfaces with packet hooks.
     pub interfaces: Vec<Interface>,
     /// Objects that can't be used, and frontends that a service does not get.
     pub problems: Vec<String>,
     /// Ports that the kernel serves.
     pub ports: Vec<Port>,
+}
+
+/// The pod network on this node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Network {
+    /// Pods can be given a network.
+    pub ready: bool,
+    /// What is wrong.
+    pub problem: Option<String>,
+    /// Ranges that this node's pods get addresses from.
+    pub pod_cidrs: Vec<String>,
+    /// What a packet between nodes may measure.
+    pub overlay_mtu: u32,
+    /// Other nodes' ranges.
+    pub nodes: Vec<RemoteRange>,
+}
+
+/// Another node's range.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RemoteRange {
+    /// The node.
+    pub node: String,
+    /// The range.
+    pub range: String,
+    /// How it is reached.
+    pub by: String,
+}
+
+/// A pod that the CNI plugin gave a network.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pod {
+    /// namespace/name, or the container's id where the runtime did not say.
+    pub name: String,
+    /// The interface's name in the container.
+    pub ifname: String,
+    /// The host end of its interface.
+    pub interface: String,
+    /// Its addresses.
+    pub addresses: Vec<String>,
+    /// Whether the kernel's maps name it.
+    pub wired: bool,
 }
 
 /// A followed interface.
@@ -205,6 +240,7 @@ impl Report {
         reconciler: &Reconciler<D>,
         status: &watch::Status,
         interfaces: &follow::Status,
+        network: Option<&network::State>,
         uptime: Duration,
     ) -> Self {
         let world = &reconciler.world;
@@ -218,6 +254,16 @@ impl Report {
                 .iter()
                 .map(|(name, reason)| format!("Service {name} is not programmed: {reason}")),
         );
+        problems.extend(interfaces.problems.iter().cloned());
+        if let Some(network) = network {
+            problems.extend(network.rejections.iter().map(in_words));
+            problems.extend(
+                network
+                    .problem
+                    .iter()
+                    .map(|problem| format!("network: {problem}")),
+            );
+        }
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -236,6 +282,8 @@ impl Report {
             endpoints,
             backends_used,
             slots_used,
+            network: network.map(Network::from),
+            pods: interfaces.attachments.iter().map(Pod::from).collect(),
             interfaces: interfaces
                 .interfaces
                 .values()
@@ -243,6 +291,42 @@ impl Report {
                 .collect(),
             problems,
             ports: reconciler.ports().iter().map(Port::from).collect(),
+        }
+    }
+}
+
+impl From<&network::State> for Network {
+    fn from(state: &network::State) -> Self {
+        Self {
+            ready: state.is_ready,
+            problem: state.problem.clone(),
+            pod_cidrs: state.own.iter().map(ToString::to_string).collect(),
+            overlay_mtu: state.overlay_mtu,
+            nodes: state
+                .remote
+                .iter()
+                .map(|remote| RemoteRange {
+                    node: remote.node.to_string(),
+                    range: remote.range.to_string(),
+                    by: remote.hop.to_string(),
+                })
+                .collect(),
+        }
+    }
+}
+
+impl From<&(Attachment, Option<u32>)> for Pod {
+    fn from((attachment, index): &(Attachment, Option<u32>)) -> Self {
+        let name = attachment.pod.as_ref().map_or_else(
+            || attachment.key.container.clone(),
+            |pod| format!("{}/{}", pod.namespace, pod.name),
+        );
+        Self {
+            name,
+            ifname: attachment.key.ifname.clone(),
+            interface: attachment.interface.clone(),
+            addresses: attachment.ips.iter().map(ToString::to_string).collect(),
+            wired: index.is_some(),
         }
     }
 }
@@ -263,64 +347,4 @@ impl From<&follow::Followed> for Interface {
             addresses: addr4.into_iter().chain(addr6).collect(),
         }
     }
-}
-
-fn socket_path(run_dir: &Path) -> PathBuf {
-    run_dir.join("agent.sock")
-}
-
-/// Takes the run directory, unless another agent has it.
-pub fn listen(run_dir: &Path) -> Result<UnixListener> {
-    fs::create_dir_all(run_dir)
-        .with_context(|| format!("creating {}; pass --run-dir", run_dir.display()))?;
-    let path = socket_path(run_dir);
-    if std::os::unix::net::UnixStream::connect(&path).is_ok() {
-        bail!(
-            "another agent is running (it answers at {}); stop it, or pass another --run-dir",
-            path.display()
-        );
-    }
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("removing {}", path.display()));
-        }
-        _ => {}
-    }
-    UnixListener::bind(&path).with_context(|| format!("listening at {}", path.display()))
-}
-
-/// Answers everybody who connects with the report as JSON.
-pub async fn serve(listener: UnixListener, queries: mpsc::Sender<Query>) {
-    while let Ok((mut stream, _)) = listener.accept().await {
-        let queries = queries.clone();
-        tokio::spawn(async move {
-            let (sender, answer) = oneshot::channel();
-            if queries.send(sender).await.is_ok()
-                && let Ok(report) = answer.await
-                && let Ok(json) = serde_json::to_vec(&report)
-            {
-                // Who asked may have gone.
-                let _ = stream.write_all(&json).await;
-            }
-        });
-    }
-}
-
-/// The report of the agent whose run directory this is; `None` if none is running.
-pub async fn fetch(run_dir: &Path) -> Result<Option<Report>> {
-    let path = socket_path(run_dir);
-    let Ok(mut stream) = UnixStream::connect(&path).await else {
-        return Ok(None);
-    };
-    let mut json = Vec::new();
-    let read = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut json);
-    tokio::time::timeout(Duration::from_secs(10), read)
-        .await
-        .with_context(|| format!("the agent at {} does not answer", path.display()))??;
-    serde_json::from_slice(&json).map(Some).with_context(|| {
-        format!(
-            "the agent at {} answered with something else",
-            path.display()
-        )
-    })
 }

@@ -33,6 +33,16 @@ impl Default for Timeouts {
     }
 }
 
+/// Bits of [`Config::network`].
+pub struct NetworkFlags;
+
+impl NetworkFlags {
+    /// This node's pods are Penstock's to connect: `ENDPOINTS` and `ROUTES` count.
+    pub const FORWARD: u32 = 1;
+    /// What pods send to the outside gets the node's address.
+    pub const MASQUERADE: u32 = 2;
+}
+
 /// The one element of `CONFIG`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +55,14 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// How many entries `EXCLUDED_CGROUPS` has: with none, nobody looks.
     pub excluded_cgroups: u32,
+    /// [`NetworkFlags`].
+    pub network: u32,
+    /// The index of the overlay device, 0 if there is none.
+    pub overlay_ifindex: u32,
+    /// How long a packet in the overlay may be, in bytes, IP header included.
+    pub overlay_mtu: u32,
+    /// The overlay's VXLAN network identifier.
+    pub overlay_vni: u32,
 }
 
-map_types! { Timeouts = 20, Config = 44 }
+map_types! { Timeouts = 20, Config = 60 }

@@ -51,6 +51,10 @@ counters! {
     FlowCreated = "flow_created", COUNT;
     /// Embryonic, closing or expired flows that gave their record to a new flow.
     FlowEvicted = "flow_evicted", COUNT;
+    /// Packets put straight into a pod of this node.
+    Delivered = "delivered", COUNT;
+    /// Packets sent to another node through the overlay.
+    OverlaySent = "overlay_sent", COUNT;
     /// UDP sockets that were connected but could not be remembered, the table being full.
     ConnectedUdpUntracked = "connected_udp_untracked", COUNT;
 
@@ -76,6 +80,8 @@ counters! {
     NoSourcePort = "no_source_port", DROP;
     /// Dropped: a slot named a backend that does not exist; the agent repairs this.
     BackendMissing = "backend_missing", DROP;
+    /// Dropped: a packet in the overlay to an address that is on no other node.
+    OverlayNoRoute = "overlay_no_route", DROP;
     /// Dropped: the kernel refused to change the packet.
     RewriteFailed = "rewrite_failed", DROP;
 }

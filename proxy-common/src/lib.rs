@@ -23,6 +23,8 @@
 //! | `DATAGRAM_PEERS` | LRU hash | [`DatagramKey`] → [`SockEndpoint`] | programs | the oldest pair is forgotten |
 //! | `NETNS` | hash | network namespace cookie → [`Netns`] | agent | affinity falls back to the cookie |
 //! | `EXCLUDED_CGROUPS` | hash | cgroup id → 1 | agent | reported |
+//! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
+//! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
 #![cfg_attr(target_arch = "bpf", no_std)]
@@ -31,16 +33,18 @@ mod config;
 mod counter;
 mod flow;
 mod net;
+mod network;
 mod plain;
 mod service;
 mod socket;
 
-pub use config::{Config, Timeouts};
+pub use config::{Config, NetworkFlags, Timeouts};
 pub use counter::Counter;
 pub use flow::{
     Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
+pub use network::{Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind};
 pub use plain::Plain;
 pub use service::{
     Address, AddressKind, Affinity, AffinityKey, Backend, BackendFlags, BackendId, Frontend,
@@ -78,6 +82,10 @@ pub mod limits {
     pub const NETNS: u32 = 4_096;
     /// Cgroups that opted out of socket translation.
     pub const EXCLUDED_CGROUPS: u32 = 1_024;
+    /// Pods' addresses of one family on this node.
+    pub const ENDPOINTS: u32 = 16_384;
+    /// Ranges of one family: other nodes' pods, and what is not masqueraded.
+    pub const ROUTES: u32 = 65_536;
     /// How deep below the root an excluded cgroup may lie.
     pub const CGROUP_DEPTH: u32 = 8;
 }

@@ -4,8 +4,8 @@
 //! what is used.
 
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Flow, FlowId, FlowKey,
-    FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto,
+    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Endpoint, Flow, FlowId,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route,
 };
 
 use crate::family::Family;
@@ -71,6 +71,10 @@ pub trait Maps<F: Family>: Env {
     fn pop_free(&self) -> Option<FlowId>;
     /// How many records there are.
     fn records(&self) -> u32;
+    /// The pod of this node that has an address.
+    fn endpoint(&self, addr: &F::Addr) -> Option<Endpoint>;
+    /// The narrowest range that covers an address.
+    fn route(&self, addr: &F::Addr) -> Option<Route>;
     /// The ports of a fragmented datagram.
     fn fragment(&self, key: &FragmentKey<F::Addr>) -> Option<FragmentPorts>;
     /// Remembers the ports of a fragmented datagram.

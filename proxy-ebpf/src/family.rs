@@ -57,6 +57,17 @@ pub trait Family: Copy + 'static {
     const HEADER: usize;
     /// Its ICMP.
     const ICMP: Proto;
+    /// The offset of the 16 bits that hold the hop limit.
+    const HOPS: usize;
+
+    /// The hop limit in the bits at [`Self::HOPS`].
+    fn hops(word: u16) -> u8;
+
+    /// These bits with one hop less.
+    fn with_one_hop_less(word: u16) -> u16;
+
+    /// Whether an address is a group's.
+    fn is_multicast(addr: Self::Addr) -> bool;
 
     /// Walks the header at `at`, or `None` where it is cut off or makes no sense.
     fn network(packet: &impl Packet, at: usize) -> Option<Network>;
@@ -87,6 +98,8 @@ impl Family for V4 {
     const HEADER_CHECKSUM: Option<usize> = Some(10);
     const HEADER: usize = 20;
     const ICMP: Proto = Proto::ICMP;
+    // Time to live, then the protocol.
+    const HOPS: usize = 8;
     type Header = [u32; 5];
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
 
@@ -145,6 +158,25 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn hops(word: u16) -> u8 {
+        let [hops, _] = word.to_ne_bytes();
+        hops
+    }
+
+    #[inline(always)]
+    fn with_one_hop_less(word: u16) -> u16 {
+        let [hops, proto] = word.to_ne_bytes();
+        u16::from_ne_bytes([hops.wrapping_sub(1), proto])
+    }
+
+    #[inline(always)]
+    fn is_multicast(addr: V4) -> bool {
+        // RFC 5771; the limited broadcast address is nobody's own either.
+        let [first, ..] = addr.octets();
+        first >= 224
+    }
+
+    #[inline(always)]
     fn of(v4: V4, _: V6) -> V4 {
         v4
     }
@@ -163,6 +195,8 @@ impl Family for V6 {
     const HEADER_CHECKSUM: Option<usize> = None;
     const HEADER: usize = 40;
     const ICMP: Proto = Proto::ICMPV6;
+    // Next header, then the hop limit.
+    const HOPS: usize = 6;
     type Header = [u32; 10];
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
 
@@ -240,6 +274,25 @@ impl Family for V6 {
             transport_length: payload.checked_sub(extensions as u16)?,
             fragment,
         })
+    }
+
+    #[inline(always)]
+    fn hops(word: u16) -> u8 {
+        let [_, hops] = word.to_ne_bytes();
+        hops
+    }
+
+    #[inline(always)]
+    fn with_one_hop_less(word: u16) -> u16 {
+        let [next, hops] = word.to_ne_bytes();
+        u16::from_ne_bytes([next, hops.wrapping_sub(1)])
+    }
+
+    #[inline(always)]
+    fn is_multicast(addr: V6) -> bool {
+        // RFC 4291, 2.7.
+        let [first, ..] = addr.raw();
+        first.to_ne_bytes()[0] == 0xff
     }
 
     #[inline(always)]

@@ -22,6 +22,7 @@ pub mod checksum;
 pub mod env;
 pub mod family;
 pub mod flow;
+pub mod forward;
 pub mod packet;
 pub mod parse;
 pub mod pod;

@@ -25,6 +25,7 @@ mod programs {
     use penstock_ebpf::{
         env::Env,
         family::Family,
+        forward,
         pod::{self, Path, Verdict},
         socket::{self, Outcome},
     };
@@ -38,24 +39,43 @@ mod programs {
     /// longest ways together do not fit into one.
     macro_rules! family {
         ($family:ty: $from_pod:ident, $to_pod:ident, $classify:ident,
-            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident) => {
-            family!(stage $request, request, $family);
-            family!(stage $open, open, $family);
-            family!(stage $refuse, refuse, $family);
-            family!(stage $icmp, error_about_reply, $family);
-            family!(stage $node, to_node, $family);
-            family!(stage $to_pod, to_pod, $family);
+            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident,
+            $forward:ident, $deliver:ident, $local:ident, $from_overlay:ident,
+            $to_overlay:ident) => {
+            family!(stage $request, pod::request, $family);
+            family!(stage $open, pod::open, $family);
+            family!(stage $refuse, pod::refuse, $family);
+            family!(stage $icmp, pod::error_about_reply, $family);
+            family!(stage $node, pod::to_node, $family);
+            family!(stage $to_pod, pod::to_pod, $family);
+            family!(stage $forward, forward::from_pod, $family);
+            family!(stage $deliver, forward::deliver, $family);
+            family!(stage $from_overlay, forward::from_overlay, $family);
+            family!(stage $to_overlay, forward::to_overlay, $family);
 
             #[inline(never)]
             fn $classify(skb: *mut __sk_buff) -> i32 {
                 let context = TcContext::new(skb);
                 let skb = Skb::new(&context);
                 match pod::classify::<$family>(&skb, &Kernel { context: &context }) {
+                    Ok(Path::Forward) => FORWARD,
                     Ok(Path::Pass) => NEXT,
                     Ok(Path::Request) => REQUEST,
                     Ok(Path::Icmp) => ICMP,
                     Ok(Path::Node) => NODE,
                     Err(reason) => dropped(&context, reason),
+                }
+            }
+
+            /// Into a pod of this node, if the packet is for one.
+            #[inline(always)]
+            fn $local(skb: *mut __sk_buff, verdict: i32) -> i32 {
+                if verdict != LOCAL {
+                    return verdict;
+                }
+                match $to_pod(skb) {
+                    NEXT => $deliver(skb),
+                    verdict => verdict,
                 }
             }
 
@@ -78,36 +98,54 @@ mod programs {
                                 trace(skb, verdict - REFUSED);
                                 $refuse(skb)
                             }
+                            NEXT => $local(skb, $forward(skb)),
                             verdict => verdict,
                         }
                     }
-                    ICMP => $icmp(skb),
+                    FORWARD => $local(skb, $forward(skb)),
+                    ICMP => match $icmp(skb) {
+                        NEXT => $local(skb, $forward(skb)),
+                        verdict => verdict,
+                    },
                     NODE => $node(skb),
                     verdict => verdict,
                 }
             }
         };
-        (stage $name:ident, $path:ident, $family:ty) => {
+        (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
             #[inline(never)]
             fn $name(skb: *mut __sk_buff) -> i32 {
                 let context = TcContext::new(skb);
                 let kernel = Kernel { context: &context };
                 let mut skb = Skb::new(&context);
-                match pod::$path::<$family, _>(&mut skb, &kernel) {
+                match $module::$path::<$family, _>(&mut skb, &kernel) {
                     Ok(Verdict::Pass) => NEXT,
                     Ok(Verdict::TurnAround) => skb.turn_around(),
                     Ok(Verdict::Open) => OPEN,
                     Ok(Verdict::Opened) => OPENED,
                     Ok(Verdict::Refuse(reason)) => REFUSED + reason as i32,
+                    Ok(Verdict::Local) => LOCAL,
+                    Ok(Verdict::Deliver { ifindex, is_shaped }) => skb.deliver(ifindex, is_shaped),
+                    Ok(Verdict::Out(ifindex)) => skb.send(ifindex),
+                    Ok(Verdict::Tunnel(route)) => {
+                        match skb.tunnel(&route, kernel.config().overlay_vni) {
+                            Ok(()) => NEXT,
+                            Err(_) => dropped(&context, Counter::RewriteFailed),
+                        }
+                    }
                     Err(reason) => dropped(&context, reason),
                 }
             }
         };
     }
-    family!(V4: from_pod4, to_pod4, classify4, request4, open4, refuse4, icmp4, node4);
-    family!(V6: from_pod6, to_pod6, classify6, request6, open6, refuse6, icmp6, node6);
+    family!(V4: from_pod4, to_pod4, classify4, request4, open4, refuse4, icmp4, node4,
+        forward4, deliver4, local4, from_overlay4, to_overlay4);
+    family!(V6: from_pod6, to_pod6, classify6, request6, open6, refuse6, icmp6, node6,
+        forward6, deliver6, local6, from_overlay6, to_overlay6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const LOCAL: i32 = -9;
+    const FORWARD: i32 = -8;
     const REQUEST: i32 = -7;
     const ICMP: i32 = -6;
     const NODE: i32 = -5;
@@ -167,6 +205,28 @@ mod programs {
         let verdict = match ethertype(&context) {
             V4::ETHERTYPE => to_pod4(context.skb.skb),
             V6::ETHERTYPE => to_pod6(context.skb.skb),
+            _ => NEXT,
+        };
+        conclude(context.skb.skb, verdict)
+    }
+
+    /// Packets that another node sent through the overlay.
+    #[classifier]
+    pub(crate) fn from_overlay(context: TcContext) -> i32 {
+        let verdict = match ethertype(&context) {
+            V4::ETHERTYPE => local4(context.skb.skb, from_overlay4(context.skb.skb)),
+            V6::ETHERTYPE => local6(context.skb.skb, from_overlay6(context.skb.skb)),
+            _ => NEXT,
+        };
+        conclude(context.skb.skb, verdict)
+    }
+
+    /// Packets about to enter the overlay.
+    #[classifier]
+    pub(crate) fn to_overlay(context: TcContext) -> i32 {
+        let verdict = match ethertype(&context) {
+            V4::ETHERTYPE => to_overlay4(context.skb.skb),
+            V6::ETHERTYPE => to_overlay6(context.skb.skb),
             _ => NEXT,
         };
         conclude(context.skb.skb, verdict)

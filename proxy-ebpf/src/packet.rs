@@ -49,6 +49,13 @@ pub trait Packet {
         zero: Zero,
     ) -> Result<(), Refused>;
 
+    /// The index of the interface at whose hook the frame is.
+    fn ifindex(&self) -> u32;
+
+    /// Whether the frame, or every segment that it will be cut into, fits into `mtu` bytes without
+    /// the Ethernet header; an interface with this MTU says so where it is not obvious.
+    fn fits(&self, ifindex: u32, mtu: u32) -> bool;
+
     /// Makes the frame `length` bytes long.
     fn resize(&mut self, length: u32) -> Result<(), Refused>;
 }

@@ -5,7 +5,9 @@
 //! [`to_pod`]. Each of these is a
 //! function of its own in the kernel, with a stack of its own, and parses what it needs.
 
-use penstock_common::{Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, FrontendKey, Proto};
+use penstock_common::{
+    Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, FrontendKey, Proto, Route,
+};
 
 use crate::{
     env::Maps,
@@ -29,12 +31,27 @@ pub enum Verdict {
     Opened,
     /// It is to be answered by [`refuse`], for this reason.
     Refuse(Counter),
+    /// It goes to a pod of this node: [`to_pod`], then `forward::deliver`.
+    Local,
+    /// It goes to a pod of this node, past the host end of its interface unless that limits it.
+    Deliver {
+        /// The host end.
+        ifindex: u32,
+        /// Whether a queueing discipline there must see it.
+        is_shaped: bool,
+    },
+    /// It leaves by this interface.
+    Out(u32),
+    /// It gets this tunnel and goes on.
+    Tunnel(Route),
 }
 
 /// Which way a packet from a pod takes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Path {
-    /// It is not for a service.
+    /// It is not for a service: `forward::from_pod`.
+    Forward,
+    /// The kernel goes on with it.
     Pass,
     /// TCP or UDP to a service: [`request`].
     Request,
@@ -55,7 +72,7 @@ pub fn classify<F: Family>(packet: &impl Packet, maps: &impl Maps<F>) -> Result<
         return Ok(Path::Pass);
     };
     let Some(address) = maps.address(&dst) else {
-        return Ok(Path::Pass);
+        return Ok(Path::Forward);
     };
     let header = F::network(packet, ETHERNET);
     Ok(match (address.kind, header) {

@@ -153,7 +153,7 @@ fn run<S: Stage>(text: &str, stage: &mut S) -> Result<String> {
 
 /// Tells the world everything that the folder says; what can't be used.
 fn read<D: Dataplane>(folder: &Path, reconciler: &mut Reconciler<D>) -> Result<Vec<String>> {
-    let (events, rejections) = manifests::read_once(folder, "here").context("reading")?;
+    let (events, rejections) = manifests::read_once(folder).context("reading")?;
     let mut objects: Vec<Object> = Vec::new();
     for event in events {
         if let Event::Applied(object) = event {

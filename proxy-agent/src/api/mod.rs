@@ -12,6 +12,7 @@ mod service;
 use std::net::IpAddr;
 
 pub use intern::Interner;
+use ipnetwork::IpNetwork;
 use raw::{Metadata, Raw};
 
 use crate::model::object::{Event, ExcludedPod, Kind, Node, Object, ObjectName, Rejection};
@@ -238,12 +239,38 @@ fn node(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
             internal_ips.push(usable_ip("status.addresses", ip)?);
         }
     }
+    let mut pod_cidrs: Vec<IpNetwork> = Vec::new();
+    for entry in list(raw.spec.as_ref(), "podCIDRs") {
+        pod_cidrs.push(pod_cidr(entry.as_str().unwrap_or_default())?);
+    }
+    if let (true, Some(spec)) = (pod_cidrs.is_empty(), &raw.spec)
+        && let Some(only) = text(spec, "podCIDR")
+    {
+        pod_cidrs.push(pod_cidr(only)?);
+    }
     let zone = raw.metadata.label(ZONE).map(|zone| names.get(zone));
     Ok(Decoded::Object(Object::Node(Node {
         name: name.name,
         zone,
         internal_ips,
+        pod_cidrs,
     })))
+}
+
+/// A range of pods' addresses; a node may have one a family.
+fn pod_cidr(range: &str) -> Result<IpNetwork, String> {
+    let wrong = |reason: &str| format!("spec.podCIDRs {range:?} {reason}");
+    let parsed: IpNetwork = range
+        .parse()
+        .map_err(|_| wrong("is no range; write one like 10.244.1.0/24"))?;
+    usable_ip("spec.podCIDRs", &parsed.network().to_string())?;
+    if parsed.ip() != parsed.network() {
+        return Err(wrong(&format!(
+            "has host bits; {} has none",
+            parsed.network()
+        )));
+    }
+    Ok(parsed)
 }
 
 fn pod(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {

@@ -17,18 +17,27 @@ use std::{
 use aya::maps::MapData;
 use futures::{StreamExt, TryStreamExt};
 use glob::Pattern;
+use penstock_cni::{
+    agent::Answer,
+    state::{Attachment, AttachmentKey},
+};
 use penstock_common::{Netns, NetnsFlags, V4, V6};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection, packet_route::link::LinkAttribute,
 };
 
+use tokio::sync::{mpsc, oneshot};
+
 use super::{
-    interface::PacketHooks,
+    interface::{PacketHooks, Role},
     netns::{self, Identity},
 };
-use crate::dataplane::{
-    batch,
-    pins::{PinError, Pins},
+use crate::{
+    dataplane::{
+        batch,
+        pins::{PinError, Pins},
+    },
+    network::{self, Endpoints, pods::Pods},
 };
 
 /// How long to let messages gather before looking: a pod's link comes with several.
@@ -49,6 +58,8 @@ pub struct Followed {
     pub is_attached: bool,
     /// Why not.
     pub error: Option<String>,
+    /// What is behind it.
+    pub role: Option<Role>,
     /// The namespace behind it.
     pub identity: Option<Identity>,
     looks: u32,
@@ -59,10 +70,45 @@ pub struct Followed {
 pub struct Status {
     /// Followed interfaces by index.
     pub interfaces: BTreeMap<u32, Followed>,
+    /// This node's pods as the CNI plugin remembers them, and the index of each one's interface.
+    pub attachments: Vec<(Attachment, Option<u32>)>,
+    /// What of that can't be read, or can't be told the programs.
+    pub problems: Vec<String>,
 }
 
 /// Addresses whose namespaces opted out of socket translation.
 pub type Excluded = Arc<Mutex<HashSet<IpAddr>>>;
+
+/// Interfaces by index: name, namespace and role.
+type Present = BTreeMap<u32, (String, Option<i32>, Role)>;
+
+/// What connects pods.
+pub struct Wiring {
+    /// What the CNI plugin says.
+    pub pods: Pods,
+    /// What the programs are told of it.
+    pub endpoints: Endpoints,
+    /// Questions whether an attachment is wired.
+    pub requests: mpsc::Receiver<WireRequest>,
+}
+
+/// A question whether an attachment is wired.
+pub struct WireRequest {
+    /// Which.
+    pub attachment: AttachmentKey,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Answer>,
+}
+
+/// The next question; never, where there is no network.
+async fn next(wiring: &mut Option<Wiring>) -> WireRequest {
+    if let Some(wiring) = wiring
+        && let Some(request) = wiring.requests.recv().await
+    {
+        return request;
+    }
+    std::future::pending().await
+}
 
 /// Follows interfaces.
 pub struct Follower {
@@ -72,6 +118,7 @@ pub struct Follower {
     node_addresses: Arc<Mutex<Vec<IpAddr>>>,
     excluded: Excluded,
     known: HashMap<u64, Netns>,
+    wiring: Option<Wiring>,
     /// Shared with the command line.
     pub status: Arc<Mutex<Status>>,
 }
@@ -84,6 +131,7 @@ impl Follower {
         pins: &Pins,
         node_addresses: Arc<Mutex<Vec<IpAddr>>>,
         excluded: Excluded,
+        wiring: Option<Wiring>,
     ) -> Result<Self, PinError> {
         Ok(Self {
             hooks,
@@ -92,6 +140,7 @@ impl Follower {
             node_addresses,
             excluded,
             known: HashMap::new(),
+            wiring,
             status: Arc::default(),
         })
     }
@@ -124,6 +173,13 @@ impl Follower {
                     while futures::FutureExt::now_or_never(messages.next()).flatten().is_some() {}
                 }
                 () = changed.notified() => {}
+                request = next(&mut self.wiring) => {
+                    let result = self.look(&handle).await;
+                    if let Err(error) = result {
+                        break Err(io::Error::other(error));
+                    }
+                    self.answer(request);
+                }
                 () = tokio::time::sleep(pause) => {}
             }
         };
@@ -133,7 +189,7 @@ impl Follower {
 
     /// Looks at all interfaces; whether nothing is left to wait for.
     async fn look(&mut self, handle: &Handle) -> Result<bool, rtnetlink::Error> {
-        let mut present: BTreeMap<u32, (String, Option<i32>)> = BTreeMap::new();
+        let mut present: Present = BTreeMap::new();
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await? {
             let mut name = None;
@@ -146,20 +202,99 @@ impl Follower {
                 }
             }
             if let Some(name) = name
-                && self.patterns.iter().any(|pattern| pattern.matches(&name))
+                && let Some(role) = self.role(&name)
             {
-                present.insert(link.header.index, (name, namespace));
+                present.insert(link.header.index, (name, namespace, role));
             }
         }
         self.forget_absent(&present);
         let mut is_settled = self.attach_new(&present);
         is_settled &= self.identify_new(handle, &present).await;
         self.write_namespaces();
+        is_settled &= self.write_endpoints();
         Ok(is_settled)
     }
 
+    /// What is behind an interface of this name, if it is ours to follow.
+    fn role(&self, name: &str) -> Option<Role> {
+        if self.wiring.is_some() && name == network::DEVICE {
+            return Some(Role::Overlay);
+        }
+        let is_pod = self.patterns.iter().any(|pattern| pattern.matches(name));
+        is_pod.then_some(Role::Pod)
+    }
+
+    /// Makes `ENDPOINTS` name the pods whose interfaces have their hooks; whether that is done.
+    fn write_endpoints(&mut self) -> bool {
+        let Some(wiring) = &mut self.wiring else {
+            return true;
+        };
+        let mut status = lock(&self.status);
+        status.problems.clear();
+        if let Err(error) = wiring.pods.read() {
+            status
+                .problems
+                .push(format!("reading the CNI plugin's state: {error}"));
+            return false;
+        }
+        let attached: HashMap<&str, u32> = status
+            .interfaces
+            .iter()
+            .filter(|(_, followed)| followed.is_attached)
+            .map(|(index, followed)| (followed.name.as_str(), *index))
+            .collect();
+        let index_of = |name: &str| attached.get(name).copied();
+        let written = wiring.endpoints.set(wiring.pods.endpoints(index_of));
+        let attachments = wiring
+            .pods
+            .attachments()
+            .map(|attachment| (attachment.clone(), index_of(&attachment.interface)))
+            .collect();
+        status.attachments = attachments;
+        status
+            .problems
+            .extend(wiring.pods.problems.values().cloned());
+        match written {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!("{error}; pods are routed by the kernel until then");
+                status.problems.push(error.to_string());
+                false
+            }
+        }
+    }
+
+    /// Says whether an attachment is wired.
+    fn answer(&self, request: WireRequest) {
+        let status = lock(&self.status);
+        let found = status
+            .attachments
+            .iter()
+            .find(|(attachment, _)| attachment.key == request.attachment);
+        let answer = match found {
+            None => Answer::Failed("the state on disk does not name it".to_owned()),
+            Some((attachment, None)) => {
+                let followed = status
+                    .interfaces
+                    .values()
+                    .find(|followed| followed.name == attachment.interface);
+                let reason = followed.and_then(|followed| followed.error.clone());
+                Answer::Failed(reason.unwrap_or_else(|| {
+                    format!(
+                        "the interface {} is not there, or does not match --pod-interfaces",
+                        attachment.interface
+                    )
+                }))
+            }
+            Some(_) if !status.problems.is_empty() => Answer::Failed(status.problems.join("; ")),
+            Some(_) => Answer::Done,
+        };
+        // Who asked may have gone.
+        let _ = request.answer.send(answer);
+    }
+
     /// Drops what is known of interfaces that are gone or renamed.
-    fn forget_absent(&mut self, present: &BTreeMap<u32, (String, Option<i32>)>) {
+    fn forget_absent(&mut self, present: &Present) {
         let mut status = lock(&self.status);
         let pinned = self.hooks.pinned();
         for index in pinned
@@ -173,7 +308,7 @@ impl Follower {
                 }
             }
         }
-        for (index, (name, _)) in present {
+        for (index, (name, ..)) in present {
             if status
                 .interfaces
                 .get(index)
@@ -184,9 +319,9 @@ impl Follower {
         }
     }
 
-    fn attach_new(&mut self, present: &BTreeMap<u32, (String, Option<i32>)>) -> bool {
+    fn attach_new(&mut self, present: &Present) -> bool {
         let mut is_settled = true;
-        for (index, (name, _)) in present {
+        for (index, (name, _, role)) in present {
             let mut followed = lock(&self.status)
                 .interfaces
                 .get(index)
@@ -195,7 +330,8 @@ impl Follower {
             if followed.is_attached {
                 continue;
             }
-            let result = self.hooks.attach(name, *index);
+            let result = self.hooks.attach(*role, name, *index);
+            followed.role = Some(*role);
             followed.name.clone_from(name);
             followed.is_attached = result.is_ok();
             match result {
@@ -217,16 +353,12 @@ impl Follower {
         is_settled
     }
 
-    async fn identify_new(
-        &mut self,
-        handle: &Handle,
-        present: &BTreeMap<u32, (String, Option<i32>)>,
-    ) -> bool {
+    async fn identify_new(&mut self, handle: &Handle, present: &Present) -> bool {
         let wanted: Vec<(u32, i32)> = {
             let status = lock(&self.status);
             present
                 .iter()
-                .filter_map(|(index, (_, namespace))| Some((*index, (*namespace)?)))
+                .filter_map(|(index, (_, namespace, _))| Some((*index, (*namespace)?)))
                 .filter(|(index, _)| {
                     status.interfaces.get(index).is_some_and(|followed| {
                         followed.looks < PATIENCE

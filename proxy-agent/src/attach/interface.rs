@@ -17,11 +17,38 @@ use aya::{
 use super::AttachError;
 use crate::dataplane::pins::{PinError, Pins, refused};
 
-/// The packet hooks: program, direction, and what its pinned links' names end in.
-const HOOKS: [(&str, TcAttachType, &str); 2] = [
-    ("from_pod", TcAttachType::Ingress, "from_pod"),
-    ("to_pod", TcAttachType::Egress, "to_pod"),
-];
+/// What is behind an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A pod.
+    Pod,
+    /// Other nodes, through a tunnel.
+    Overlay,
+}
+
+/// A program, which its pinned links' names end in, and its direction.
+type Hook = (&'static str, TcAttachType);
+
+impl Role {
+    /// Its hooks.
+    fn hooks(self) -> &'static [Hook] {
+        match self {
+            Self::Pod => &[
+                ("from_pod", TcAttachType::Ingress),
+                ("to_pod", TcAttachType::Egress),
+            ],
+            Self::Overlay => &[
+                ("from_overlay", TcAttachType::Ingress),
+                ("to_overlay", TcAttachType::Egress),
+            ],
+        }
+    }
+}
+
+/// The hooks of all roles.
+fn all_hooks() -> impl Iterator<Item = &'static Hook> {
+    [Role::Pod, Role::Overlay].into_iter().flat_map(Role::hooks)
+}
 
 /// Where our filters lie among a clsact qdisc's: early, as other datapaths use 1 and 50 on.
 const PRIORITY: u16 = 40;
@@ -37,7 +64,7 @@ pub struct PacketHooks {
 impl PacketHooks {
     /// Loads the packet programs of `ebpf`.
     pub fn load(mut ebpf: Ebpf, pins: Pins, has_tcx: bool) -> Result<Self, AttachError> {
-        for (name, ..) in HOOKS {
+        for (name, _) in all_hooks() {
             classifier(&mut ebpf, name)?
                 .load()
                 .map_err(|error| refused(name, &error))?;
@@ -49,10 +76,10 @@ impl PacketHooks {
         })
     }
 
-    /// Puts both hooks on an interface.
-    pub fn attach(&mut self, interface: &str, index: u32) -> Result<(), AttachError> {
-        for (name, direction, suffix) in HOOKS {
-            let pin = self.pins.link(&pin_name(index, suffix));
+    /// Puts a role's hooks on an interface.
+    pub fn attach(&mut self, role: Role, interface: &str, index: u32) -> Result<(), AttachError> {
+        for (name, direction) in role.hooks().iter().copied() {
+            let pin = self.pins.link(&pin_name(index, name));
             let program = classifier(&mut self.ebpf, name)?;
             let done = if self.has_tcx {
                 attach_tcx(program, interface, direction, pin)
@@ -67,9 +94,9 @@ impl PacketHooks {
     /// Takes the hooks off an interface that exists but is no longer wanted, or forgets one that
     /// is gone.
     pub fn detach(&self, interface: Option<&str>, index: u32) {
-        for (_, direction, suffix) in HOOKS {
+        for (name, direction) in all_hooks().copied() {
             // The last reference to a link detaches it; absent is as good as removed.
-            let _ = std::fs::remove_file(self.pins.link(&pin_name(index, suffix)));
+            let _ = std::fs::remove_file(self.pins.link(&pin_name(index, name)));
             if let (false, Some(interface)) = (self.has_tcx, interface) {
                 detach_filter(interface, direction);
             }
@@ -213,7 +240,7 @@ pub fn remove_filters() -> usize {
         .collect();
     let mut removed = 0;
     for name in names {
-        for (_, direction, _) in HOOKS {
+        for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
             let handle = TcHandle::from(HANDLE);
             let link = SchedClassifierLink::attached(&name, direction, PRIORITY, handle, None);
             if let Ok(link) = link

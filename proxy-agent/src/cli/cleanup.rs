@@ -5,12 +5,12 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, bail};
 
 use super::CleanupArgs;
-use crate::{attach::interface, report};
+use crate::{attach::interface, ipc};
 
 /// Removes all pins under the bpffs folder; a program that nothing refers to is gone with them.
 pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
     let place = &args.place;
-    let running = report::fetch(&place.run_dir).await.unwrap_or_default();
+    let running = ipc::fetch(&place.run_dir).await.unwrap_or_default();
     if let Some(agent) = running
         && !args.force
     {

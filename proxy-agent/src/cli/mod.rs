@@ -3,7 +3,7 @@
 mod cleanup;
 mod show;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -11,6 +11,7 @@ use glob::Pattern;
 
 use crate::{
     agent::{self, Options, Source},
+    network::{self, plan::Routing},
     watch::kube::Servers,
 };
 
@@ -33,6 +34,10 @@ enum Command {
     Services(Look),
     /// The backends of all services.
     Backends(Look),
+    /// This node's pods that Penstock gave a network.
+    Pods(Look),
+    /// Other nodes' pod ranges, and how they are reached.
+    Nodes(Look),
     /// What was dropped or refused, and why.
     Drops(Look),
     /// Take everything out of the kernel: programs, maps, flows.
@@ -66,17 +71,108 @@ struct AgentArgs {
         long,
         value_name = "PATTERNS",
         value_delimiter = ',',
-        default_value = "veth*,cali*,lxc*,cni0"
+        default_value = "pn*,veth*,cali*,lxc*,cni0"
     )]
     pod_interfaces: Vec<Pattern>,
     /// Cgroups below --cgroup whose sockets are left alone, by path; `*` matches (repeatable).
     #[arg(long = "exclude-cgroup", value_name = "PATTERN", value_delimiter = ',')]
     exclude_cgroups: Vec<Pattern>,
     #[command(flatten)]
+    network: NetworkArgs,
+    #[command(flatten)]
     place: Place,
     /// How much to say.
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
+}
+
+/// The pod network.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Pod network")]
+struct NetworkArgs {
+    /// Connect this node's pods: be their CNI plugin's agent.
+    #[arg(long)]
+    network: bool,
+    /// How packets reach other nodes' pods.
+    #[arg(long, value_enum, default_value_t = Routing::Vxlan, requires = "network")]
+    routing: Routing,
+    /// What pods' interfaces carry at most, in bytes [default: what the node's network leaves].
+    #[arg(long, value_name = "BYTES", requires = "network", value_parser = clap::value_parser!(u32).range(1_280..=65_535))]
+    mtu: Option<u32>,
+    /// The UDP port of tunnels.
+    #[arg(long, value_name = "PORT", default_value_t = 4_789, requires = "network", value_parser = clap::value_parser!(u16).range(1..))]
+    vxlan_port: u16,
+    /// The network identifier of tunnels.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, requires = "network", value_parser = clap::value_parser!(u32).range(1..1 << 24))]
+    vxlan_vni: u32,
+    /// Where the runtime looks for CNI configurations.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/etc/cni/net.d",
+        requires = "network"
+    )]
+    cni_conf_dir: PathBuf,
+    /// Where the runtime looks for CNI plugins.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/opt/cni/bin",
+        requires = "network"
+    )]
+    cni_bin_dir: PathBuf,
+    /// The plugin to install there [default: penstock-cni beside this program, if it is there].
+    #[arg(long, value_name = "FILE", requires = "network")]
+    cni_plugin: Option<PathBuf>,
+    /// Where the plugin keeps what it gave to whom.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/var/lib/penstock/cni",
+        requires = "network"
+    )]
+    cni_state_dir: PathBuf,
+    /// The network's name in the CNI configuration.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "penstock",
+        requires = "network"
+    )]
+    network_name: String,
+}
+
+impl NetworkArgs {
+    fn options(self, run_dir: &Path) -> Result<Option<network::Options>> {
+        if !self.network {
+            return Ok(None);
+        }
+        if let Some(plugin) = &self.cni_plugin {
+            anyhow::ensure!(
+                plugin.is_file(),
+                "{} is no file; --cni-plugin wants the program penstock-cni",
+                plugin.display()
+            );
+        }
+        let beside = std::env::current_exe()
+            .ok()
+            .map(|own| own.with_file_name(network::install::PLUGIN))
+            .filter(|path| path.is_file());
+        Ok(Some(network::Options {
+            routing: self.routing,
+            mtu: self.mtu,
+            vxlan_port: self.vxlan_port,
+            vni: self.vxlan_vni,
+            places: network::install::Places {
+                conf_dir: self.cni_conf_dir,
+                bin_dir: self.cni_bin_dir,
+                plugin: self.cni_plugin.or(beside),
+                state_dir: self.cni_state_dir,
+                run_dir: run_dir.to_path_buf(),
+                network: self.network_name,
+            },
+        }))
+    }
 }
 
 /// Where an agent keeps its things.
@@ -143,6 +239,8 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Status(look) => show::status(&look).await,
         Command::Services(look) => show::services(&look).await,
         Command::Backends(look) => show::backends(&look).await,
+        Command::Pods(look) => show::pods(&look).await,
+        Command::Nodes(look) => show::nodes(&look).await,
         Command::Drops(look) => show::drops(&look),
         Command::Cleanup(args) => cleanup::run(&args).await,
     }
@@ -170,7 +268,9 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         Some(cgroup) => cgroup,
         None => cgroup_root()?,
     };
+    let network = args.network.options(&args.place.run_dir)?;
     agent::run(Options {
+        network,
         source,
         node_name: args.node_name,
         cgroup,

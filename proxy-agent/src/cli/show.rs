@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{Look, Output};
 use crate::{
     dataplane::{Dataplane, bpf::Bpf, pins::Pins},
+    ipc,
     report::{self, Report},
 };
 
@@ -45,7 +46,7 @@ fn table(header: &[&str], rows: &[Vec<String>]) {
 }
 
 async fn agent(look: &Look) -> Result<Option<Report>> {
-    report::fetch(&look.place.run_dir).await
+    ipc::fetch(&look.place.run_dir).await
 }
 
 pub(super) async fn status(look: &Look) -> Result<()> {
@@ -98,6 +99,19 @@ pub(super) async fn status(look: &Look) -> Result<()> {
     for (kind, state) in &report.sources {
         println!("  {kind}: {state}");
     }
+    if let Some(network) = &report.network {
+        let state = if network.ready {
+            format!(
+                "pods get addresses from {}; {} pods, {} ranges of other nodes",
+                network.pod_cidrs.join(" and "),
+                report.pods.len(),
+                network.nodes.len()
+            )
+        } else {
+            "pods can't be given a network yet".to_owned()
+        };
+        println!("  network: {state}");
+    }
     let attached = report
         .interfaces
         .iter()
@@ -121,6 +135,62 @@ pub(super) async fn status(look: &Look) -> Result<()> {
             println!("  {problem}");
         }
     }
+    Ok(())
+}
+
+/// The report of a running agent, without which there is nothing to see.
+async fn running(look: &Look) -> Result<Report> {
+    let report = agent(look).await?;
+    report.with_context(|| {
+        format!(
+            "no agent answers at {}; start one, or pass its --run-dir",
+            look.place.run_dir.display()
+        )
+    })
+}
+
+pub(super) async fn pods(look: &Look) -> Result<()> {
+    let report = running(look).await?;
+    if look.output == Output::Json {
+        return json(&report.pods);
+    }
+    if report.network.is_none() {
+        println!("this agent does not connect pods (--network)");
+        return Ok(());
+    }
+    let row = |pod: &report::Pod| {
+        let state = if pod.wired { "wired" } else { "no interface" };
+        vec![
+            pod.name.clone(),
+            pod.addresses.join(" "),
+            pod.interface.clone(),
+            state.to_owned(),
+        ]
+    };
+    let mut rows: Vec<Vec<String>> = report.pods.iter().map(row).collect();
+    rows.sort();
+    table(&["POD", "ADDRESSES", "INTERFACE", "STATE"], &rows);
+    Ok(())
+}
+
+pub(super) async fn nodes(look: &Look) -> Result<()> {
+    let report = running(look).await?;
+    let Some(network) = &report.network else {
+        if look.output == Output::Json {
+            return json(&Vec::<report::RemoteRange>::new());
+        }
+        println!("this agent does not connect pods (--network)");
+        return Ok(());
+    };
+    if look.output == Output::Json {
+        return json(&network.nodes);
+    }
+    let own = network.pod_cidrs.iter();
+    let own = own.map(|range| vec![report.node.clone(), range.clone(), "this node".to_owned()]);
+    let others = network.nodes.iter();
+    let others = others.map(|node| vec![node.node.clone(), node.range.clone(), node.by.clone()]);
+    let rows: Vec<Vec<String>> = own.chain(others).collect();
+    table(&["NODE", "POD RANGE", "REACHED BY"], &rows);
     Ok(())
 }
 

@@ -6,6 +6,8 @@
 
 use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
+use ipnetwork::IpNetwork;
+
 /// A namespaced object's name. Cluster-wide objects have an empty namespace.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName {
@@ -165,6 +167,8 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// Its addresses of type InternalIP, as listed.
     pub internal_ips: Vec<IpAddr>,
+    /// The ranges that its pods' addresses are from, at most one a family.
+    pub pod_cidrs: Vec<IpNetwork>,
 }
 
 /// A Pod on this node that asks not to be translated at its sockets.

@@ -29,7 +29,7 @@ type Claim = (i64, ObjectName);
 #[derive(Debug)]
 pub struct World {
     node_name: Arc<str>,
-    node: Option<Node>,
+    nodes: BTreeMap<Arc<str>, Node>,
     detected: Vec<IpAddr>,
     node_addresses: BTreeSet<IpAddr>,
     services: HashMap<ObjectName, Service>,
@@ -46,7 +46,7 @@ impl World {
     pub fn new(node_name: &str) -> Self {
         Self {
             node_name: node_name.into(),
-            node: None,
+            nodes: BTreeMap::new(),
             detected: Vec::new(),
             node_addresses: BTreeSet::new(),
             services: HashMap::new(),
@@ -105,7 +105,12 @@ impl World {
 
     /// This node's object.
     pub fn node(&self) -> Option<&Node> {
-        self.node.as_ref()
+        self.nodes.get(&self.node_name)
+    }
+
+    /// All nodes that a source spoke of.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
     }
 
     /// Pods on this node that opted out of socket translation.
@@ -126,8 +131,8 @@ impl World {
 
     fn update_node_addresses(&mut self) {
         let own = self
-            .node
-            .iter()
+            .node()
+            .into_iter()
             .flat_map(|node| node.internal_ips.iter().copied());
         let addresses: BTreeSet<IpAddr> = self.detected.iter().copied().chain(own).collect();
         if addresses == self.node_addresses {
@@ -166,7 +171,7 @@ impl World {
                     family,
                     (&port.name, port.protocol),
                     service.internal_policy,
-                    Place::of(&self.node_name, self.node.as_ref()),
+                    Place::of(&self.node_name, self.node()),
                 );
                 ports.push(Port {
                     key: PortKey {
@@ -233,13 +238,13 @@ impl World {
             Kind::Service => self.services.keys().cloned().collect(),
             Kind::EndpointSlice => self.slices.keys().cloned().collect(),
             Kind::Node => self
-                .node
-                .iter()
-                .map(|node| ObjectName::new("", node.name.clone()))
+                .nodes
+                .keys()
+                .map(|name| ObjectName::new("", name.clone()))
                 .collect(),
             Kind::Pod => self.excluded.keys().cloned().collect(),
         };
-        let matters = matches!(kind, Kind::Service | Kind::EndpointSlice);
+        let matters = matches!(kind, Kind::Service | Kind::EndpointSlice | Kind::Node);
         if matters && objects.is_empty() && kept.is_empty() && !held.is_empty() {
             return Err(Rejection {
                 kind: kind.to_string(),
@@ -267,7 +272,7 @@ impl World {
         match object {
             Object::Service(service) => self.put_service(service),
             Object::EndpointSlice(slice) => self.put_slice(slice),
-            Object::Node(node) => self.put_node(Some(node)),
+            Object::Node(node) => self.put_node(&node.name.clone(), Some(node)),
             Object::Pod(pod) => {
                 self.excluded.insert(pod.name.clone(), pod);
             }
@@ -288,13 +293,7 @@ impl World {
                 }
             }
             Kind::Node => {
-                if self
-                    .node
-                    .as_ref()
-                    .is_some_and(|node| node.name == name.name)
-                {
-                    self.put_node(None);
-                }
+                self.put_node(&name.name, None);
             }
             Kind::Pod => {
                 self.excluded.remove(name);
@@ -365,19 +364,18 @@ impl World {
         }
     }
 
-    fn put_node(&mut self, node: Option<Node>) {
-        if node
-            .as_ref()
-            .is_some_and(|node| node.name != self.node_name)
-            || node == self.node
-        {
+    fn put_node(&mut self, name: &Arc<str>, node: Option<Node>) {
+        let zone = self.node().and_then(|node| node.zone.clone());
+        match node {
+            Some(node) => self.nodes.insert(name.clone(), node),
+            None => self.nodes.remove(name),
+        };
+        if *name != self.node_name {
             return;
         }
-        let zone = |node: &Option<Node>| node.as_ref().and_then(|node| node.zone.clone());
-        if zone(&node) != zone(&self.node) {
+        if zone != self.node().and_then(|node| node.zone.clone()) {
             self.dirty.extend(self.services.keys().cloned());
         }
-        self.node = node;
         self.update_node_addresses();
     }
 }

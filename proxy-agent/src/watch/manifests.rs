@@ -40,7 +40,6 @@ struct Known {
 /// A directory.
 pub struct Manifests {
     directory: PathBuf,
-    node_name: String,
     decoder: Decoder,
     files: BTreeMap<PathBuf, Known>,
     /// Which files have an object; the first by name is believed.
@@ -59,10 +58,9 @@ struct Found {
 
 impl Manifests {
     /// A directory that has not been looked at.
-    pub fn new(directory: &Path, node_name: &str, status: Status) -> Self {
+    pub fn new(directory: &Path, status: Status) -> Self {
         Self {
             directory: directory.to_path_buf(),
-            node_name: node_name.to_owned(),
             decoder: Decoder::default(),
             files: BTreeMap::new(),
             holders: HashMap::new(),
@@ -335,9 +333,6 @@ impl Manifests {
             }
             Decoded::List(_) => return,
         };
-        if key.0 == Kind::Node && *key.1.name != *self.node_name {
-            return;
-        }
         if !keys.insert(key.clone()) {
             found.rejections.push(twice(path, &key, path));
             return;
@@ -388,8 +383,8 @@ fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 /// All objects of a directory as it is at the moment, for tests and tools.
-pub fn read_once(directory: &Path, node_name: &str) -> io::Result<(Vec<Event>, Vec<Rejection>)> {
-    let mut manifests = Manifests::new(directory, node_name, Status::default());
+pub fn read_once(directory: &Path) -> io::Result<(Vec<Event>, Vec<Rejection>)> {
+    let mut manifests = Manifests::new(directory, Status::default());
     let paths = manifests.paths()?;
     let found = manifests.scan(&paths);
     Ok((found.events, found.rejections))

@@ -13,6 +13,15 @@ use std::{
 
 use crate::model::object::{Kind, Rejection};
 
+/// What of a cluster an agent wants to know.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// Its own node.
+    pub node_name: String,
+    /// Whether it connects pods, and so must know of the other nodes.
+    pub has_network: bool,
+}
+
 /// How a source is doing, for the command line.
 #[derive(Clone, Debug, Default)]
 pub struct Status(Arc<Mutex<Inner>>);

@@ -10,10 +10,12 @@ use aya_ebpf::{
     EbpfContext, Global,
     bindings::BPF_NOEXIST,
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+    maps::lpm_trie::Key,
 };
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Flow, FlowId, FlowKey,
-    FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, V4, V6, limits,
+    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Endpoint, Flow, FlowId,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route, V4, V6,
+    limits,
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
@@ -227,7 +229,7 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
 
 macro_rules! family {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $free:ident, $fragments:ident) => {
+        $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident) => {
         impl<C: EbpfContext> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
 
@@ -304,6 +306,17 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn endpoint(&self, addr: &$family) -> Option<Endpoint> {
+                $endpoints.get_ptr(addr).map(copy)
+            }
+
+            #[inline(always)]
+            fn route(&self, addr: &$family) -> Option<Route> {
+                let bits = (size_of::<$family>() * 8) as u32;
+                $routes.get(Key::new(bits, *addr)).map(|route| copy(route))
+            }
+
+            #[inline(always)]
             fn fragment(&self, key: &FragmentKey<$family>) -> Option<FragmentPorts> {
                 $fragments.get_ptr(key).map(copy)
             }
@@ -317,5 +330,5 @@ macro_rules! family {
     };
 }
 
-family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4);
-family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6);
+family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4);
+family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6);

@@ -5,24 +5,34 @@
 //! written.
 #![expect(unsafe_code, reason = "packet memory")]
 
+use core::mem::offset_of;
+
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
+    bindings::{
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6,
+        BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
+    },
     helpers::generated::{
-        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail,
-        bpf_skb_pull_data, bpf_skb_store_bytes,
+        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
+        bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use penstock_common::Plain;
+use penstock_common::{Addr, Plain, Route};
 use penstock_ebpf::{
     checksum::Delta,
+    family::ETHERNET,
     packet::{Covers, Packet, Refused, Zero},
 };
 
 /// As many bytes of each packet as the programs may look at: Ethernet, IPv6 with extensions, an
 /// ICMP error's header, a quoted packet's headers.
 const LOOKED_AT: u32 = 256;
+
+/// `BPF_MTU_CHK_SEGS` of the kernel's uapi/linux/bpf.h: also look at the segments of a packet that
+/// is yet to be cut.
+const BPF_MTU_CHK_SEGS: u64 = 1;
 
 /// A socket buffer.
 pub(crate) struct Skb<'a>(&'a TcContext);
@@ -47,6 +57,49 @@ impl<'a> Skb<'a> {
         let ifindex = unsafe { (*self.0.skb.skb).ifindex };
         // SAFETY: the helper takes plain numbers.
         unsafe { bpf_redirect(ifindex, 0) as i32 }
+    }
+
+    /// Hands the packet to the pod behind an interface of this node.
+    #[inline(always)]
+    pub(crate) fn deliver(&self, ifindex: u32, is_shaped: bool) -> i32 {
+        // SAFETY: both helpers take plain numbers.
+        unsafe {
+            if is_shaped {
+                bpf_redirect(ifindex, 0) as i32
+            } else {
+                bpf_redirect_peer(ifindex, 0) as i32
+            }
+        }
+    }
+
+    /// Sends the packet out of an interface.
+    #[inline(always)]
+    pub(crate) fn send(&self, ifindex: u32) -> i32 {
+        // SAFETY: the helper takes plain numbers.
+        unsafe { bpf_redirect(ifindex, 0) as i32 }
+    }
+
+    /// Gives the packet a tunnel.
+    #[inline(always)]
+    pub(crate) fn tunnel(&self, route: &Route, vni: u32) -> Result<(), Refused> {
+        // The part of the structure that all kernels know; later ones added a local address.
+        const KNOWN: usize = offset_of!(bpf_tunnel_key, __bindgen_anon_2);
+        // SAFETY: the structure is plain numbers.
+        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        key.tunnel_id = vni;
+        key.tunnel_ttl = 64;
+        let flags = if route.underlay4.is_unspecified() {
+            key.__bindgen_anon_1.remote_ipv6 = route.underlay6.raw();
+            BPF_F_TUNINFO_IPV6
+        } else {
+            key.__bindgen_anon_1.remote_ipv4 = u32::from_be(route.underlay4.raw());
+            // The inner packet has a checksum of its own (RFC 7348, 5).
+            BPF_F_ZERO_CSUM_TX
+        };
+        // SAFETY: the helper reads `KNOWN` bytes of the structure within this call.
+        done(unsafe {
+            bpf_skb_set_tunnel_key(self.0.skb.skb, &mut key, KNOWN as u32, u64::from(flags))
+        })
     }
 
     #[inline(always)]
@@ -158,6 +211,28 @@ impl Packet for Skb<'_> {
                 u64::from(covers | zero),
             )
         })
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: a field of the program's own context.
+        unsafe { (*self.0.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn fits(&self, ifindex: u32, mtu: u32) -> bool {
+        if self.0.len() <= mtu + ETHERNET as u32 {
+            return true;
+        }
+        // SAFETY: a field of the program's own context.
+        if unsafe { (*self.0.skb.skb).gso_size } == 0 {
+            return false;
+        }
+        let mut length = 0;
+        // SAFETY: the context is the program's own, and `length` is written within this call.
+        let result =
+            unsafe { bpf_check_mtu(self.0.as_ptr(), ifindex, &mut length, 0, BPF_MTU_CHK_SEGS) };
+        result == 0
     }
 
     #[inline(always)]

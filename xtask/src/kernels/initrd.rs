@@ -223,10 +223,10 @@ fn init(modules: &[&str], tests: &[Group]) -> String {
         .flat_map(|(group, names)| names.iter().map(move |name| format!("{group}:{name}")))
         .collect();
     let tests = tests.join(" ");
-    // The tests' own patience is for a machine that is not emulated. In CI what can't run fails.
+    // The tests' own numbers are for a machine that is not emulated. In CI what can't run fails.
     format!(
         "#!/bin/sh\n\
-         export PATH=/bin PENSTOCK_PATIENCE=120 CI=1 RUST_BACKTRACE=0\n\
+         export PATH=/bin PENSTOCK_PATIENCE=120 PENSTOCK_KILLS=3 CI=1 RUST_BACKTRACE=0\n\
          mount -t proc proc /proc\n\
          mount -t sysfs sys /sys\n\
          mount -t devtmpfs dev /dev\n\

@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use kube::{Client, Config};
 use tokio::sync::mpsc::Sender;
 
-use super::Status;
+use super::{Scope, Status};
 use crate::{
     api::{SOCKET_HOOKS_DISABLED, SOCKET_HOOKS_LABEL},
     model::object::{Event, Kind},
@@ -123,13 +123,13 @@ impl Default for Timing {
 }
 
 /// Sends events of all kinds until nobody listens.
-pub async fn run(servers: Servers, node_name: String, status: Status, events: Sender<Event>) {
-    run_with(servers, &node_name, &status, &events, Timing::default()).await;
+pub async fn run(servers: Servers, scope: Scope, status: Status, events: Sender<Event>) {
+    run_with(servers, &scope, &status, &events, Timing::default()).await;
 }
 
 async fn run_with(
     servers: Servers,
-    node_name: &str,
+    scope: &Scope,
     status: &Status,
     events: &Sender<Event>,
     timing: Timing,
@@ -138,7 +138,7 @@ async fn run_with(
         let watcher = Watcher::new(
             kind,
             servers.clone(),
-            selector(kind, node_name),
+            selector(kind, scope),
             status.clone(),
             events.clone(),
             timing,
@@ -154,13 +154,15 @@ async fn run_with(
 }
 
 /// The kind's path, and which objects of it are wanted.
-fn selector(kind: Kind, node: &str) -> (&'static str, String) {
+fn selector(kind: Kind, scope: &Scope) -> (&'static str, String) {
+    let node = &scope.node_name;
     // As kube-proxy: what is somebody else's need not even be sent.
     let ours =
         "labelSelector=!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
     match kind {
         Kind::Service => ("/api/v1/services", ours.to_owned()),
         Kind::EndpointSlice => ("/apis/discovery.k8s.io/v1/endpointslices", ours.to_owned()),
+        Kind::Node if scope.has_network => ("/api/v1/nodes", String::new()),
         Kind::Node => (
             "/api/v1/nodes",
             format!("fieldSelector=metadata.name={node}"),

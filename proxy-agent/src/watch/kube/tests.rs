@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    Servers, Status, Timing,
+    Scope, Servers, Status, Timing,
     fake::{Cluster, Mode, SERVICES, SLICES, Server, service},
     run_with,
 };
@@ -53,11 +53,15 @@ impl Run {
         let (sender, events) = mpsc::channel(16);
         let status = Status::default();
         let of_task = status.clone();
+        let scope = Scope {
+            node_name: "node-a".to_owned(),
+            has_network: false,
+        };
         Self {
             events,
             status,
             task: tokio::spawn(async move {
-                run_with(servers, "node-a", &of_task, &sender, timing).await;
+                run_with(servers, &scope, &of_task, &sender, timing).await;
             }),
         }
     }

@@ -1,0 +1,136 @@
+//! The agent's socket in its run directory: the command line and the CNI plugin ask there.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use penstock_cni::agent::{Answer, Request, SOCKET};
+use serde::Serialize;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, oneshot},
+};
+
+use crate::{attach::follow::WireRequest, report::Report};
+
+/// A question, and where its answer goes.
+pub enum Query {
+    /// Everything.
+    Report(oneshot::Sender<Report>),
+    /// Whether pods can be given a network.
+    Ready(oneshot::Sender<Answer>),
+    /// Whether a pod's interface is wired.
+    Wire(WireRequest),
+}
+
+fn socket_path(run_dir: &Path) -> PathBuf {
+    run_dir.join(SOCKET)
+}
+
+/// Takes the run directory, unless another agent has it.
+pub fn listen(run_dir: &Path) -> Result<UnixListener> {
+    fs::create_dir_all(run_dir)
+        .with_context(|| format!("creating {}; pass --run-dir", run_dir.display()))?;
+    let path = socket_path(run_dir);
+    if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+        bail!(
+            "another agent is running (it answers at {}); stop it, or pass another --run-dir",
+            path.display()
+        );
+    }
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("removing {}", path.display()));
+        }
+        _ => {}
+    }
+    UnixListener::bind(&path).with_context(|| format!("listening at {}", path.display()))
+}
+
+/// How long who connects may take to ask.
+const ASKING: Duration = Duration::from_secs(5);
+/// The longest question.
+const LONGEST: u64 = 64 * 1024;
+
+/// Answers everybody who connects: see [`penstock_cni::agent`].
+pub async fn serve(listener: UnixListener, queries: mpsc::Sender<Query>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => drop(tokio::spawn(converse(stream, queries.clone()))),
+            Err(error) => {
+                // Out of descriptors, say; that passes.
+                tracing::warn!("accepting at the agent's socket: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
+    let mut line = String::new();
+    let mut question = BufReader::new((&mut stream).take(LONGEST));
+    let reading = tokio::time::timeout(ASKING, question.read_line(&mut line));
+    if !matches!(reading.await, Ok(Ok(1..))) {
+        return;
+    }
+    let answer = match serde_json::from_str(&line) {
+        Ok(Request::Report) => ask(&queries, Query::Report)
+            .await
+            .map(|report| json(&report)),
+        Ok(Request::Ready) => ask(&queries, Query::Ready)
+            .await
+            .map(|answer| json(&answer)),
+        Ok(Request::Wire { attachment, .. }) => {
+            let wire = |answer| Query::Wire(WireRequest { attachment, answer });
+            ask(&queries, wire).await.map(|answer| json(&answer))
+        }
+        Err(error) => Some(json(&Answer::Failed(format!("not understood: {error}")))),
+    };
+    if let Some(mut answer) = answer {
+        answer.push(b'\n');
+        // Who asked may have gone.
+        let _ = stream.write_all(&answer).await;
+    }
+}
+
+async fn ask<T>(
+    queries: &mpsc::Sender<Query>,
+    query: impl FnOnce(oneshot::Sender<T>) -> Query,
+) -> Option<T> {
+    let (sender, answer) = oneshot::channel();
+    queries.send(query(sender)).await.ok()?;
+    answer.await.ok()
+}
+
+fn json(value: &impl Serialize) -> Vec<u8> {
+    // None of these types can fail to be written.
+    serde_json::to_vec(value).unwrap_or_default()
+}
+
+/// The report of the agent whose run directory this is; `None` if none is running.
+pub async fn fetch(run_dir: &Path) -> Result<Option<Report>> {
+    let path = socket_path(run_dir);
+    let Ok(mut stream) = UnixStream::connect(&path).await else {
+        return Ok(None);
+    };
+    let mut question = json(&Request::Report);
+    question.push(b'\n');
+    let mut json = Vec::new();
+    let exchange = async {
+        stream.write_all(&question).await?;
+        stream.read_to_end(&mut json).await
+    };
+    tokio::time::timeout(Duration::from_secs(10), exchange)
+        .await
+        .with_context(|| format!("the agent at {} does not answer", path.display()))??;
+    serde_json::from_slice(&json).map(Some).with_context(|| {
+        format!(
+            "the agent at {} answered with something else",
+            path.display()
+        )
+    })
+}

@@ -1,0 +1,161 @@
+//! Between pods: past the kernel's routing wherever that makes no difference but speed.
+//!
+//! Whatever is out of the ordinary (a packet that is too long, one at the end of its life, a source
+//! that is not the pod's own) is left to the kernel, whose routes lead to the same places and which
+//! answers as a router must.
+
+use penstock_common::{
+    Config, Counter, EndpointFlags, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, RouteKind,
+};
+
+use crate::{
+    checksum::Delta,
+    env::Maps,
+    family::{ETHERNET, Family},
+    packet::{Packet, Refused},
+    parse,
+    pod::Verdict,
+};
+
+/// A packet that a pod sent, its service translated if there was one.
+#[inline(always)]
+pub fn from_pod<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let config = maps.config();
+    if config.network & NetworkFlags::FORWARD == 0 {
+        return Ok(Verdict::Pass);
+    }
+    let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let is_own = maps
+        .endpoint(&ends.0)
+        .is_some_and(|own| own.ifindex == packet.ifindex());
+    if !is_own {
+        return Ok(Verdict::Pass);
+    }
+    if is_local::<F, M>(packet, maps, &ends.1) {
+        return Ok(Verdict::Local);
+    }
+    match maps.route(&ends.1) {
+        Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, &config),
+        _ => Ok(Verdict::Pass),
+    }
+}
+
+/// A packet that another node sent through the overlay.
+#[inline(always)]
+pub fn from_overlay<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    match parse::addrs::<F>(packet, ETHERNET) {
+        Some((_, dst)) if is_local::<F, M>(packet, maps, &dst) => Ok(Verdict::Local),
+        _ => Ok(Verdict::Pass),
+    }
+}
+
+/// A packet that is about to enter the overlay: a pod's, or this node's own.
+#[inline(always)]
+pub fn to_overlay<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if F::is_multicast(dst) {
+        // Nobody is behind a group here; the device drops what names no tunnel.
+        return Ok(Verdict::Pass);
+    }
+    match maps.route(&dst) {
+        Some(route) if route.kind == RouteKind::OVERLAY => {
+            frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(refused)?;
+            maps.count(Counter::OverlaySent);
+            Ok(Verdict::Tunnel(route))
+        }
+        _ => Err(Counter::OverlayNoRoute),
+    }
+}
+
+/// Into the pod that a packet is for. [`pod::to_pod`] has made a reply the service's before.
+#[inline(always)]
+pub fn deliver<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let to = parse::addrs::<F>(packet, ETHERNET).and_then(|(_, dst)| maps.endpoint(&dst));
+    let (Some(to), Some(hops)) = (to, hops::<F>(packet)) else {
+        return Ok(Verdict::Pass);
+    };
+    take_hop::<F>(packet, hops).map_err(refused)?;
+    frame(packet, to.mac, to.host_mac).map_err(refused)?;
+    maps.count(Counter::Delivered);
+    Ok(Verdict::Deliver {
+        ifindex: to.ifindex,
+        is_shaped: to.flags & EndpointFlags::SHAPED != 0,
+    })
+}
+
+/// To another node.
+#[inline(always)]
+fn enter_overlay<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
+    let Some(hops) = hops::<F>(packet) else {
+        return Ok(Verdict::Pass);
+    };
+    if !packet.fits(config.overlay_ifindex, config.overlay_mtu) {
+        return Ok(Verdict::Pass);
+    }
+    take_hop::<F>(packet, hops).map_err(refused)?;
+    frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(refused)?;
+    Ok(Verdict::Out(config.overlay_ifindex))
+}
+
+fn refused(_: Refused) -> Counter {
+    Counter::RewriteFailed
+}
+
+/// The bits at [`Family::HOPS`] of a packet that has hops left.
+#[inline(always)]
+fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
+    let word: u16 = packet.load(ETHERNET + F::HOPS)?;
+    (F::hops(word) > 1).then_some(word)
+}
+
+/// Whether a packet goes to a pod of this node at once.
+#[inline(always)]
+fn is_local<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M, dst: &F::Addr) -> bool {
+    maps.endpoint(dst).is_some() && hops::<F>(packet).is_some()
+}
+
+/// Takes one from the hop limit (RFC 1812, 5.3.1).
+#[inline(always)]
+fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused> {
+    let new = F::with_one_hop_less(old);
+    let at = ETHERNET + F::HOPS;
+    match F::HEADER_CHECKSUM {
+        Some(checksum) => {
+            packet.store(at, &new)?;
+            let delta = Delta::default().word(old.into(), new.into());
+            packet.change_header_checksum(ETHERNET + checksum, delta)
+        }
+        None => packet.store_uncovered(at, &new),
+    }
+}
+
+/// Gives a frame its receiver and sender (IEEE 802.3, 3.2).
+#[inline(always)]
+fn frame(packet: &mut impl Packet, to: [u8; 6], from: [u8; 6]) -> Result<(), Refused> {
+    let [a, b, c, d, e, f] = to;
+    let [g, h, i, j, k, l] = from;
+    packet.store(
+        0,
+        &[
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+        ],
+    )
+}
