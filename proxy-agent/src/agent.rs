@@ -1,7 +1,7 @@
 //! The agent: takes hold of the kernel, then lets events move the world and the world the maps.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -128,6 +128,7 @@ pub async fn run(options: Options) -> Result<()> {
         wiring = Some(Wiring {
             pods: Pods::new(&options_of_network.places.state_dir),
             endpoints: network::Endpoints::open(&pins)?,
+            uplinks: shared.uplinks.clone(),
             requests: wire_requests,
         });
         let (network, state) = network::Network::new(
@@ -278,6 +279,7 @@ async fn pass(resteer: &Arc<Resteer>) {
 struct Shared {
     node_addresses: Arc<Mutex<Vec<IpAddr>>>,
     excluded: follow::Excluded,
+    uplinks: Arc<Mutex<BTreeSet<u32>>>,
     changed: Arc<Notify>,
 }
 
@@ -394,12 +396,18 @@ impl Agent {
                 0
             } else {
                 NetworkFlags::FORWARD
+                    | if network.masquerades {
+                        NetworkFlags::MASQUERADE
+                    } else {
+                        0
+                    }
             },
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,
             ..Config::default()
         };
+        *lock(&self.shared.uplinks) = network.uplinks;
         if let Err(error) = self.config.set(0, config, 0) {
             tracing::warn!("writing map CONFIG: {error}");
         }

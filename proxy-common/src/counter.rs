@@ -55,6 +55,8 @@ counters! {
     Delivered = "delivered", COUNT;
     /// Packets sent to another node through the overlay.
     OverlaySent = "overlay_sent", COUNT;
+    /// Packets of pods sent to the outside with this node's address.
+    Masqueraded = "masqueraded", COUNT;
     /// UDP sockets that were connected but could not be remembered, the table being full.
     ConnectedUdpUntracked = "connected_udp_untracked", COUNT;
 
@@ -76,6 +78,9 @@ counters! {
     FlowRace = "flow_race", DROP;
     /// Dropped: a pod reached itself, and this node's address in that family is not known.
     HairpinNoAddress = "hairpin_no_address", DROP;
+    /// Dropped: a pod's packet to the outside, by an interface on which this node has no address of
+    /// that family.
+    MasqueradeNoAddress = "masquerade_no_address", DROP;
     /// Dropped: no source port is free for one more flow of this client to this backend.
     NoSourcePort = "no_source_port", DROP;
     /// Dropped: a slot named a backend that does not exist; the agent repairs this.

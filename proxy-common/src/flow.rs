@@ -81,6 +81,8 @@ impl FlowFlags {
     /// Client and backend are the same pod: the source is translated too, and packets turn around
     /// at the pod's own interface.
     pub const HAIRPIN: u16 = 1;
+    /// From a pod to the outside: frontend and backend are the same, the source is this node's.
+    pub const MASQUERADE: u16 = 2;
 }
 
 /// A flow from a client through a service to a backend.

@@ -25,6 +25,7 @@
 //! | `EXCLUDED_CGROUPS` | hash | cgroup id → 1 | agent | reported |
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
+//! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
 #![cfg_attr(target_arch = "bpf", no_std)]
@@ -44,7 +45,10 @@ pub use flow::{
     Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
-pub use network::{Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind};
+pub use network::{
+    Endpoint, EndpointFlags, MASQUERADE_PORTS, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind,
+    Uplink,
+};
 pub use plain::Plain;
 pub use service::{
     Address, AddressKind, Affinity, AffinityKey, Backend, BackendFlags, BackendId, Frontend,
@@ -86,6 +90,8 @@ pub mod limits {
     pub const ENDPOINTS: u32 = 16_384;
     /// Ranges of one family: other nodes' pods, and what is not masqueraded.
     pub const ROUTES: u32 = 65_536;
+    /// Interfaces to the outside.
+    pub const UPLINKS: u32 = 256;
     /// How deep below the root an excluded cgroup may lie.
     pub const CGROUP_DEPTH: u32 = 8;
 }

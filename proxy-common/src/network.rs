@@ -53,10 +53,24 @@ pub struct Route {
     pub underlay6: V6,
 }
 
+/// An interface to the outside, found by its index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Uplink {
+    /// This node's IPv4 address there, unspecified if it has none.
+    pub addr4: V4,
+    /// This node's IPv6 address there.
+    pub addr6: V6,
+}
+
+/// Source ports of masqueraded flows: below those that the kernel gives to sockets (32,768 to 60,999
+/// by default) and those of node ports (30,000 to 32,767), so that no flow meets another's.
+pub const MASQUERADE_PORTS: (u16, u16) = (1_024, 29_999);
+
 /// The Ethernet address of every node's overlay device: what arrives there is for that node, and
 /// the tunnel alone says for which.
 pub const OVERLAY_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 1];
 /// Whom frames in the overlay come from; a device drops what seems to come from itself.
 pub const OVERLAY_PEER_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 2];
 
-map_types! { Endpoint = 20, Route = 24 }
+map_types! { Endpoint = 20, Route = 24, Uplink = 20 }

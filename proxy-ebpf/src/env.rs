@@ -5,7 +5,7 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Endpoint, Flow, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, Uplink,
 };
 
 use crate::family::Family;
@@ -18,6 +18,8 @@ pub trait Env {
     fn random(&self) -> u32;
     /// This node's settings.
     fn config(&self) -> Config;
+    /// An interface to the outside.
+    fn uplink(&self, ifindex: u32) -> Option<Uplink>;
     /// Counts one.
     fn count(&self, counter: Counter);
     /// How often a search by chance is repeated: for a record to evict, for a free source port.
@@ -73,6 +75,9 @@ pub trait Maps<F: Family>: Env {
     fn records(&self) -> u32;
     /// The pod of this node that has an address.
     fn endpoint(&self, addr: &F::Addr) -> Option<Endpoint>;
+    /// The interface that a packet of this source leaves by, having come in by `ingress`, if the
+    /// kernel's routes and the packet's length let it.
+    fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;
     /// The narrowest range that covers an address.
     fn route(&self, addr: &F::Addr) -> Option<Route>;
     /// The ports of a fragmented datagram.

@@ -66,6 +66,9 @@ pub trait Family: Copy + 'static {
     /// These bits with one hop less.
     fn with_one_hop_less(word: u16) -> u16;
 
+    /// The ICMP types of an echo request and its reply.
+    const ECHO: [u8; 2];
+
     /// Whether an address is a group's.
     fn is_multicast(addr: Self::Addr) -> bool;
 
@@ -100,6 +103,8 @@ impl Family for V4 {
     const ICMP: Proto = Proto::ICMP;
     // Time to live, then the protocol.
     const HOPS: usize = 8;
+    // RFC 792.
+    const ECHO: [u8; 2] = [8, 0];
     type Header = [u32; 5];
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
 
@@ -197,6 +202,8 @@ impl Family for V6 {
     const ICMP: Proto = Proto::ICMPV6;
     // Next header, then the hop limit.
     const HOPS: usize = 6;
+    // RFC 4443, 4.
+    const ECHO: [u8; 2] = [128, 129];
     type Header = [u32; 10];
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
 

@@ -57,6 +57,9 @@ pub fn may_continue<F: Family>(
     if is_opening && flow.state == FlowState::CLOSING {
         return false;
     }
+    if flow.flags & FlowFlags::MASQUERADE != 0 {
+        return true;
+    }
     // UDP never sticks to a dead backend, and neither does a handshake that nobody answered; an
     // established TCP connection ends by itself.
     if flow.proto == Proto::UDP || (is_opening && flow.state == FlowState::EMBRYONIC) {
@@ -213,6 +216,30 @@ fn may_evict<A: Addr>(flow: &Flow<A>, now: u32, timeouts: &penstock_common::Time
             now.wrapping_sub(flow.seen_secs) >= timeout
         }
         _ => false,
+    }
+}
+
+/// The start of a flow to the outside, which will see `source`.
+#[inline(always)]
+pub fn masquerading<F: Family>(
+    maps: &impl Maps<F>,
+    segment: &Segment<F::Addr>,
+    source: F::Addr,
+) -> Flow<F::Addr> {
+    Flow {
+        state: FlowState::CLAIMED,
+        seen_secs: maps.now_secs(),
+        client: segment.src,
+        frontend: segment.dst,
+        backend: segment.dst,
+        source,
+        client_port: segment.src_port,
+        frontend_port: segment.dst_port,
+        backend_port: segment.dst_port,
+        source_port: segment.src_port,
+        flags: FlowFlags::MASQUERADE,
+        proto: segment.proto,
+        ..Flow::default()
     }
 }
 

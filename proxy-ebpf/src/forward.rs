@@ -5,13 +5,15 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Config, Counter, EndpointFlags, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, RouteKind,
+    Addr, AddressKind, Config, Counter, EndpointFlags, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
+    OVERLAY_PEER_MAC, Proto, RouteKind,
 };
 
 use crate::{
     checksum::Delta,
     env::Maps,
     family::{ETHERNET, Family},
+    flow,
     packet::{Packet, Refused},
     parse,
     pod::Verdict,
@@ -41,8 +43,96 @@ pub fn from_pod<F: Family, M: Maps<F>>(
     }
     match maps.route(&ends.1) {
         Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, &config),
-        _ => Ok(Verdict::Pass),
+        Some(_) => Ok(Verdict::Pass),
+        None if config.network & NetworkFlags::MASQUERADE == 0 => Ok(Verdict::Pass),
+        None if F::is_multicast(ends.1) || hops::<F>(packet).is_none() => Ok(Verdict::Pass),
+        None => leaving::<F, M>(packet, maps, &ends),
     }
+}
+
+/// A packet to the outside, which the kernel gets where it may not leave as it is: too long, or
+/// with no way out.
+#[inline(always)]
+fn leaving<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Verdict, Counter> {
+    let egress = maps.egress(packet.ifindex(), &ends.0, &ends.1);
+    if egress.and_then(|ifindex| maps.uplink(ifindex)).is_none() {
+        return Ok(Verdict::Pass);
+    }
+    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    Ok(match header.proto {
+        Proto::TCP | Proto::UDP => Verdict::Outside,
+        proto if proto == F::ICMP => {
+            let [request, _] = F::ECHO;
+            let is_request = || packet.load(header.transport) == Some(request);
+            if header.fragment.is_later || is_request() {
+                Verdict::Outside
+            } else {
+                Verdict::OutsideIcmp
+            }
+        }
+        _ => Verdict::Pass,
+    })
+}
+
+/// Makes the flow that a packet to the outside begins.
+#[inline(always)]
+pub fn masquerade<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, ends)?;
+    let source = maps
+        .egress(packet.ifindex(), &ends.0, &ends.1)
+        .and_then(|ifindex| maps.uplink(ifindex))
+        .map(|uplink| F::of(uplink.addr4, uplink.addr6));
+    let Some(source) = source.filter(|source| !source.is_unspecified()) else {
+        return Err(Counter::MasqueradeNoAddress);
+    };
+    let flow = flow::masquerading(maps, &segment, source);
+    flow::create::<F, M>(maps, flow, false, MASQUERADE_PORTS)?;
+    Ok(Verdict::Opened)
+}
+
+/// Sends a masqueraded packet on its way.
+#[inline(always)]
+pub fn leave<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    let (Some(hops), Some(ifindex)) = (
+        hops::<F>(packet),
+        maps.egress(packet.ifindex(), &ends.0, &ends.1),
+    ) else {
+        return Ok(Verdict::Pass);
+    };
+    take_hop::<F>(packet, hops).map_err(refused)?;
+    Ok(Verdict::Routed(ifindex))
+}
+
+/// A packet from the outside: for a pod by its own address, or for this node, which may stand for a
+/// pod.
+#[inline(always)]
+pub fn from_uplink<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let is_node = maps
+        .address(&dst)
+        .is_some_and(|address| address.kind == AddressKind::NODE);
+    if is_node || is_local::<F, M>(packet, maps, &dst) {
+        return Ok(Verdict::Local);
+    }
+    Ok(Verdict::Pass)
 }
 
 /// A packet that another node sent through the overlay.

@@ -40,8 +40,8 @@ mod programs {
     macro_rules! family {
         ($family:ty: $from_pod:ident, $to_pod:ident, $classify:ident,
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident,
-            $forward:ident, $deliver:ident, $local:ident, $from_overlay:ident,
-            $to_overlay:ident) => {
+            $forward:ident, $deliver:ident, $onward:ident, $from_overlay:ident,
+            $to_overlay:ident, $masquerade:ident, $leave:ident, $from_uplink:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -51,6 +51,9 @@ mod programs {
             family!(stage $forward, forward::from_pod, $family);
             family!(stage $deliver, forward::deliver, $family);
             family!(stage $from_overlay, forward::from_overlay, $family);
+            family!(stage $masquerade, forward::masquerade, $family);
+            family!(stage $leave, forward::leave, $family);
+            family!(stage $from_uplink, forward::from_uplink, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
 
             #[inline(never)]
@@ -67,14 +70,32 @@ mod programs {
                 }
             }
 
-            /// Into a pod of this node, if the packet is for one.
+            /// On from where it was decided where to.
             #[inline(always)]
-            fn $local(skb: *mut __sk_buff, verdict: i32) -> i32 {
-                if verdict != LOCAL {
-                    return verdict;
-                }
-                match $to_pod(skb) {
-                    NEXT => $deliver(skb),
+            fn $onward(context: &TcContext, verdict: i32) -> i32 {
+                let skb = context.skb.skb;
+                let verdict = match verdict {
+                    LOCAL => match $to_pod(skb) {
+                        NEXT => return $deliver(skb),
+                        verdict => verdict,
+                    },
+                    OUTSIDE => {
+                        let mut verdict = $request(skb);
+                        if verdict == OPEN {
+                            verdict = $masquerade(skb);
+                        }
+                        if verdict == OPENED {
+                            verdict = $request(skb);
+                        }
+                        verdict
+                    }
+                    OUTSIDE_ICMP => $icmp(skb),
+                    verdict => return verdict,
+                };
+                match verdict {
+                    // The flow was gone again before its first packet.
+                    OPEN => dropped(context, Counter::FlowRace),
+                    NEXT => $leave(skb),
                     verdict => verdict,
                 }
             }
@@ -98,13 +119,13 @@ mod programs {
                                 trace(skb, verdict - REFUSED);
                                 $refuse(skb)
                             }
-                            NEXT => $local(skb, $forward(skb)),
+                            NEXT => $onward(context, $forward(skb)),
                             verdict => verdict,
                         }
                     }
-                    FORWARD => $local(skb, $forward(skb)),
+                    FORWARD => $onward(context, $forward(skb)),
                     ICMP => match $icmp(skb) {
-                        NEXT => $local(skb, $forward(skb)),
+                        NEXT => $onward(context, $forward(skb)),
                         verdict => verdict,
                     },
                     NODE => $node(skb),
@@ -127,6 +148,9 @@ mod programs {
                     Ok(Verdict::Local) => LOCAL,
                     Ok(Verdict::Deliver { ifindex, is_shaped }) => skb.deliver(ifindex, is_shaped),
                     Ok(Verdict::Out(ifindex)) => skb.send(ifindex),
+                    Ok(Verdict::Outside) => OUTSIDE,
+                    Ok(Verdict::OutsideIcmp) => OUTSIDE_ICMP,
+                    Ok(Verdict::Routed(ifindex)) => skb.route(ifindex),
                     Ok(Verdict::Tunnel(route)) => {
                         match skb.tunnel(&route, kernel.config().overlay_vni) {
                             Ok(()) => NEXT,
@@ -139,11 +163,13 @@ mod programs {
         };
     }
     family!(V4: from_pod4, to_pod4, classify4, request4, open4, refuse4, icmp4, node4,
-        forward4, deliver4, local4, from_overlay4, to_overlay4);
+        forward4, deliver4, onward4, from_overlay4, to_overlay4, masquerade4, leave4, from_uplink4);
     family!(V6: from_pod6, to_pod6, classify6, request6, open6, refuse6, icmp6, node6,
-        forward6, deliver6, local6, from_overlay6, to_overlay6);
+        forward6, deliver6, onward6, from_overlay6, to_overlay6, masquerade6, leave6, from_uplink6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const OUTSIDE_ICMP: i32 = -11;
+    const OUTSIDE: i32 = -10;
     const LOCAL: i32 = -9;
     const FORWARD: i32 = -8;
     const REQUEST: i32 = -7;
@@ -214,8 +240,19 @@ mod programs {
     #[classifier]
     pub(crate) fn from_overlay(context: TcContext) -> i32 {
         let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => local4(context.skb.skb, from_overlay4(context.skb.skb)),
-            V6::ETHERTYPE => local6(context.skb.skb, from_overlay6(context.skb.skb)),
+            V4::ETHERTYPE => onward4(&context, from_overlay4(context.skb.skb)),
+            V6::ETHERTYPE => onward6(&context, from_overlay6(context.skb.skb)),
+            _ => NEXT,
+        };
+        conclude(context.skb.skb, verdict)
+    }
+
+    /// Packets from the outside.
+    #[classifier]
+    pub(crate) fn from_uplink(context: TcContext) -> i32 {
+        let verdict = match ethertype(&context) {
+            V4::ETHERTYPE => onward4(&context, from_uplink4(context.skb.skb)),
+            V6::ETHERTYPE => onward6(&context, from_uplink6(context.skb.skb)),
             _ => NEXT,
         };
         conclude(context.skb.skb, verdict)

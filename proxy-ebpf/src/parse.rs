@@ -22,7 +22,7 @@ pub mod tcp {
     pub const ACK: u8 = 16;
 }
 
-/// A TCP or UDP packet.
+/// A TCP or UDP packet, or an ICMP echo.
 #[derive(Clone, Copy)]
 pub struct Segment<A> {
     /// The network header's offset.
@@ -31,7 +31,7 @@ pub struct Segment<A> {
     pub transport: usize,
     /// Its length as the network header says.
     pub transport_length: u16,
-    /// TCP or UDP.
+    /// TCP, UDP or ICMP.
     pub proto: Proto,
     /// TCP's flags, 0 for UDP and for later fragments.
     pub tcp_flags: u8,
@@ -61,7 +61,23 @@ pub fn ports(packet: &impl Packet, at: usize) -> Option<(Be16, Be16)> {
     Some((packet.load(at)?, packet.load(at + 2)?))
 }
 
-/// A TCP or UDP packet's fields; for a later fragment with the ports of its datagram.
+/// What stands for the ports of an ICMP echo: the identifier is the asking end's (RFC 5508, 3.1).
+/// `None` for any other message.
+#[inline(always)]
+pub fn echo<F: Family>(packet: &impl Packet, at: usize) -> Option<(Be16, Be16)> {
+    let icmp_type: u8 = packet.load(at)?;
+    let id: Be16 = packet.load(at + 4)?;
+    let [request, reply] = F::ECHO;
+    if icmp_type == request {
+        Some((id, Be16::default()))
+    } else if icmp_type == reply {
+        Some((Be16::default(), id))
+    } else {
+        None
+    }
+}
+
+/// A TCP or UDP packet's fields, or an ICMP echo's; for a later fragment with the ports of its datagram.
 #[inline(always)]
 pub fn segment<F: Family>(
     packet: &impl Packet,
@@ -90,7 +106,11 @@ pub fn segment<F: Family>(
         segment.dst_port = ports.dst_port;
         return Ok(segment);
     }
-    let (src_port, dst_port) = ports(packet, transport).ok_or(Counter::Truncated)?;
+    let (src_port, dst_port) = if header.proto == F::ICMP {
+        echo::<F>(packet, transport).ok_or(Counter::Truncated)?
+    } else {
+        ports(packet, transport).ok_or(Counter::Truncated)?
+    };
     segment.src_port = src_port;
     segment.dst_port = dst_port;
     if header.proto == Proto::TCP {

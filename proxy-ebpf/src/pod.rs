@@ -40,6 +40,12 @@ pub enum Verdict {
         /// Whether a queueing discipline there must see it.
         is_shaped: bool,
     },
+    /// It goes to the outside: `forward::leaving` and so on.
+    Outside,
+    /// An ICMP message to the outside.
+    OutsideIcmp,
+    /// It leaves by this interface, for whatever neighbour the kernel's routes say.
+    Routed(u32),
     /// It leaves by this interface.
     Out(u32),
     /// It gets this tunnel and goes on.
@@ -134,7 +140,11 @@ pub fn request<F: Family, M: Maps<F>>(
         (flow.backend, flow.backend_port),
     );
     rewrite::translate::<F>(packet, &segment, src, dst)?;
-    maps.count(Counter::PacketRequest);
+    maps.count(if flow.flags & FlowFlags::MASQUERADE == 0 {
+        Counter::PacketRequest
+    } else {
+        Counter::Masqueraded
+    });
     deliver(packet, flow.flags)
 }
 
@@ -227,12 +237,21 @@ pub fn to_pod<F: Family, M: Maps<F>>(
     let Some(header) = F::network(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
-    if header.proto == F::ICMP {
+    if is_error::<F>(packet, &header) {
         quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
     } else {
         reply::<F, M>(packet, maps, &header, addrs)?;
     }
     Ok(Verdict::Pass)
+}
+
+/// Whether a packet is an ICMP error.
+#[inline(always)]
+fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
+    let icmp_type = || packet.load(header.transport);
+    header.proto == F::ICMP
+        && !header.fragment.is_later
+        && icmp_type().is_some_and(F::is_icmp_error)
 }
 
 /// Translates a reply; the flow's flags if there is such a flow.
@@ -243,7 +262,7 @@ fn reply<F: Family, M: Maps<F>>(
     header: &Network,
     addrs: (F::Addr, F::Addr),
 ) -> Result<Option<u16>, Counter> {
-    if !is_translated(header.proto) {
+    if !is_translated(header.proto) && header.proto != F::ICMP {
         return Ok(None);
     }
     // What can't be parsed can't be told from other traffic, so it is the kernel's.

@@ -27,7 +27,7 @@ struct Quote<A> {
 }
 
 /// The packet that the ICMP message at `header.transport` quotes, if it is an error that quotes a
-/// TCP or UDP packet with its ports.
+/// TCP or UDP packet with its ports, or an ICMP echo.
 #[inline(always)]
 fn quote<F: Family>(packet: &impl Packet, header: &Network) -> Option<Quote<F::Addr>> {
     if header.proto != F::ICMP || header.fragment.is_later {
@@ -41,10 +41,14 @@ fn quote<F: Family>(packet: &impl Packet, header: &Network) -> Option<Quote<F::A
     let (src, dst) = parse::addrs::<F>(packet, network)?;
     // A quote may be cut short: only the ports must be there (RFC 792; RFC 1812, 4.3.2.3).
     let inner = F::network(packet, network)?;
-    if inner.fragment.is_later || !matches!(inner.proto, Proto::TCP | Proto::UDP) {
+    if inner.fragment.is_later {
         return None;
     }
-    let (src_port, dst_port) = parse::ports(packet, inner.transport)?;
+    let (src_port, dst_port) = match inner.proto {
+        Proto::TCP | Proto::UDP => parse::ports(packet, inner.transport)?,
+        proto if proto == F::ICMP => parse::echo::<F>(packet, inner.transport)?,
+        _ => return None,
+    };
     Some(Quote {
         network,
         transport: inner.transport,
@@ -169,10 +173,7 @@ fn replace<F: Family>(
         Some(offset) => packet.change_header_checksum(quote.network + offset, addresses)?,
         None => inside = inside.addr(quote.src, src.0).addr(quote.dst, dst.0),
     }
-    packet.store(
-        quote.transport,
-        &crate::rewrite::Pair::pair([src.1.raw(), dst.1.raw()]),
-    )?;
+    crate::rewrite::store_ports::<F>(packet, quote.transport, quote.proto, src.1, dst.1)?;
     packet.change_checksum(checksum, inside, Covers::Segment, Zero::Plain)?;
     crate::rewrite::replace_addrs::<F>(packet, network, old, new)?;
     if F::HEADER_CHECKSUM.is_none() {

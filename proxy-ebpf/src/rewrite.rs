@@ -12,10 +12,10 @@ use crate::{
 /// Where a transport's checksum lies, and what zero means in it.
 #[inline(always)]
 pub fn transport_checksum(proto: Proto) -> (usize, Zero) {
-    if proto == Proto::TCP {
-        (16, Zero::Plain)
-    } else {
-        (6, Zero::MeansNone)
+    match proto {
+        Proto::TCP => (16, Zero::Plain),
+        Proto::UDP => (6, Zero::MeansNone),
+        _ => (2, Zero::Plain),
     }
 }
 
@@ -54,9 +54,28 @@ fn try_translate<F: Family>(
     let ports = Delta::default()
         .port(segment.src_port, src.1)
         .port(segment.dst_port, dst.1);
-    packet.store(segment.transport, &[src.1.raw(), dst.1.raw()].pair())?;
-    packet.change_checksum(checksum, addresses, Covers::PseudoHeader, zero)?;
+    store_ports::<F>(packet, segment.transport, segment.proto, src.1, dst.1)?;
+    // ICMP's checksum covers no addresses (RFC 792), ICMPv6's does (RFC 4443, 2.3).
+    if segment.proto != Proto::ICMP {
+        packet.change_checksum(checksum, addresses, Covers::PseudoHeader, zero)?;
+    }
     packet.change_checksum(checksum, ports, Covers::Segment, zero)
+}
+
+/// Replaces the ports of the header at `at`, or an echo's identifier, which is one of the two.
+#[inline(always)]
+pub fn store_ports<F: Family>(
+    packet: &mut impl Packet,
+    at: usize,
+    proto: Proto,
+    src: Be16,
+    dst: Be16,
+) -> Result<(), Refused> {
+    if proto == F::ICMP {
+        packet.store(at + 4, &(src.raw() | dst.raw()))
+    } else {
+        packet.store(at, &[src.raw(), dst.raw()].pair())
+    }
 }
 
 /// Replaces both addresses of the header at `at`, and its checksum if it has one.

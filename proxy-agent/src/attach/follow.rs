@@ -5,7 +5,7 @@
 //! is reported and tried again, and does not keep the others waiting.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::File,
     io,
     net::IpAddr,
@@ -88,6 +88,8 @@ pub struct Wiring {
     pub pods: Pods,
     /// What the programs are told of it.
     pub endpoints: Endpoints,
+    /// The indices of interfaces to the outside.
+    pub uplinks: Arc<Mutex<BTreeSet<u32>>>,
     /// Questions whether an attachment is wired.
     pub requests: mpsc::Receiver<WireRequest>,
 }
@@ -202,7 +204,7 @@ impl Follower {
                 }
             }
             if let Some(name) = name
-                && let Some(role) = self.role(&name)
+                && let Some(role) = self.role(link.header.index, &name)
             {
                 present.insert(link.header.index, (name, namespace, role));
             }
@@ -216,9 +218,14 @@ impl Follower {
     }
 
     /// What is behind an interface of this name, if it is ours to follow.
-    fn role(&self, name: &str) -> Option<Role> {
-        if self.wiring.is_some() && name == network::DEVICE {
-            return Some(Role::Overlay);
+    fn role(&self, index: u32, name: &str) -> Option<Role> {
+        if let Some(wiring) = &self.wiring {
+            if name == network::DEVICE {
+                return Some(Role::Overlay);
+            }
+            if lock(&wiring.uplinks).contains(&index) {
+                return Some(Role::Uplink);
+            }
         }
         let is_pod = self.patterns.iter().any(|pattern| pattern.matches(name));
         is_pod.then_some(Role::Pod)
@@ -308,11 +315,11 @@ impl Follower {
                 }
             }
         }
-        for (index, (name, ..)) in present {
+        for (index, (name, _, role)) in present {
             if status
                 .interfaces
                 .get(index)
-                .is_some_and(|followed| followed.name != *name)
+                .is_some_and(|followed| followed.name != *name || followed.role != Some(*role))
             {
                 status.interfaces.remove(index);
             }

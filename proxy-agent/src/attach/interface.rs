@@ -24,6 +24,8 @@ pub enum Role {
     Pod,
     /// Other nodes, through a tunnel.
     Overlay,
+    /// The outside.
+    Uplink,
 }
 
 /// A program, which its pinned links' names end in, and its direction.
@@ -41,13 +43,16 @@ impl Role {
                 ("from_overlay", TcAttachType::Ingress),
                 ("to_overlay", TcAttachType::Egress),
             ],
+            Self::Uplink => &[("from_uplink", TcAttachType::Ingress)],
         }
     }
 }
 
 /// The hooks of all roles.
 fn all_hooks() -> impl Iterator<Item = &'static Hook> {
-    [Role::Pod, Role::Overlay].into_iter().flat_map(Role::hooks)
+    [Role::Pod, Role::Overlay, Role::Uplink]
+        .into_iter()
+        .flat_map(Role::hooks)
 }
 
 /// Where our filters lie among a clsact qdisc's: early, as other datapaths use 1 and 50 on.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glob::Pattern;
+use ipnetwork::IpNetwork;
 
 use crate::{
     agent::{self, Options, Source},
@@ -105,6 +106,17 @@ struct NetworkArgs {
     /// The network identifier of tunnels.
     #[arg(long, value_name = "NUMBER", default_value_t = 1, requires = "network", value_parser = clap::value_parser!(u32).range(1..1 << 24))]
     vxlan_vni: u32,
+    /// Send what pods send to the outside with their own addresses: the network routes them.
+    #[arg(long, requires = "network")]
+    no_masquerade: bool,
+    /// Ranges outside of the pods' own that see pods' addresses (repeat, or separate by commas).
+    #[arg(
+        long,
+        value_name = "RANGE",
+        value_delimiter = ',',
+        requires = "network"
+    )]
+    non_masquerade: Vec<IpNetwork>,
     /// Where the runtime looks for CNI configurations.
     #[arg(
         long,
@@ -163,6 +175,8 @@ impl NetworkArgs {
             mtu: self.mtu,
             vxlan_port: self.vxlan_port,
             vni: self.vxlan_vni,
+            masquerade: !self.no_masquerade,
+            non_masquerade: self.non_masquerade,
             places: network::install::Places {
                 conf_dir: self.cni_conf_dir,
                 bin_dir: self.cni_bin_dir,

@@ -14,7 +14,7 @@ use aya::{
     },
 };
 use ipnetwork::IpNetwork;
-use penstock_common::{Endpoint, Route, RouteKind, V4, V6};
+use penstock_common::{Endpoint, Route, RouteKind, Uplink, V4, V6};
 
 use super::plan::{Hop, Plan};
 use crate::dataplane::pins::{PinError, Pins};
@@ -189,6 +189,42 @@ impl Routes {
             }
         }
         Ok(self.v4.set(&v4)? + self.v6.set(&v6)?)
+    }
+}
+
+/// `UPLINKS`.
+pub struct Uplinks(Mirror<u32, Uplink, HashMap<MapData, u32, Uplink>>);
+
+impl Uplinks {
+    /// The pinned map, with what is in it.
+    pub fn open(pins: &Pins) -> Result<Self, MapsError> {
+        const NAME: &str = "UPLINKS";
+        let map = HashMap::try_from(Map::HashMap(pins.map(NAME)?)).map_err(failed(NAME))?;
+        let known = map.iter().collect::<Result<_, _>>().map_err(failed(NAME))?;
+        Ok(Self(Mirror {
+            name: NAME,
+            map,
+            known,
+        }))
+    }
+
+    /// Makes the map hold these interfaces and the addresses that this node has there.
+    pub fn set<'a>(
+        &mut self,
+        wanted: impl Iterator<Item = (u32, &'a [IpNetwork])>,
+    ) -> Result<usize, MapsError> {
+        let uplinks = wanted.map(|(index, networks)| {
+            let mut uplink = Uplink::default();
+            // An interface's first address is the one that its kernel speaks with.
+            for network in networks.iter().rev() {
+                match network.ip() {
+                    IpAddr::V4(ip) => uplink.addr4 = V4::from(ip),
+                    IpAddr::V6(ip) => uplink.addr6 = V6::from(ip),
+                }
+            }
+            (index, uplink)
+        });
+        self.0.set(&uplinks.collect())
     }
 }
 

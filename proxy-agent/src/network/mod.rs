@@ -9,7 +9,7 @@ mod maps;
 pub mod plan;
 pub mod pods;
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use ipnetwork::IpNetwork;
 use penstock_cni::{network, pool::Pool};
@@ -17,8 +17,8 @@ use rtnetlink::Handle;
 use tokio::sync::watch;
 
 pub use kernel::DEVICE;
-use maps::Routes;
 pub use maps::{Endpoints, MapsError};
+use maps::{Routes, Uplinks};
 use plan::{Plan, Routing};
 
 use crate::{
@@ -48,6 +48,10 @@ pub struct Options {
     pub vxlan_port: u16,
     /// The tunnels' network identifier.
     pub vni: u32,
+    /// Whether what pods send to the outside gets this node's address.
+    pub masquerade: bool,
+    /// Ranges outside that are sent pods' own addresses.
+    pub non_masquerade: Vec<IpNetwork>,
     /// What is installed where.
     pub places: Places,
 }
@@ -61,6 +65,10 @@ pub struct State {
     pub problem: Option<String>,
     /// The overlay device's index, 0 while there is none.
     pub overlay_ifindex: u32,
+    /// The indices of interfaces to the outside.
+    pub uplinks: BTreeSet<u32>,
+    /// Whether what pods send to the outside gets this node's address.
+    pub masquerades: bool,
     /// What the overlay carries at most.
     pub overlay_mtu: u32,
     /// The network identifier of tunnels.
@@ -99,6 +107,21 @@ enum NetworkError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// The maps that the network writes.
+struct Maps {
+    routes: Routes,
+    uplinks: Uplinks,
+}
+
+impl Maps {
+    fn open(pins: &Pins) -> Result<Self, MapsError> {
+        Ok(Self {
+            routes: Routes::open(pins)?,
+            uplinks: Uplinks::open(pins)?,
+        })
+    }
 }
 
 /// Looks after the network until the task is cancelled.
@@ -153,8 +176,8 @@ impl Network {
 
     /// Looks after it until the agent ends (`None`) or the maps can't be opened.
     async fn serve(&mut self, handle: &Handle) -> Option<MapsError> {
-        let mut routes = match Routes::open(&self.pins) {
-            Ok(routes) => routes,
+        let mut maps = match Maps::open(&self.pins) {
+            Ok(maps) => maps,
             Err(error) => return Some(error),
         };
         loop {
@@ -163,7 +186,7 @@ impl Network {
             let mut wait = LOOK_AGAIN;
             if !nodes.is_empty() {
                 let mut state = self.state.borrow().clone();
-                if let Err(error) = self.look(handle, &mut routes, &nodes, &mut state).await {
+                if let Err(error) = self.look(handle, &mut maps, &nodes, &mut state).await {
                     let text = error.to_string();
                     if state.problem.as_ref() != Some(&text) {
                         tracing::warn!("network: {text}; trying again");
@@ -192,7 +215,7 @@ impl Network {
     async fn look(
         &self,
         handle: &Handle,
-        routes: &mut Routes,
+        maps: &mut Maps,
         nodes: &[Node],
         state: &mut State,
     ) -> Result<(), NetworkError> {
@@ -257,7 +280,17 @@ impl Network {
                 source,
             },
         )?;
-        routes.set(&maps::wanted(&plan, &[]))?;
+        let outside = || {
+            let has_address = |link: &&kernel::Link| !link.networks.is_empty();
+            links
+                .iter()
+                .filter(has_address)
+                .filter(|link| link.index != index)
+        };
+        maps.uplinks
+            .set(outside().map(|link| (link.index, link.networks.as_slice())))?;
+        maps.routes
+            .set(&maps::wanted(&plan, &self.options.non_masquerade))?;
         self.publish(&plan, pod_mtu)?;
         if !state.is_ready {
             tracing::info!("network: pods get addresses from {}", list(&plan.own));
@@ -266,6 +299,8 @@ impl Network {
             is_ready: true,
             problem: None,
             overlay_ifindex: index,
+            uplinks: outside().map(|link| link.index).collect(),
+            masquerades: self.options.masquerade,
             overlay_mtu,
             vni: self.options.vni,
             own: plan.own,

@@ -14,12 +14,12 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Endpoint, Flow, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route, V4, V6,
-    limits,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route, Uplink, V4,
+    V6, limits,
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
-use super::maps::*;
+use super::{maps::*, skb::Way};
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
 /// (icmp_msgs_per_sec).
@@ -63,6 +63,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn config(&self) -> Config {
         CONFIG.get_ptr(0).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn uplink(&self, ifindex: u32) -> Option<Uplink> {
+        UPLINKS.get_ptr(ifindex).map(copy)
     }
 
     #[inline(always)]
@@ -308,6 +313,11 @@ macro_rules! family {
             #[inline(always)]
             fn endpoint(&self, addr: &$family) -> Option<Endpoint> {
                 $endpoints.get_ptr(addr).map(copy)
+            }
+
+            #[inline(always)]
+            fn egress(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
+                super::skb::egress(self.context.as_ptr(), ingress, src.way_to(dst))
             }
 
             #[inline(always)]

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
     DatagramKey, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, V4, V6, limits,
+    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, Uplink, V4, V6, limits,
 };
 
 /// A family's maps: a static cannot be generic.
@@ -52,6 +52,9 @@ family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOW
 
 #[map]
 pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);
+#[map]
+pub(crate) static UPLINKS: HashMap<u32, Uplink> =
+    HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]

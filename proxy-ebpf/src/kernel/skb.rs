@@ -5,21 +5,22 @@
 //! written.
 #![expect(unsafe_code, reason = "packet memory")]
 
-use core::mem::offset_of;
+use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{
         BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6,
-        BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
+        BPF_F_ZERO_CSUM_TX, bpf_fib_lookup as FibLookup, bpf_tunnel_key,
     },
     helpers::generated::{
-        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer,
-        bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_check_mtu, bpf_fib_lookup, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
+        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use penstock_common::{Addr, Plain, Route};
+use penstock_common::{Addr, Plain, Route, V4, V6};
 use penstock_ebpf::{
     checksum::Delta,
     family::ETHERNET,
@@ -30,6 +31,9 @@ use penstock_ebpf::{
 /// ICMP error's header, a quoted packet's headers.
 const LOOKED_AT: u32 = 256;
 
+/// From the kernel's uapi/linux/bpf.h, as the two below.
+const BPF_FIB_LKUP_RET_SUCCESS: u32 = 0;
+const BPF_FIB_LKUP_RET_NO_NEIGH: u32 = 7;
 /// `BPF_MTU_CHK_SEGS` of the kernel's uapi/linux/bpf.h: also look at the segments of a packet that
 /// is yet to be cut.
 const BPF_MTU_CHK_SEGS: u64 = 1;
@@ -79,6 +83,13 @@ impl<'a> Skb<'a> {
         unsafe { bpf_redirect(ifindex, 0) as i32 }
     }
 
+    /// Sends the packet out of an interface, to the neighbour that the kernel's routes say.
+    #[inline(always)]
+    pub(crate) fn route(&self, ifindex: u32) -> i32 {
+        // SAFETY: without parameters the helper takes plain numbers.
+        unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    }
+
     /// Gives the packet a tunnel.
     #[inline(always)]
     pub(crate) fn tunnel(&self, route: &Route, vni: u32) -> Result<(), Refused> {
@@ -117,6 +128,56 @@ impl<'a> Skb<'a> {
         };
         done(result)
     }
+}
+
+/// From one address to another of a family, as the kernel's look-up of routes takes it.
+pub(crate) trait Way: Sized {
+    /// The question, but for the interface.
+    fn way_to(&self, dst: &Self) -> FibLookup;
+}
+
+/// No question yet.
+#[inline(always)]
+fn no_way() -> FibLookup {
+    // SAFETY: the structure is plain numbers.
+    unsafe { core::mem::zeroed() }
+}
+
+impl Way for V4 {
+    #[inline(always)]
+    fn way_to(&self, dst: &Self) -> FibLookup {
+        const AF_INET: u8 = 2;
+        let mut way = no_way();
+        way.family = AF_INET;
+        way.__bindgen_anon_3.ipv4_src = self.raw();
+        way.__bindgen_anon_4.ipv4_dst = dst.raw();
+        way
+    }
+}
+
+impl Way for V6 {
+    #[inline(always)]
+    fn way_to(&self, dst: &Self) -> FibLookup {
+        const AF_INET6: u8 = 10;
+        let mut way = no_way();
+        way.family = AF_INET6;
+        way.__bindgen_anon_3.ipv6_src = self.raw();
+        way.__bindgen_anon_4.ipv6_dst = dst.raw();
+        way
+    }
+}
+
+/// The interface that the kernel would forward a packet by.
+#[inline(always)]
+pub(crate) fn egress(context: *mut c_void, ingress: u32, mut way: FibLookup) -> Option<u32> {
+    way.ifindex = ingress;
+    // SAFETY: the context is the program's own; the helper reads and writes the structure within
+    // this call.
+    let result = unsafe { bpf_fib_lookup(context, &mut way, size_of::<FibLookup>() as i32, 0) };
+    // A neighbour that is not known yet is found by whoever sends.
+    let is_found = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
+        || result == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
+    is_found.then_some(way.ifindex)
 }
 
 /// Hides where a pointer comes from.
