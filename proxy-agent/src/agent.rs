@@ -88,8 +88,17 @@ fn kernel_version() -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
+/// Why an agent's run ended.
+#[derive(Debug)]
+pub enum Ending {
+    /// It was told to stop.
+    Told,
+    /// Somebody removed something of it from under it.
+    Lost(PathBuf),
+}
+
 /// Runs until told to stop. Traffic goes on afterwards.
-pub async fn run(options: Options) -> Result<()> {
+pub async fn run(options: Options) -> Result<Ending> {
     let listener = ipc::listen(&options.run_dir)?;
     let version = kernel_version().context("this kernel does not say its version")?;
     anyhow::ensure!(
@@ -99,6 +108,7 @@ pub async fn run(options: Options) -> Result<()> {
         version.1
     );
     let pins = Pins::create(&options.bpffs)?;
+    let _lock = pins.lock()?;
     let mut ebpf = pins.load(version >= (6, 1), options.is_tracing)?;
     if options.is_tracing {
         traces::forward(&mut ebpf);
@@ -178,6 +188,7 @@ pub async fn run(options: Options) -> Result<()> {
 
     let mut terminate = signal(SignalKind::terminate()).context("handling SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("handling SIGINT")?;
+    let pinned = pins.list();
     let mut cgroups = tokio::time::interval(LOOK_FOR_CGROUPS);
     let mut batch = Vec::with_capacity(256);
     loop {
@@ -191,13 +202,18 @@ pub async fn run(options: Options) -> Result<()> {
             Some(query) = queries.recv() => agent.answer(query),
             () = changed(&mut agent.network) => agent.update_node(),
             () = tokio::time::sleep(wait) => agent.step(),
-            _ = cgroups.tick() => agent.look_for_cgroups(),
+            _ = cgroups.tick() => {
+                agent.look_for_cgroups();
+                if let Some(lost) = pinned.iter().find(|path| !path.exists()) {
+                    return Ok(Ending::Lost(lost.clone()));
+                }
+            }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
     tracing::info!("stopping; the kernel goes on serving");
-    Ok(())
+    Ok(Ending::Told)
 }
 
 /// Waits until the network is another.
@@ -308,7 +324,7 @@ impl Agent {
                 Event::Applied(object) => Some((object.kind(), Some(object.name()))),
                 Event::Deleted(kind, name) => Some((*kind, Some(name.clone()))),
                 Event::Listed(kind, ..) => Some((*kind, None)),
-                Event::Rejected(_) => None,
+                Event::Rejected(_) | Event::Doubt(_) => None,
             };
             if let Some((kind, name)) = about {
                 touches_node |= matches!(kind, Kind::Node | Kind::Pod);

@@ -20,3 +20,4 @@ pub mod report;
 pub mod traces;
 pub mod udp;
 pub mod watch;
+pub mod words;

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // One line: what failed, and each cause.
-            eprintln!("penstock: {error:#}");
+            eprintln!("penstock: {}", penstock_agent::words::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

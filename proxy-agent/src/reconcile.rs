@@ -70,7 +70,8 @@ impl<D: Dataplane> Reconciler<D> {
     /// Does what is to be done at `now`, a time since some fixed moment.
     ///
     /// Nothing is written before every first list has arrived, and what an earlier agent left is
-    /// not removed while the list of services is empty: that is rather a mistake of the source.
+    /// not removed while the list of services is empty (that is rather a mistake of the source) or
+    /// may not be all there is.
     pub fn step(&mut self, now: Duration) -> Outcome {
         let mut outcome = Outcome::default();
         if !self.world.is_synced() {
@@ -80,7 +81,7 @@ impl<D: Dataplane> Reconciler<D> {
         names.extend(self.due(now));
         self.planner
             .set_node_addresses(self.world.node_addresses().iter().copied());
-        let sweeps = !self.has_swept && self.world.sizes().0 > 0;
+        let sweeps = !self.has_swept && self.world.sizes().0 > 0 && !self.world.is_doubtful();
         let mut is_pending = match self.pending {
             Some(due) => due <= now,
             None => self.planner.has_new_node_addresses(),
@@ -216,6 +217,25 @@ impl<D: Dataplane> Reconciler<D> {
     /// Every port that the kernel holds.
     pub fn ports(&self) -> Vec<PortView> {
         self.planner.view()
+    }
+
+    /// Why what an earlier agent left is not removed yet, if it is not.
+    pub fn unswept(&self) -> Option<&'static str> {
+        if self.has_swept || !self.world.is_synced() {
+            None
+        } else if self.world.is_doubtful() {
+            Some(
+                "something could not be read, so what an earlier agent left in the kernel stays \
+                 until it can",
+            )
+        } else if self.world.sizes().0 == 0 {
+            Some(
+                "there is no service, so what an earlier agent left in the kernel stays (to remove \
+                 it run `penstock cleanup`)",
+            )
+        } else {
+            None
+        }
     }
 
     /// Backends and slots in use.

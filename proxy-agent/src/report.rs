@@ -17,6 +17,7 @@ use crate::{
     plan::planner::PortView,
     reconcile::Reconciler,
     watch,
+    words::harmless,
 };
 
 /// Everything about a running agent.
@@ -226,11 +227,12 @@ pub fn in_words(rejection: &Rejection) -> String {
     } else {
         format!("{kind} {object}")
     };
-    if origin.is_empty() {
+    let text = if origin.is_empty() {
         format!("{name}: {reason}")
     } else {
         format!("{origin}: {name}: {reason}")
-    }
+    };
+    harmless(&text)
 }
 
 impl Report {
@@ -254,6 +256,7 @@ impl Report {
                 .iter()
                 .map(|(name, reason)| format!("Service {name} is not programmed: {reason}")),
         );
+        problems.extend(reconciler.unswept().map(str::to_owned));
         problems.extend(interfaces.problems.iter().cloned());
         if let Some(network) = network {
             problems.extend(network.rejections.iter().map(in_words));

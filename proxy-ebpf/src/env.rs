@@ -20,6 +20,8 @@ pub trait Env {
     fn config(&self) -> Config;
     /// An interface to the outside.
     fn uplink(&self, ifindex: u32) -> Option<Uplink>;
+    /// [`Config::network`].
+    fn network(&self) -> u32;
     /// Counts one.
     fn count(&self, counter: Counter);
     /// How often a search by chance is repeated: for a record to evict, for a free source port.

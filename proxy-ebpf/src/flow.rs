@@ -128,23 +128,65 @@ pub fn create<F: Family, M: Maps<F>>(
     }
     let mut is_linked =
         keep_port && (maps.link(&flow.reply_key(), id) || relink(maps, &flow.reply_key(), id));
-    let mut tries = 0;
-    while !is_linked && tries < maps.attempts() {
-        let (low, high) = ports;
-        let span = u32::from(high - low) + 1;
-        let port = low + penstock_common::slot_at(maps.random(), span) as u16;
-        flow.source_port = Be16::from_host(port);
-        record.store(&flow);
-        is_linked = maps.link(&flow.reply_key(), id);
-        tries += 1;
+    if !is_linked {
+        is_linked = take_port::<F, M>(maps, id, record, &mut flow, ports);
     }
     if !is_linked {
-        maps.unlink(&flow.request_key());
-        record.set_state(FlowState::FREE);
         return Err(Counter::NoSourcePort);
     }
     record.set_state(FlowState::EMBRYONIC);
     maps.count(Counter::FlowCreated);
+    Ok(())
+}
+
+/// Finds a source port that no other flow to the backend has, and makes the reply's key lead to the
+/// record. Without one the record is free again.
+#[inline(always)]
+fn take_port<F: Family, M: Maps<F>>(
+    maps: &M,
+    id: FlowId,
+    record: M::Record,
+    flow: &mut Flow<F::Addr>,
+    (low, high): (u16, u16),
+) -> bool {
+    let span = u32::from(high - low) + 1;
+    let mut tries = 0;
+    while tries < maps.attempts() {
+        let port = low + penstock_common::slot_at(maps.random(), span) as u16;
+        flow.source_port = Be16::from_host(port);
+        record.store(flow);
+        if maps.link(&flow.reply_key(), id) {
+            return true;
+        }
+        tries += 1;
+    }
+    maps.unlink(&flow.request_key());
+    record.set_state(FlowState::FREE);
+    false
+}
+
+/// Gives a flow that no packet has followed yet another source.
+#[inline(always)]
+pub fn disguise<F: Family, M: Maps<F>>(
+    maps: &M,
+    known: &Known<F::Addr, M::Record>,
+    source: F::Addr,
+    ports: (u16, u16),
+) -> Result<(), Counter> {
+    if !known
+        .record
+        .exchange_state(FlowState::EMBRYONIC, FlowState::CLAIMED)
+    {
+        return Err(Counter::FlowRace);
+    }
+    let mut flow = known.flow;
+    maps.unlink(&flow.reply_key());
+    flow.source = source;
+    flow.flags |= FlowFlags::MASQUERADE;
+    if !take_port::<F, M>(maps, known.id, known.record, &mut flow, ports) {
+        return Err(Counter::NoSourcePort);
+    }
+    known.record.set_state(FlowState::EMBRYONIC);
     Ok(())
 }
 

@@ -15,8 +15,8 @@ use crate::{
     family::{ETHERNET, Family},
     flow,
     packet::{Packet, Refused},
-    parse,
-    pod::Verdict,
+    parse::{self, Segment},
+    pod::{self, Verdict},
 };
 
 /// A packet that a pod sent, its service translated if there was one.
@@ -78,25 +78,72 @@ fn leaving<F: Family, M: Maps<F>>(
     })
 }
 
+/// The address that a pod's packets to an address outside of the cluster get; `None` where it is
+/// inside, or pods keep their own.
+#[inline(always)]
+fn source_outside<F: Family, M: Maps<F>>(
+    maps: &M,
+    ingress: u32,
+    src: &F::Addr,
+    dst: &F::Addr,
+) -> Option<F::Addr> {
+    let wanted = NetworkFlags::FORWARD | NetworkFlags::MASQUERADE;
+    if maps.network() & wanted != wanted
+        || maps.endpoint(dst).is_some()
+        || maps.route(dst).is_some()
+        || maps.address(dst).is_some()
+        || maps.endpoint(src)?.ifindex != ingress
+    {
+        return None;
+    }
+    let uplink = maps.uplink(maps.egress(ingress, src, dst)?)?;
+    let source = F::of(uplink.addr4, uplink.addr6);
+    (!source.is_unspecified()).then_some(source)
+}
+
+/// Gives a service's new flow this node's address, if its backend is outside of the cluster and
+/// must see somebody that it can answer.
+#[inline(always)]
+pub fn disguise<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    if maps.network() == 0 {
+        return Ok(Verdict::Opened);
+    }
+    let segment = segment::<F, M>(packet, maps)?;
+    let Some(known) = flow::find::<F, M>(maps, &pod::request_key(&segment)) else {
+        return Ok(Verdict::Opened);
+    };
+    let (src, dst) = (known.flow.source, known.flow.backend);
+    if let Some(source) = source_outside::<F, M>(maps, packet.ifindex(), &src, &dst) {
+        flow::disguise::<F, M>(maps, &known, source, MASQUERADE_PORTS)?;
+    }
+    Ok(Verdict::Opened)
+}
+
 /// Makes the flow that a packet to the outside begins.
 #[inline(always)]
 pub fn masquerade<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, ends)?;
-    let source = maps
-        .egress(packet.ifindex(), &ends.0, &ends.1)
-        .and_then(|ifindex| maps.uplink(ifindex))
-        .map(|uplink| F::of(uplink.addr4, uplink.addr6));
-    let Some(source) = source.filter(|source| !source.is_unspecified()) else {
-        return Err(Counter::MasqueradeNoAddress);
-    };
+    let segment = segment::<F, M>(packet, maps)?;
+    let source = source_outside::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
+    let source = source.ok_or(Counter::MasqueradeNoAddress)?;
     let flow = flow::masquerading(maps, &segment, source);
     flow::create::<F, M>(maps, flow, false, MASQUERADE_PORTS)?;
     Ok(Verdict::Opened)
+}
+
+#[inline(always)]
+fn segment<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+) -> Result<Segment<F::Addr>, Counter> {
+    let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    parse::segment::<F>(packet, maps, ETHERNET, &header, ends)
 }
 
 /// Sends a masqueraded packet on its way.
@@ -106,10 +153,11 @@ pub fn leave<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    let (Some(hops), Some(ifindex)) = (
-        hops::<F>(packet),
-        maps.egress(packet.ifindex(), &ends.0, &ends.1),
-    ) else {
+    // One after the other: nothing that may be missing is to be kept across a look-up.
+    let Some(ifindex) = maps.egress(packet.ifindex(), &ends.0, &ends.1) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
     take_hop::<F>(packet, hops).map_err(refused)?;
@@ -177,7 +225,10 @@ pub fn deliver<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let to = parse::addrs::<F>(packet, ETHERNET).and_then(|(_, dst)| maps.endpoint(&dst));
-    let (Some(to), Some(hops)) = (to, hops::<F>(packet)) else {
+    let Some(to) = to else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
     take_hop::<F>(packet, hops).map_err(refused)?;

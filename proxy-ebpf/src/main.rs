@@ -15,6 +15,10 @@
 mod kernel;
 
 #[cfg(target_arch = "bpf")]
+#[expect(
+    unsafe_code,
+    reason = "global functions need names that are not mangled"
+)]
 mod programs {
     use aya_ebpf::{
         bindings::{__sk_buff, TC_ACT_SHOT},
@@ -35,13 +39,16 @@ mod programs {
     /// Leaves the packet to whoever is next at the hook, and else to the kernel.
     const NEXT: i32 = -1;
 
-    /// A packet hook's functions for one family. Each has a stack of its own, since the family's
-    /// longest ways together do not fit into one.
+    /// A packet hook's functions for one family.
+    ///
+    /// Each stage has a stack of its own, since the family's longest ways together do not fit into
+    /// one, and is a global function: the kernel checks it once, by itself, and not on every path
+    /// that leads to it (kernel commit 51c39bb1d5d1).
     macro_rules! family {
-        ($family:ty: $from_pod:ident, $to_pod:ident, $classify:ident,
-            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident,
-            $forward:ident, $deliver:ident, $onward:ident, $from_overlay:ident,
-            $to_overlay:ident, $masquerade:ident, $leave:ident, $from_uplink:ident) => {
+        ($family:ty: $from_pod:ident, $onward:ident, $classify:ident, $request:ident, $open:ident,
+            $refuse:ident, $icmp:ident, $node:ident, $to_pod:ident, $forward:ident, $deliver:ident,
+            $masquerade:ident, $disguise:ident, $leave:ident, $from_overlay:ident, $to_overlay:ident,
+            $from_uplink:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -50,14 +57,16 @@ mod programs {
             family!(stage $to_pod, pod::to_pod, $family);
             family!(stage $forward, forward::from_pod, $family);
             family!(stage $deliver, forward::deliver, $family);
-            family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $masquerade, forward::masquerade, $family);
+            family!(stage $disguise, forward::disguise, $family);
             family!(stage $leave, forward::leave, $family);
-            family!(stage $from_uplink, forward::from_uplink, $family);
+            family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
+            family!(stage $from_uplink, forward::from_uplink, $family);
 
+            #[unsafe(no_mangle)]
             #[inline(never)]
-            fn $classify(skb: *mut __sk_buff) -> i32 {
+            pub(crate) extern "C" fn $classify(skb: *mut __sk_buff) -> i32 {
                 let context = TcContext::new(skb);
                 let skb = Skb::new(&context);
                 match pod::classify::<$family>(&skb, &Kernel { context: &context }) {
@@ -72,30 +81,46 @@ mod programs {
 
             /// On from where it was decided where to.
             #[inline(always)]
-            fn $onward(context: &TcContext, verdict: i32) -> i32 {
+            fn $onward(context: &TcContext, decided: i32) -> i32 {
                 let skb = context.skb.skb;
-                let verdict = match verdict {
-                    LOCAL => match $to_pod(skb) {
-                        NEXT => return $deliver(skb),
-                        verdict => verdict,
-                    },
-                    OUTSIDE => {
+                let mut verdict = match decided {
+                    REQUEST | OUTSIDE => {
                         let mut verdict = $request(skb);
                         if verdict == OPEN {
-                            verdict = $masquerade(skb);
+                            verdict = if decided == REQUEST {
+                                $open(skb)
+                            } else {
+                                $masquerade(skb)
+                            };
+                            if verdict == OPENED && decided == REQUEST {
+                                verdict = $disguise(skb);
+                            }
                         }
                         if verdict == OPENED {
                             verdict = $request(skb);
                         }
                         verdict
                     }
-                    OUTSIDE_ICMP => $icmp(skb),
-                    verdict => return verdict,
+                    ICMP => $icmp(skb),
+                    verdict => verdict,
                 };
+                if verdict == FORWARD {
+                    verdict = $forward(skb);
+                }
                 match verdict {
+                    LOCAL => match $to_pod(skb) {
+                        NEXT => $deliver(skb),
+                        verdict => verdict,
+                    },
+                    LEAVE => $leave(skb),
+                    // Nothing of ours after all.
+                    OUTSIDE | ICMP => NEXT,
                     // The flow was gone again before its first packet.
-                    OPEN => dropped(context, Counter::FlowRace),
-                    NEXT => $leave(skb),
+                    OPEN | OPENED => dropped(context, Counter::FlowRace),
+                    verdict if (REFUSED..).contains(&verdict) => {
+                        trace(skb, verdict - REFUSED);
+                        $refuse(skb)
+                    }
                     verdict => verdict,
                 }
             }
@@ -103,73 +128,38 @@ mod programs {
             #[inline(always)]
             fn $from_pod(context: &TcContext) -> i32 {
                 let skb = context.skb.skb;
-                match $classify(skb) {
-                    REQUEST => {
-                        let mut verdict = $request(skb);
-                        if verdict == OPEN {
-                            verdict = $open(skb);
-                        }
-                        if verdict == OPENED {
-                            verdict = $request(skb);
-                        }
-                        match verdict {
-                            // The flow was gone again before its first packet.
-                            OPEN => dropped(context, Counter::FlowRace),
-                            verdict if verdict >= REFUSED => {
-                                trace(skb, verdict - REFUSED);
-                                $refuse(skb)
-                            }
-                            NEXT => $onward(context, $forward(skb)),
-                            verdict => verdict,
-                        }
-                    }
-                    FORWARD => $onward(context, $forward(skb)),
-                    ICMP => match $icmp(skb) {
-                        NEXT => $onward(context, $forward(skb)),
-                        verdict => verdict,
-                    },
-                    NODE => $node(skb),
-                    verdict => verdict,
+                let mut verdict = $classify(skb);
+                if verdict == NODE {
+                    return $node(skb);
                 }
+                if verdict == FORWARD {
+                    verdict = $forward(skb);
+                }
+                $onward(context, verdict)
             }
         };
         (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
+            #[unsafe(no_mangle)]
             #[inline(never)]
-            fn $name(skb: *mut __sk_buff) -> i32 {
+            pub(crate) extern "C" fn $name(skb: *mut __sk_buff) -> i32 {
                 let context = TcContext::new(skb);
                 let kernel = Kernel { context: &context };
                 let mut skb = Skb::new(&context);
                 match $module::$path::<$family, _>(&mut skb, &kernel) {
-                    Ok(Verdict::Pass) => NEXT,
-                    Ok(Verdict::TurnAround) => skb.turn_around(),
-                    Ok(Verdict::Open) => OPEN,
-                    Ok(Verdict::Opened) => OPENED,
-                    Ok(Verdict::Refuse(reason)) => REFUSED + reason as i32,
-                    Ok(Verdict::Local) => LOCAL,
-                    Ok(Verdict::Deliver { ifindex, is_shaped }) => skb.deliver(ifindex, is_shaped),
-                    Ok(Verdict::Out(ifindex)) => skb.send(ifindex),
-                    Ok(Verdict::Outside) => OUTSIDE,
-                    Ok(Verdict::OutsideIcmp) => OUTSIDE_ICMP,
-                    Ok(Verdict::Routed(ifindex)) => skb.route(ifindex),
-                    Ok(Verdict::Tunnel(route)) => {
-                        match skb.tunnel(&route, kernel.config().overlay_vni) {
-                            Ok(()) => NEXT,
-                            Err(_) => dropped(&context, Counter::RewriteFailed),
-                        }
-                    }
+                    Ok(verdict) => conclude_stage(&context, &kernel, &skb, verdict),
                     Err(reason) => dropped(&context, reason),
                 }
             }
         };
     }
-    family!(V4: from_pod4, to_pod4, classify4, request4, open4, refuse4, icmp4, node4,
-        forward4, deliver4, onward4, from_overlay4, to_overlay4, masquerade4, leave4, from_uplink4);
-    family!(V6: from_pod6, to_pod6, classify6, request6, open6, refuse6, icmp6, node6,
-        forward6, deliver6, onward6, from_overlay6, to_overlay6, masquerade6, leave6, from_uplink6);
+    family!(V4: from_pod4, onward4, classify4, request4, open4, refuse4, icmp4, node4, to_pod4,
+        forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4, from_uplink4);
+    family!(V6: from_pod6, onward6, classify6, request6, open6, refuse6, icmp6, node6, to_pod6,
+        forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6, from_uplink6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
-    const OUTSIDE_ICMP: i32 = -11;
-    const OUTSIDE: i32 = -10;
+    const OUTSIDE: i32 = -11;
+    const LEAVE: i32 = -10;
     const LOCAL: i32 = -9;
     const FORWARD: i32 = -8;
     const REQUEST: i32 = -7;
@@ -180,6 +170,35 @@ mod programs {
     // Plus the `Counter` that says why.
     const DROPPED: i32 = 1_000;
     const REFUSED: i32 = 2_000;
+
+    /// What a stage answers to the hook.
+    #[inline(always)]
+    fn conclude_stage(
+        context: &TcContext,
+        kernel: &Kernel<'_, TcContext>,
+        skb: &Skb<'_>,
+        verdict: Verdict,
+    ) -> i32 {
+        match verdict {
+            Verdict::Pass => NEXT,
+            Verdict::TurnAround => skb.turn_around(),
+            Verdict::Open => OPEN,
+            Verdict::Opened => OPENED,
+            Verdict::Refuse(reason) => REFUSED + reason as i32,
+            Verdict::Forward => FORWARD,
+            Verdict::Local => LOCAL,
+            Verdict::Deliver { ifindex, is_shaped } => skb.deliver(ifindex, is_shaped),
+            Verdict::Outside => OUTSIDE,
+            Verdict::OutsideIcmp => ICMP,
+            Verdict::Leave => LEAVE,
+            Verdict::Out(ifindex) => skb.send(ifindex),
+            Verdict::Routed(ifindex) => skb.route(ifindex),
+            Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.config().overlay_vni) {
+                Ok(()) => NEXT,
+                Err(_) => dropped(context, Counter::RewriteFailed),
+            },
+        }
+    }
 
     /// Counts a packet that goes no further.
     #[inline(always)]

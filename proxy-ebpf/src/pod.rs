@@ -42,8 +42,12 @@ pub enum Verdict {
     },
     /// It goes to the outside: `forward::leaving` and so on.
     Outside,
-    /// An ICMP message to the outside.
+    /// An ICMP message to the outside: [`error_about_reply`].
     OutsideIcmp,
+    /// It is this node's now, and goes to the outside: `forward::leave`.
+    Leave,
+    /// It goes wherever its destination is: `forward::from_pod`.
+    Forward,
     /// It leaves by this interface, for whatever neighbour the kernel's routes say.
     Routed(u32),
     /// It leaves by this interface.
@@ -140,17 +144,18 @@ pub fn request<F: Family, M: Maps<F>>(
         (flow.backend, flow.backend_port),
     );
     rewrite::translate::<F>(packet, &segment, src, dst)?;
-    maps.count(if flow.flags & FlowFlags::MASQUERADE == 0 {
-        Counter::PacketRequest
-    } else {
-        Counter::Masqueraded
-    });
+    if flow.flags & FlowFlags::MASQUERADE != 0 {
+        maps.count(Counter::Masqueraded);
+    }
+    if flow.backend != flow.frontend {
+        maps.count(Counter::PacketRequest);
+    }
     deliver(packet, flow.flags)
 }
 
 /// The key of a request.
 #[inline(always)]
-fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
+pub(crate) fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
     FlowKey::new(
         FlowKey::<A>::REQUEST,
         segment.proto,
@@ -222,7 +227,10 @@ pub fn to_node<F: Family, M: Maps<F>>(
     } else {
         reply::<F, M>(packet, maps, &header, addrs)?
     };
-    deliver(packet, flags.unwrap_or_default())
+    match flags {
+        Some(flags) if flags & FlowFlags::HAIRPIN != 0 => deliver(packet, flags),
+        _ => Ok(Verdict::Pass),
+    }
 }
 
 /// A packet on its way to a pod.
@@ -289,12 +297,14 @@ fn reply<F: Family, M: Maps<F>>(
     Ok(Some(flow.flags))
 }
 
-/// Lets the kernel route a translated packet, or turns it around where client and backend are the
-/// same pod.
+/// Where a translated packet goes: back, where client and backend are the same pod.
 #[inline(always)]
 fn deliver(packet: &mut impl Packet, flags: u16) -> Result<Verdict, Counter> {
+    if flags & FlowFlags::MASQUERADE != 0 {
+        return Ok(Verdict::Leave);
+    }
     if flags & FlowFlags::HAIRPIN == 0 {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::Forward);
     }
     rewrite::turn_around(packet)?;
     Ok(Verdict::TurnAround)

@@ -113,10 +113,15 @@ impl Decoder {
         let kind = raw.kind.take().unwrap_or_default();
         let version = raw.api_version.take().unwrap_or_default();
         if let Some(items) = raw.items.take() {
-            let items = items
-                .into_iter()
-                .enumerate()
-                .map(|(number, item)| self.raw(item, &format!("{origin}, item {number}")));
+            // Items of a list of one kind need not repeat it (a ServiceList's, for instance).
+            let of_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
+            let items = items.into_iter().enumerate().map(|(number, mut item)| {
+                if let Some(kind) = of_kind {
+                    item.kind.get_or_insert_with(|| kind.to_owned());
+                    item.api_version.get_or_insert_with(|| version.clone());
+                }
+                self.raw(item, &format!("{origin}, item {number}"))
+            });
             return Ok(Decoded::List(items.collect()));
         }
         let (known, wanted) = match kind.as_str() {
@@ -192,7 +197,7 @@ fn object_name(
 }
 
 /// RFC 1123 as Kubernetes has it: lower case letters, digits, '-' and '.', 253 at most.
-fn check_name(field: &str, name: &str) -> Result<(), String> {
+pub fn check_name(field: &str, name: &str) -> Result<(), String> {
     let is_inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
     let is_edge = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let is_good = !name.is_empty()

@@ -10,7 +10,7 @@ pub mod interface;
 pub mod netns;
 mod syscall;
 
-pub(crate) use syscall::socket_option;
+pub(crate) use syscall::{end_with_readers, socket_option};
 
 use std::{io, path::PathBuf};
 

@@ -121,3 +121,16 @@ pub(crate) fn socket_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::
         Ok(value)
     }
 }
+
+/// Lets a write to a pipe that nobody reads any more end this process.
+pub fn end_with_readers() {
+    // SAFETY: the default action replaces Rust's ignoring it; no handler of ours is involved.
+    let result = unsafe {
+        nix::sys::signal::signal(
+            nix::sys::signal::Signal::SIGPIPE,
+            nix::sys::signal::SigHandler::SigDfl,
+        )
+    };
+    // Where it fails a write does, with a message.
+    let _ = result;
+}

@@ -11,7 +11,7 @@ use glob::Pattern;
 use ipnetwork::IpNetwork;
 
 use crate::{
-    agent::{self, Options, Source},
+    agent::{self, Ending, Options, Source},
     network::{self, plan::Routing},
     watch::kube::Servers,
 };
@@ -62,7 +62,7 @@ struct AgentArgs {
     )]
     api_servers: Vec<http::Uri>,
     /// This node's name in the cluster.
-    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
     node_name: String,
     /// The cgroup whose sockets are translated [default: the cgroup2 root].
     #[arg(long, value_name = "DIR")]
@@ -189,6 +189,11 @@ impl NetworkArgs {
     }
 }
 
+/// A node's name is that of an object.
+fn node_name(name: &str) -> Result<String, String> {
+    crate::api::check_name("the name", name).map(|()| name.to_owned())
+}
+
 /// Where an agent keeps its things.
 #[derive(Debug, Args)]
 struct Place {
@@ -248,6 +253,10 @@ impl LogLevel {
 
 /// Does what the command line says.
 pub async fn run(cli: Cli) -> Result<()> {
+    if !matches!(cli.command, Command::Agent(_)) {
+        // As other tools: `penstock services | head` ends with its reader.
+        crate::attach::end_with_readers();
+    }
     match cli.command {
         Command::Agent(args) => run_agent(*args).await,
         Command::Status(look) => show::status(&look).await,
@@ -283,7 +292,7 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         None => cgroup_root()?,
     };
     let network = args.network.options(&args.place.run_dir)?;
-    agent::run(Options {
+    let ending = agent::run(Options {
         network,
         source,
         node_name: args.node_name,
@@ -294,7 +303,22 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         exclude_cgroups: args.exclude_cgroups,
         is_tracing: args.log_level == LogLevel::Trace,
     })
-    .await
+    .await?;
+    if let Ending::Lost(path) = ending {
+        tracing::error!("{} was removed; beginning anew", path.display());
+        return begin_anew();
+    }
+    Ok(())
+}
+
+/// Replaces this process by one that starts as it did: nothing of the old one is in the way, and
+/// whoever supervises it sees the same process.
+fn begin_anew() -> Result<()> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let error = std::os::unix::process::CommandExt::exec(
+        std::process::Command::new(&program).args(std::env::args_os().skip(1)),
+    );
+    Err(error).with_context(|| format!("starting {} anew", program.display()))
 }
 
 async fn servers(kubeconfig: Option<PathBuf>, urls: &[http::Uri]) -> Result<Servers> {

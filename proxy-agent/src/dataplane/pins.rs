@@ -13,6 +13,7 @@ use aya::{
     maps::{MapData, MapError},
     programs::ProgramError,
 };
+use nix::fcntl::{Flock, FlockArg};
 use penstock_common::ABI_VERSION;
 
 use super::OBJECT;
@@ -42,6 +43,15 @@ pub enum PinError {
     /// A folder is no bpffs.
     #[error("{path} is not on a bpffs; mount one (mount -t bpf bpf /sys/fs/bpf) or pass --bpffs")]
     NotBpffs {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Somebody else writes these maps.
+    #[error(
+        "another agent uses {path}; stop it, or give each network namespace's agent a --bpffs of \
+         its own"
+    )]
+    Busy {
         /// The folder.
         path: PathBuf,
     },
@@ -137,12 +147,15 @@ impl Pins {
             }
         };
         let links = pins.root.join("links");
-        fs::create_dir_all(&links).map_err(folder("creating", &links))?;
-        let is_bpffs = nix::sys::statfs::statfs(&pins.root)
-            .is_ok_and(|stat| stat.filesystem_type().0 == BPF_FS_MAGIC);
+        // The nearest folder that is there tells the file system, before anything is made in it.
+        let there = links.ancestors().find(|path| path.exists());
+        let is_bpffs = there
+            .and_then(|path| nix::sys::statfs::statfs(path).ok())
+            .is_some_and(|stat| stat.filesystem_type().0 == BPF_FS_MAGIC);
         if !is_bpffs {
             return Err(PinError::NotBpffs { path: pins.root });
         }
+        fs::create_dir_all(&links).map_err(folder("creating", &links))?;
         Ok(pins)
     }
 
@@ -151,6 +164,32 @@ impl Pins {
         Self {
             root: bpffs.join(format!("v{ABI_VERSION}")),
         }
+    }
+
+    /// Keeps other agents off these pins for as long as the result lives.
+    pub fn lock(&self) -> Result<Flock<fs::File>, PinError> {
+        let path = self.root.clone();
+        let file = fs::File::open(&path).map_err(|source| PinError::Folder {
+            operation: "opening",
+            path: path.clone(),
+            source,
+        })?;
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| PinError::Busy { path })
+    }
+
+    /// Everything that is pinned, but for interfaces' links, which come and go.
+    pub fn list(&self) -> Vec<PathBuf> {
+        let names = |folder: &Path| -> Vec<PathBuf> {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path()).collect()
+        };
+        let links = names(&self.root.join("links"));
+        let is_interface = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("if")
+        };
+        let links = links.into_iter().filter(|path| !is_interface(path));
+        names(&self.root).into_iter().chain(links).collect()
     }
 
     /// The folder.

@@ -252,6 +252,9 @@ pub enum Event {
     Applied(Object),
     /// An object is gone, or is one that Penstock ignores (headless, somebody else's proxy, …).
     Deleted(Kind, ObjectName),
+    /// Whether the source could not read something that may hold objects, so that what it lists
+    /// need not be all there is. Then nothing is removed that an earlier agent left.
+    Doubt(bool),
     /// An object can't be used; what was known of it before stays as it was.
     Rejected(Rejection),
 }

@@ -39,6 +39,7 @@ pub struct World {
     excluded: BTreeMap<ObjectName, ExcludedPod>,
     listed: HashSet<Kind>,
     dirty: BTreeSet<ObjectName>,
+    is_doubtful: bool,
 }
 
 impl World {
@@ -56,6 +57,7 @@ impl World {
             excluded: BTreeMap::new(),
             listed: HashSet::new(),
             dirty: BTreeSet::new(),
+            is_doubtful: false,
         }
     }
 
@@ -65,6 +67,7 @@ impl World {
             Event::Listed(kind, objects, kept) => return self.replace(kind, objects, kept),
             Event::Applied(object) => self.put(object),
             Event::Deleted(kind, name) => self.remove(kind, &name),
+            Event::Doubt(is_doubtful) => self.is_doubtful = is_doubtful,
             Event::Rejected(rejection) => return Err(rejection),
         }
         Ok(())
@@ -73,6 +76,11 @@ impl World {
     /// Whether every kind has been listed, so that what is absent is known to be absent.
     pub fn is_synced(&self) -> bool {
         Kind::ALL.iter().all(|kind| self.listed.contains(kind))
+    }
+
+    /// Whether there may be more than what was listed.
+    pub fn is_doubtful(&self) -> bool {
+        self.is_doubtful
     }
 
     /// Which kinds have not been listed.

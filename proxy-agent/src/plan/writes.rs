@@ -332,6 +332,12 @@ pub(super) fn plan_addresses<A: PlannedAddr>(
         service,
         change: A::change(FamilyChange::DeleteAddress(addr)),
     };
+    if sweeps {
+        // What an earlier agent left may lack addresses that nothing else touches.
+        for addr in side.uses.keys() {
+            uses.entry(*addr).or_insert((0, usize::MAX));
+        }
+    }
     for (addr, (change, service)) in &uses {
         let is_node = nodes.contains(&addr.into_ip());
         let after = i64::from(side.uses.get(addr).copied().unwrap_or(0)) + change;

@@ -46,6 +46,8 @@ pub struct Manifests {
     holders: HashMap<Key, BTreeSet<PathBuf>>,
     status: Status,
     has_listed: bool,
+    /// Files that could not be read, or not all of them.
+    bad: BTreeSet<PathBuf>,
 }
 
 /// What a look at the directory found.
@@ -66,6 +68,7 @@ impl Manifests {
             holders: HashMap::new(),
             status,
             has_listed: false,
+            bad: BTreeSet::new(),
         }
     }
 
@@ -154,6 +157,13 @@ impl Manifests {
             return !events.is_closed();
         }
         let found = self.scan(&paths);
+        if events
+            .send(Event::Doubt(!self.bad.is_empty()))
+            .await
+            .is_err()
+        {
+            return false;
+        }
         self.status
             .accept_directory(&self.directory.display().to_string());
         for rejection in found.rejections {
@@ -201,9 +211,10 @@ impl Manifests {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let lower = name.to_ascii_lowercase();
             let is_manifest = [".yaml", ".yml", ".json"]
                 .iter()
-                .any(|end| name.ends_with(end));
+                .any(|end| lower.ends_with(end));
             if is_manifest && !name.starts_with('.') {
                 paths.insert(path);
             }
@@ -223,6 +234,7 @@ impl Manifests {
             .collect();
         for path in gone {
             let known = self.files.remove(&path).unwrap_or_default();
+            self.bad.remove(&path);
             self.status.accept(&path.display().to_string());
             self.release(&path, known.keys, &mut found, &mut to_read);
         }
@@ -271,9 +283,11 @@ impl Manifests {
     fn read(&mut self, path: &Path, found: &mut Found) -> BTreeSet<PathBuf> {
         let shown = path.display().to_string();
         let stamp = stamp(path);
-        let text = match fs::read(path) {
-            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        let text = match content(path) {
+            Ok(text) => text,
             Err(error) => {
+                self.bad.insert(path.to_path_buf());
+                self.files.entry(path.to_path_buf()).or_default().stamp = stamp;
                 found
                     .rejections
                     .push(unreadable(&shown, &format!("can't be read: {error}")));
@@ -284,14 +298,15 @@ impl Manifests {
             .files
             .get(path)
             .is_some_and(|known| !known.keys.is_empty());
-        if text.trim().is_empty() && is_known {
+        if text.trim().is_empty() && (is_known || !self.has_listed) {
             let reason = "is empty; what it said before holds (delete it to take that back)";
+            self.bad.insert(path.to_path_buf());
             found.rejections.push(unreadable(&shown, reason));
             self.files.entry(path.to_path_buf()).or_default().stamp = stamp;
             return BTreeSet::new();
         }
         self.status.accept(&shown);
-        let is_json = shown.ends_with(".json");
+        let is_json = shown.to_ascii_lowercase().ends_with(".json");
         let decoded = self.decoder.manifest(&text, is_json, &shown);
         drop(text);
         let mut keys = BTreeSet::new();
@@ -304,6 +319,11 @@ impl Manifests {
                     found.rejections.push(rejection);
                 }
             }
+        }
+        if has_errors {
+            self.bad.insert(path.to_path_buf());
+        } else {
+            self.bad.remove(path);
         }
         let mut to_read = BTreeSet::new();
         let known = self.files.entry(path.to_path_buf()).or_default();
@@ -356,6 +376,27 @@ fn flatten(decoded: Vec<Result<Decoded, Rejection>>) -> Vec<Result<Decoded, Reje
         }
     }
     flat
+}
+
+/// The largest manifest that is read: several times a cluster's worth of services.
+const LARGEST: u64 = 512 << 20;
+
+/// A file's text, without the mark that some editors put first.
+fn content(path: &Path) -> io::Result<String> {
+    let metadata = fs::metadata(path)?;
+    // Opening a pipe would wait for its writer.
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    if metadata.len() > LARGEST {
+        return Err(io::Error::other(format!(
+            "it has {} bytes; at most {LARGEST} are read",
+            metadata.len()
+        )));
+    }
+    let bytes = fs::read(path)?;
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    Ok(String::from_utf8_lossy(bytes).into_owned())
 }
 
 fn twice(path: &Path, (kind, name): &Key, first: &Path) -> Rejection {

@@ -19,7 +19,7 @@ use penstock_common::{
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
-use super::{maps::*, skb::Way};
+use super::{maps::*, skb};
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
 /// (icmp_msgs_per_sec).
@@ -68,6 +68,13 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn uplink(&self, ifindex: u32) -> Option<Uplink> {
         UPLINKS.get_ptr(ifindex).map(copy)
+    }
+
+    #[inline(always)]
+    fn network(&self) -> u32 {
+        // SAFETY: a field's address inside the mapped element; nothing is read.
+        let field = |config: *const Config| unsafe { addr_of!((*config).network) };
+        CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
     }
 
     #[inline(always)]
@@ -317,7 +324,7 @@ macro_rules! family {
 
             #[inline(always)]
             fn egress(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
-                super::skb::egress(self.context.as_ptr(), ingress, src.way_to(dst))
+                skb::egress(self.context.as_ptr(), ingress, *src, *dst)
             }
 
             #[inline(always)]

@@ -63,6 +63,10 @@ pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::ALL.
 #[map]
 pub(crate) static ERRORS_SENT: PerCpuArray<[u32; 2]> = PerCpuArray::pinned(1, 0);
 
+/// Room for a question to the kernel's routes, for which stacks have none.
+#[map]
+pub(crate) static WAYS: PerCpuArray<[u32; 16]> = PerCpuArray::with_max_entries(1, 0);
+
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketPeer> = SkStorage::new();
 #[map]

@@ -5,7 +5,11 @@
 //! written.
 #![expect(unsafe_code, reason = "packet memory")]
 
-use core::{ffi::c_void, mem::offset_of};
+use core::{
+    ffi::c_void,
+    mem::offset_of,
+    ptr::{addr_of, addr_of_mut},
+};
 
 use aya_ebpf::{
     EbpfContext,
@@ -26,6 +30,8 @@ use penstock_ebpf::{
     family::ETHERNET,
     packet::{Covers, Packet, Refused, Zero},
 };
+
+use super::maps::WAYS;
 
 /// As many bytes of each packet as the programs may look at: Ethernet, IPv6 with extensions, an
 /// ICMP error's header, a quoted packet's headers.
@@ -130,54 +136,70 @@ impl<'a> Skb<'a> {
     }
 }
 
-/// From one address to another of a family, as the kernel's look-up of routes takes it.
-pub(crate) trait Way: Sized {
-    /// The question, but for the interface.
-    fn way_to(&self, dst: &Self) -> FibLookup;
+/// An address as the kernel's look-up of routes takes it.
+pub(crate) trait Routable: Copy {
+    /// AF_INET or AF_INET6.
+    const FAMILY: u8;
+    /// Writes both ends of a way.
+    ///
+    /// # Safety
+    ///
+    /// `way` points to a whole structure that nobody else uses.
+    unsafe fn write(way: *mut FibLookup, src: Self, dst: Self);
 }
 
-/// No question yet.
-#[inline(always)]
-fn no_way() -> FibLookup {
-    // SAFETY: the structure is plain numbers.
-    unsafe { core::mem::zeroed() }
-}
+impl Routable for V4 {
+    const FAMILY: u8 = 2;
 
-impl Way for V4 {
     #[inline(always)]
-    fn way_to(&self, dst: &Self) -> FibLookup {
-        const AF_INET: u8 = 2;
-        let mut way = no_way();
-        way.family = AF_INET;
-        way.__bindgen_anon_3.ipv4_src = self.raw();
-        way.__bindgen_anon_4.ipv4_dst = dst.raw();
-        way
+    unsafe fn write(way: *mut FibLookup, src: Self, dst: Self) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            addr_of_mut!((*way).__bindgen_anon_3.ipv4_src).write(src.raw());
+            addr_of_mut!((*way).__bindgen_anon_4.ipv4_dst).write(dst.raw());
+        }
     }
 }
 
-impl Way for V6 {
+impl Routable for V6 {
+    const FAMILY: u8 = 10;
+
     #[inline(always)]
-    fn way_to(&self, dst: &Self) -> FibLookup {
-        const AF_INET6: u8 = 10;
-        let mut way = no_way();
-        way.family = AF_INET6;
-        way.__bindgen_anon_3.ipv6_src = self.raw();
-        way.__bindgen_anon_4.ipv6_dst = dst.raw();
-        way
+    unsafe fn write(way: *mut FibLookup, src: Self, dst: Self) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            addr_of_mut!((*way).__bindgen_anon_3.ipv6_src).write(src.raw());
+            addr_of_mut!((*way).__bindgen_anon_4.ipv6_dst).write(dst.raw());
+        }
     }
 }
 
 /// The interface that the kernel would forward a packet by.
 #[inline(always)]
-pub(crate) fn egress(context: *mut c_void, ingress: u32, mut way: FibLookup) -> Option<u32> {
-    way.ifindex = ingress;
-    // SAFETY: the context is the program's own; the helper reads and writes the structure within
-    // this call.
-    let result = unsafe { bpf_fib_lookup(context, &mut way, size_of::<FibLookup>() as i32, 0) };
-    // A neighbour that is not known yet is found by whoever sends.
-    let is_found = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
-        || result == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
-    is_found.then_some(way.ifindex)
+pub(crate) fn egress<A: Routable>(
+    context: *mut c_void,
+    ingress: u32,
+    src: A,
+    dst: A,
+) -> Option<u32> {
+    let way: *mut FibLookup = WAYS.get_ptr_mut(0)?.cast();
+    // SAFETY: the element is this CPU's and as large as the structure; programs at TC hooks do not
+    // interrupt each other. The helper reads and writes it within the call.
+    unsafe {
+        addr_of_mut!((*way).family).write(A::FAMILY);
+        addr_of_mut!((*way).l4_protocol).write(0);
+        addr_of_mut!((*way).sport).write(0);
+        addr_of_mut!((*way).dport).write(0);
+        addr_of_mut!((*way).__bindgen_anon_1.tot_len).write(0);
+        addr_of_mut!((*way).ifindex).write(ingress);
+        addr_of_mut!((*way).__bindgen_anon_2.rt_metric).write(0);
+        A::write(way, src, dst);
+        let result = bpf_fib_lookup(context, way, size_of::<FibLookup>() as i32, 0);
+        // A neighbour that is not known yet is found by whoever sends.
+        let is_found = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
+            || result == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
+        is_found.then(|| addr_of!((*way).ifindex).read())
+    }
 }
 
 /// Hides where a pointer comes from.

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     api::{Decoded, Decoder},
     model::object::{Event, Kind, Object, ObjectName, Rejection},
+    words::chain,
 };
 
 /// Why listing or watching stopped.
@@ -303,20 +304,6 @@ fn stop_for(server: &str, error: &kube::Error) -> Stop {
         )),
         other => Stop::Failed(format!("{server}: {}", chain(other))),
     }
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// A wait between half and all of `wait`, so that nodes do not come back in step.
