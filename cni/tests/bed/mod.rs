@@ -22,7 +22,9 @@ use penstock_cni::{
 };
 use serde_json::{Value, json};
 
+#[allow(unused_imports, reason = "each test file uses a part of it")]
 pub use agent::{Agent, Mood};
+#[allow(unused_imports, reason = "each test file uses a part of it")]
 pub use spec::{VERSIONS, check_error, check_result};
 
 static BEDS: AtomicU32 = AtomicU32::new(0);
@@ -112,14 +114,14 @@ pub fn list(program: &str, namespace: &str, arguments: &[&str]) -> Vec<Value> {
         .collect()
 }
 
-/// Starts a process in a namespace: on a thread that enters it and does nothing else.
-pub fn spawn_in(namespace: &str, mut command: Command) -> Child {
+/// Does something in a namespace: on a thread that enters it and does nothing else.
+pub fn inside<T: Send>(namespace: &str, work: impl FnOnce() -> T + Send) -> T {
     let file = File::open(Path::new("/run/netns").join(namespace)).unwrap();
-    let enter = move || {
-        setns(file, CloneFlags::CLONE_NEWNET).unwrap();
-        command.spawn().unwrap()
+    let enter = || {
+        setns(&file, CloneFlags::CLONE_NEWNET).unwrap();
+        work()
     };
-    std::thread::spawn(enter).join().unwrap()
+    std::thread::scope(|scope| scope.spawn(enter).join().unwrap())
 }
 
 pub fn key(container: &str) -> AttachmentKey {
@@ -268,7 +270,7 @@ impl Bed {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let mut child = spawn_in(&self.node(), command);
+        let mut child = inside(&self.node(), move || command.spawn().unwrap());
         let mut stdin = child.stdin.take().unwrap();
         // One that was killed does not listen.
         let _ = stdin.write_all(call.config.to_string().as_bytes());
