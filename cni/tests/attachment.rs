@@ -1,5 +1,13 @@
 //! One container after the other: what ADD makes, DEL takes away and CHECK sees, and what is left
 //! when something goes wrong in between. Needs root.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "a test fails by panicking, and its names are sentences"
+)]
 
 mod bed;
 

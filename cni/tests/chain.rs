@@ -1,5 +1,13 @@
 //! In a chain with the usual plugins, as a runtime runs them. Needs root and Debian's package
 //! containernetworking-plugins.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "a test fails by panicking, and its names are sentences"
+)]
 
 mod bed;
 
@@ -57,7 +65,8 @@ impl Chain {
     }
 
     fn check(&self, bed: &Bed, result: &Value) {
-        for own in &self.plugins {
+        // Version 1.1.1 of portmap looks among IPv6's rules for IPv4's, and never finds them.
+        for own in self.plugins.iter().filter(|own| own["type"] != "portmap") {
             let (program, call) = self.call(bed, "CHECK", own, result);
             bed.run_program(&program, &call).success();
         }
@@ -139,7 +148,7 @@ fn it_comes_after_others() {
             version,
             plugins: vec![json!({
                 "type": "ptp",
-                "ipam": {"type": "static", "addresses": [{"address": "192.0.2.7/24"}]},
+                "ipam": {"type": "static", "addresses": [{"address": "192.0.2.7/24", "gateway": "192.0.2.1"}]},
                 "dns": {"nameservers": ["192.0.2.53"]},
             })],
         };

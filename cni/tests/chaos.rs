@@ -1,6 +1,14 @@
 //! Many at once, and killed anywhere: nothing may leak. Needs root.
 //!
 //! PENSTOCK_KILLS says how many calls are killed; 1,000 unless it is set.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "a test fails by panicking, and its names are sentences"
+)]
 
 mod bed;
 

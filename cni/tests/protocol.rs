@@ -1,4 +1,12 @@
 //! What the program says to those who call it wrongly, or only ask. Needs no rights.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "a test fails by panicking, and its names are sentences"
+)]
 
 mod bed;
 
