@@ -73,14 +73,16 @@ impl State {
             host_ports: wanted.host_ports,
             bandwidth: wanted.bandwidth,
         };
-        self.give_back(|other| other == key, |ip| attachment.ips.contains(&ip), now);
+        if self.attachment(key) == Some(&attachment) {
+            return Ok(attachment);
+        }
+        let had = self.give_back(|other| other == key, |ip| attachment.ips.contains(&ip), now);
+        let had: Vec<IpAddr> = had.into_iter().flat_map(|gone| gone.ips).collect();
+        // Only what came in turn moves on whose turn it is.
         for ip in &attachment.ips {
-            let cursor = if ip.is_ipv4() {
-                &mut self.cursors.v4
-            } else {
-                &mut self.cursors.v6
-            };
-            *cursor = Some(*ip);
+            if !had.contains(ip) && !wanted.ips.contains(ip) {
+                *self.cursor(ip.is_ipv4()) = Some(*ip);
+            }
         }
         self.attachments.push(attachment.clone());
         Ok(attachment)
@@ -137,29 +139,40 @@ impl State {
                     address: *second,
                     reason: format!("is a second one of {}; ask for one", pool.range()),
                 }),
-                (None, _) => next(pool, own, self.cursor(pool), &taken, &resting),
+                (None, _) => {
+                    let cursors = self.cursors;
+                    let cursor = if pool.range().is_ipv4() {
+                        cursors.v4
+                    } else {
+                        cursors.v6
+                    };
+                    next(pool, own, cursor, &taken, &resting)
+                }
             }
         };
         pools.iter().map(one).collect()
     }
 
-    fn cursor(&self, pool: &Pool) -> Option<IpAddr> {
-        if pool.range().is_ipv4() {
-            self.cursors.v4
+    fn cursor(&mut self, is_ipv4: bool) -> &mut Option<IpAddr> {
+        if is_ipv4 {
+            &mut self.cursors.v4
         } else {
-            self.cursors.v6
+            &mut self.cursors.v6
         }
     }
 
     /// Takes an attachment away. Its addresses rest, unless they were never used. Whether it was
     /// there.
     pub fn release(&mut self, key: &AttachmentKey, was_used: bool, now: Now) -> bool {
-        self.give_back(|other| other == key, |_| !was_used, now) > 0
+        !self
+            .give_back(|other| other == key, |_| !was_used, now)
+            .is_empty()
     }
 
     /// Takes all attachments away but these; how many there were.
     pub fn release_all_but(&mut self, valid: &HashSet<&AttachmentKey>, now: Now) -> usize {
         self.give_back(|key| !valid.contains(key), |_| false, now)
+            .len()
     }
 
     fn give_back(
@@ -167,7 +180,7 @@ impl State {
         is_gone: impl Fn(&AttachmentKey) -> bool,
         is_kept: impl Fn(IpAddr) -> bool,
         now: Now,
-    ) -> usize {
+    ) -> Vec<Attachment> {
         self.released.retain(|released| rests(released, now));
         let gone: Vec<Attachment> = self
             .attachments
@@ -179,7 +192,7 @@ impl State {
                 address,
                 at_ms: now,
             }));
-        gone.len()
+        gone
     }
 }
 
@@ -261,6 +274,15 @@ mod tests {
             .reserve(&key(1), &ranges("10.0.0.0/24"), Wanted::default(), 1)
             .unwrap();
         assert_eq!(first, again);
+        state
+            .reserve(&key(2), &ranges("10.0.0.0/24"), Wanted::default(), 1)
+            .unwrap();
+        let before = state.clone();
+        state
+            .reserve(&key(1), &ranges("10.0.0.0/24"), Wanted::default(), 1)
+            .unwrap();
+        assert_eq!(state, before, "neither the order nor whose turn it is");
+        state.release(&key(2), false, 1);
         assert_eq!(state.attachments.len(), 1);
         assert!(state.released.is_empty());
         // Another range: another address, and the former one is not lost.
