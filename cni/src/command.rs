@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::{
     agent::{self, Answer},
+    config::{Config, Wishes},
     error::Failure,
     ledger::Wanted,
     link::{self, Ends},
@@ -20,7 +21,7 @@ use crate::{
     netns::Netns,
     network::{FILE, Network},
     previous::Previous,
-    request::{Config, Request, Target, Wishes},
+    request::{Request, Target},
     result::{self, Made},
     shape::Limit,
     state::{Attachment, AttachmentKey, State},
@@ -43,7 +44,17 @@ pub async fn run(request: Request) -> Result<Option<Value>, Failure> {
 }
 
 fn open(netns: &Path) -> Result<Netns, Failure> {
-    Netns::open(netns)?.ok_or_else(|| Failure::UnknownContainer(netns.to_owned()))
+    let netns = Netns::open(netns)?.ok_or_else(|| Failure::UnknownContainer(netns.to_owned()))?;
+    if netns.is_own()? {
+        return Err(Failure::environment(
+            "CNI_NETNS",
+            format!(
+                "is {}, the network namespace of the host; it has to be a container's own",
+                netns.path().display()
+            ),
+        ));
+    }
+    Ok(netns)
 }
 
 /// The node's network, which the agent has to have described.

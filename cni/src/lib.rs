@@ -16,6 +16,7 @@ pub mod agent;
 pub mod arguments;
 pub mod capability;
 pub mod command;
+pub mod config;
 pub mod error;
 pub mod ledger;
 pub mod link;

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -56,6 +57,15 @@ impl Netns {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is the one that the plugin runs in.
+    pub fn is_own(&self) -> Result<bool, Failure> {
+        const OWN: &str = "/proc/self/ns/net";
+        let failure = || Failure::io(format!("comparing {} with {OWN}", self.path.display()));
+        let own = fs::metadata(OWN).map_err(failure())?;
+        let this = self.file.metadata().map_err(failure())?;
+        Ok((own.dev(), own.ino()) == (this.dev(), this.ino()))
     }
 
     /// Runs `work` inside.
@@ -116,11 +126,10 @@ mod tests {
         );
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(Netns::open(file.path()).unwrap().is_none());
-        assert!(
-            Netns::open(Path::new("/proc/self/ns/net"))
-                .unwrap()
-                .is_some()
-        );
+        let own = Netns::open(Path::new("/proc/self/ns/net"))
+            .unwrap()
+            .unwrap();
+        assert!(own.is_own().unwrap());
         assert_eq!(Netns::open(&file.path().join("x")).unwrap_err().code(), 5);
     }
 }

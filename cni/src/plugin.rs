@@ -64,6 +64,11 @@ fn answer(variables: Variables, input: &[u8]) -> Result<Option<Value>, Failure> 
             .map_err(Failure::io("starting"))?;
         runtime.block_on(command::run(request))
     };
+    guard(work)
+}
+
+/// Makes a panic a failure like others: whoever called has to be told in JSON.
+fn guard<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let message = match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
             (Some(message), _) => (*message).to_owned(),
@@ -72,4 +77,31 @@ fn answer(variables: Variables, input: &[u8]) -> Result<Option<Value>, Failure> 
         };
         Err(Failure::Internal(message))
     })
+}
+
+#[cfg(test)]
+#[allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking"
+)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_object() {
+        let number = 7;
+        for panic in [
+            guard::<()>(|| panic!("static")),
+            guard(|| panic!("number {number}")),
+        ] {
+            let error = panic.unwrap_err().to_json(Version::LATEST);
+            assert_eq!(error["code"], 105);
+            let details = error["details"].as_str().unwrap();
+            assert!(
+                details.contains("static") || details.contains("number 7"),
+                "{details}"
+            );
+        }
+    }
 }

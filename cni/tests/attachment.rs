@@ -175,6 +175,10 @@ fn del_needs_neither_namespace_nor_agent() {
 fn a_namespace_that_is_gone_is_an_unknown_container() {
     let Some(bed) = Bed::new() else { return };
     bed.add("a").fails(3, "is gone");
+    let host = bed
+        .call("ADD", "a")
+        .variable("CNI_NETNS", &format!("/run/netns/{}", bed.node()));
+    bed.run(&host).fails(4, "namespace of the host");
     assert!(bed.state().attachments.is_empty());
 }
 
