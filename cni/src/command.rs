@@ -301,28 +301,27 @@ fn compare(attachment: &Attachment, netns: &Path, previous: &Previous) -> Result
 
 async fn collect(config: &Config, valid: &[AttachmentKey]) -> Result<(), Failure> {
     let valid: HashSet<&AttachmentKey> = valid.iter().collect();
-    let Some(mut store) = Store::open_existing(&config.state_dir, &config.name)? else {
-        return Ok(());
-    };
+    // Held to the end: what is added meanwhile waits.
+    let mut store = Store::open_existing(&config.state_dir, &config.name)?;
     let host = Netlink::host()?;
     let kept: HashSet<String> = valid.iter().map(|key| names::interface(key)).collect();
-    let known: HashSet<String> = store
-        .state()
-        .attachments
-        .iter()
-        .map(|found| found.interface.clone())
-        .collect();
+    let attachments = store.iter().flat_map(|store| &store.state().attachments);
+    let known: HashSet<&str> = attachments.map(|found| found.interface.as_str()).collect();
     let prefix = names::alias_prefix(&config.name);
     for link in host.links().await? {
-        let is_ours = known.contains(&link.name)
+        let is_ours = known.contains(link.name.as_str())
             || link.alias.is_some_and(|alias| alias.starts_with(&prefix));
         // Both a name and an owner of ours: others may call links as they like.
         if is_ours && names::is_interface(&link.name) && !kept.contains(&link.name) {
             host.delete(&link.name).await?;
         }
     }
-    store.change(|state| Ok(state.release_all_but(&valid, now())))?;
-    Ok(())
+    match &mut store {
+        Some(store) => store
+            .change(|state| Ok(state.release_all_but(&valid, now())))
+            .map(drop),
+        None => Ok(()),
+    }
 }
 
 async fn status(config: &Config) -> Result<(), Failure> {

@@ -168,6 +168,16 @@ impl Ends {
                 format!("the host does not route {ip} to {interface}")
             })?;
         }
+        let bandwidth = attachment.bandwidth.unwrap_or_default();
+        for (rate, netlink, link) in [
+            (bandwidth.ingress_rate, &self.host, &host),
+            (bandwidth.egress_rate, &self.container, &container),
+        ] {
+            let is_so = rate == 0 || Limit::is_applied(netlink, link.index).await?;
+            ensure(is_so, || {
+                format!("{} is not limited to {rate} bits per second", link.name)
+            })?;
+        }
         Ok(())
     }
 }

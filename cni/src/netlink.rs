@@ -155,6 +155,16 @@ impl Netlink {
             .map_err(|error| self.refused(error, what()))
     }
 
+    /// Asks for a list.
+    pub(crate) async fn dump(
+        &self,
+        message: RouteNetlinkMessage,
+        what: &str,
+    ) -> Result<Vec<RouteNetlinkMessage>, Failure> {
+        let answers = self.ask(message, NLM_F_DUMP).await;
+        answers.map_err(|error| self.refused(error, what))
+    }
+
     fn refused(&self, error: rtnetlink::Error, what: impl std::fmt::Display) -> Failure {
         Failure::kernel(format!("{what} {}", self.place))(error)
     }
@@ -238,8 +248,7 @@ impl Netlink {
     /// All links.
     pub async fn links(&self) -> Result<Vec<Link>, Failure> {
         let message = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        let answers = self.ask(message, NLM_F_DUMP).await;
-        let answers = answers.map_err(|error| self.refused(error, "listing links"))?;
+        let answers = self.dump(message, "listing links").await?;
         let links = answers.into_iter().filter_map(|answer| match answer {
             RouteNetlinkMessage::NewLink(message) => Some(Link::from(message)),
             _ => None,

@@ -10,6 +10,7 @@ use rtnetlink::packet_route::{
 
 use crate::{error::Failure, netlink::Netlink};
 
+const KIND: &str = "tbf";
 const TCA_TBF_PARMS: u16 = 1;
 const TCA_TBF_RATE64: u16 = 4;
 const TCA_TBF_BURST: u16 = 6;
@@ -84,13 +85,28 @@ impl Limit {
         message.header.parent = TcHandle::ROOT;
         message.header.handle = TcHandle { major: 1, minor: 0 };
         message.attributes = vec![
-            TcAttribute::Kind("tbf".to_owned()),
+            TcAttribute::Kind(KIND.to_owned()),
             TcAttribute::Options(self.options()),
         ];
         let what = || format!("limiting link {index} to {} bytes per second", self.rate);
         netlink
             .create(RouteNetlinkMessage::NewQueueDiscipline(message), what)
             .await
+    }
+
+    /// Whether something limits what leaves by a link.
+    pub async fn is_applied(netlink: &Netlink, index: u32) -> Result<bool, Failure> {
+        let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(index as i32));
+        let answers = netlink
+            .dump(request, "listing queueing disciplines")
+            .await?;
+        let kind = TcAttribute::Kind(KIND.to_owned());
+        Ok(answers.iter().any(|answer| match answer {
+            RouteNetlinkMessage::NewQueueDiscipline(found) => {
+                found.header.index == index as i32 && found.attributes.contains(&kind)
+            }
+            _ => false,
+        }))
     }
 }
 

@@ -24,6 +24,10 @@ pub struct State {
     pub version: u32,
     /// The network's name.
     pub network: String,
+    /// The boot in which it was written (/proc/sys/kernel/random/boot_id): the attachments of
+    /// another one went with its kernel.
+    #[serde(default)]
+    pub boot: Option<String>,
     /// The address of each family that was given out last.
     #[serde(default)]
     pub cursors: Cursors,
@@ -63,6 +67,7 @@ impl State {
         Self {
             version: Self::VERSION,
             network: network.to_owned(),
+            boot: None,
             cursors: Cursors::default(),
             attachments: Vec::new(),
             released: Vec::new(),
@@ -115,6 +120,16 @@ impl State {
             }
         }
         Ok(Some(state))
+    }
+
+    /// Takes note of the present boot; what is of an earlier one is gone, and nobody was there to
+    /// say so.
+    pub fn enter_boot(&mut self, boot: &str) {
+        let earlier = self.boot.replace(boot.to_owned());
+        if earlier.is_some_and(|earlier| earlier != boot) {
+            self.attachments.clear();
+            self.released.clear();
+        }
     }
 
     /// The attachment of that name.

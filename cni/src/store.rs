@@ -13,12 +13,15 @@ use std::{
 
 use crate::{error::Failure, ledger::Now, state::State};
 
+/// What tells this boot of the kernel from others.
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+
 /// A network's state while nobody else can change it.
 #[derive(Debug)]
 pub struct Store {
     folder: PathBuf,
     network: String,
-    /// What the file says, or would say if there were one.
+    /// What the file says, or would say if there were one, but for what an earlier boot left.
     state: State,
     /// Held until this is dropped, or the process ends however.
     _lock: File,
@@ -61,10 +64,15 @@ impl Store {
         lock.lock()
             .map_err(Failure::io(format!("locking {}", path.display())))?;
         let state = State::read(&State::path(folder, network))?;
+        let mut state = state.unwrap_or_else(|| State::new(network));
+        // Without it nothing is known to be of an earlier boot.
+        if let Ok(boot) = fs::read_to_string(BOOT) {
+            state.enter_boot(boot.trim());
+        }
         Ok(Some(Self {
             folder: folder.to_owned(),
             network: network.to_owned(),
-            state: state.unwrap_or_else(|| State::new(network)),
+            state,
             _lock: lock,
         }))
     }
@@ -149,6 +157,29 @@ mod tests {
             .change(|state| Ok(state.release(&key(), true, now())))
             .unwrap();
         assert!(State::read(&path).unwrap().unwrap().attachments.is_empty());
+    }
+
+    #[test]
+    fn what_an_earlier_boot_left_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path(), "net").unwrap();
+        reserve(&mut store).unwrap();
+        drop(store);
+        let mut store = Store::open(folder.path(), "net").unwrap();
+        assert_eq!(store.state().attachments.len(), 1, "the same boot");
+        store
+            .change(|state| {
+                state.boot = Some("another".to_owned());
+                Ok(())
+            })
+            .unwrap();
+        drop(store);
+        let store = Store::open(folder.path(), "net").unwrap();
+        assert!(store.state().attachments.is_empty());
+        assert!(
+            store.state().cursors.v4.is_some(),
+            "others' addresses still rest the longest"
+        );
     }
 
     #[test]

@@ -272,7 +272,8 @@ fn without_an_agent_it_is_to_be_tried_again_and_nothing_stays() {
             "map full",
         ),
         (Mood::Babbles("what?"), 6, "different releases"),
-        (Mood::Hangs, 11, "closed without an answer"),
+        (Mood::HangsUp, 11, "closed without an answer"),
+        (Mood::IsSilent, 11, "did not answer within 10 s"),
     ] {
         bed.agent().set(mood.clone());
         bed.add("a").fails(code, words);
@@ -288,6 +289,41 @@ fn without_an_agent_it_is_to_be_tried_again_and_nothing_stays() {
     fs::remove_file(bed.run_dir().join("network.json")).unwrap();
     bed.add("a").fails(11, "network.json");
     bed.run(&status).fails(50, "network.json");
+}
+
+#[test]
+fn a_node_may_have_one_family_and_containers_none_by_default() {
+    for (range, ip) in [
+        ("fd00:244:7::/64", "fd00:244:7::2/128"),
+        ("10.244.7.0/24", "10.244.7.2/32"),
+    ] {
+        let Some(mut bed) = Bed::with(&[range]) else {
+            return;
+        };
+        let netns = bed.container("a");
+        let off = "net.ipv6.conf.default.disable_ipv6=1";
+        sh("ip", &["netns", "exec", &netns, "sysctl", "-qw", off]);
+        let result = bed.add("a").success();
+        check_result("1.1.0", &result);
+        let ips = result["ips"].as_array().unwrap();
+        assert_eq!((ips.len(), &ips[0]["address"]), (1, &json!(ip)));
+        bed.check("a", &result).success();
+        bed.del("a").success();
+        bed.assert_clean();
+    }
+}
+
+#[test]
+fn a_second_default_route_is_refused_and_nothing_of_it_stays() {
+    let Some(mut bed) = Bed::new() else { return };
+    let netns = bed.container("a");
+    let result = bed.add("a").success();
+    bed.run(&bed.call("ADD", "a").variable("CNI_IFNAME", "net1"))
+        .fails(101, "default route");
+    assert_eq!(bed.links().len(), 1);
+    assert_eq!(bed.state().attachments.len(), 1);
+    assert_eq!(list("ip", &netns, &["link"]).len(), 2);
+    bed.check("a", &result).success();
 }
 
 #[test]
@@ -372,6 +408,9 @@ fn what_the_runtime_wants_is_in_the_state() {
         let got: u32 = text.split('b').next().unwrap().parse().unwrap();
         assert!(got.abs_diff(burst) < 100, "{tbf}");
     }
+    bed.check("a", &result).success();
+    sh("tc", &["-n", &netns, "qdisc", "del", "dev", "eth0", "root"]);
+    bed.check("a", &result).fails(102, "eth0 is not limited");
     let small = json!({"bandwidth": {"ingressRate": 8_000, "ingressBurst": 8_000}});
     bed.run(&bed.call("ADD", "a").with("runtimeConfig", small))
         .fails(7, "ingressBurst");

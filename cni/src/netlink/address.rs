@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use rtnetlink::{
     AddressMessageBuilder, RouteMessageBuilder,
-    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE},
+    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressMessage},
@@ -57,8 +57,7 @@ impl Netlink {
     /// A link's addresses with their prefix lengths.
     pub async fn addresses(&self, index: u32) -> Result<Vec<(IpAddr, u8)>, Failure> {
         let message = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        let answers = self.ask(message, NLM_F_DUMP).await;
-        let answers = answers.map_err(|error| self.refused(error, "listing addresses"))?;
+        let answers = self.dump(message, "listing addresses").await?;
         let mut found = Vec::new();
         for answer in answers {
             let RouteNetlinkMessage::NewAddress(message) = answer else {
@@ -123,13 +122,8 @@ impl Netlink {
 
     /// The gateways of a link's default routes.
     pub async fn default_gateways(&self, index: u32) -> Result<Vec<IpAddr>, Failure> {
-        let answers = self
-            .ask(
-                RouteNetlinkMessage::GetRoute(RouteMessage::default()),
-                NLM_F_DUMP,
-            )
-            .await
-            .map_err(|error| self.refused(error, "listing routes"))?;
+        let message = RouteNetlinkMessage::GetRoute(RouteMessage::default());
+        let answers = self.dump(message, "listing routes").await?;
         let mut found = Vec::new();
         for answer in answers {
             let RouteNetlinkMessage::NewRoute(route) = answer else {
@@ -201,10 +195,8 @@ impl Netlink {
         let mut message = NeighbourMessage::default();
         // The kernel leaves other links out.
         message.attributes.push(NeighbourAttribute::IfIndex(index));
-        let answers = self
-            .ask(RouteNetlinkMessage::GetNeighbour(message), NLM_F_DUMP)
-            .await
-            .map_err(|error| self.refused(error, "listing neighbours"))?;
+        let message = RouteNetlinkMessage::GetNeighbour(message);
+        let answers = self.dump(message, "listing neighbours").await?;
         let mut found = Vec::new();
         for answer in answers {
             let RouteNetlinkMessage::NewNeighbour(message) = answer else {

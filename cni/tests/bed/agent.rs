@@ -1,7 +1,7 @@
 //! An agent that is only a socket.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -23,7 +23,9 @@ pub enum Mood {
     /// These octets.
     Babbles(&'static str),
     /// Not at all: it closes.
-    Hangs,
+    HangsUp,
+    /// Not at all: it does nothing until the other closes.
+    IsSilent,
 }
 
 /// The agent, until it is dropped.
@@ -89,7 +91,11 @@ fn serve(
             let _ = stream.write_all(text.as_bytes());
             return true;
         }
-        Mood::Hangs => return true,
+        Mood::HangsUp => return true,
+        Mood::IsSilent => {
+            let _ = stream.read(&mut [0]);
+            return true;
+        }
     };
     let mut text = serde_json::to_vec(&answer).unwrap();
     text.push(b'\n');
