@@ -10,6 +10,23 @@
 //!                                          -> agent (maps)
 //!                                          -> result -> stdout
 //! ```
+//!
+//! A network's configuration, of which only the first three fields have to be there:
+//!
+//! ```json
+//! {
+//!   "cniVersion": "1.1.0",
+//!   "name": "pods",
+//!   "type": "penstock-cni",
+//!   "capabilities": {"portMappings": true, "bandwidth": true, "ips": true},
+//!   "mtu": 1400,
+//!   "runDir": "/run/penstock",
+//!   "stateDir": "/var/lib/penstock/cni"
+//! }
+//! ```
+//!
+//! The capability `bandwidth` and the plugin of that name exclude each other: both would limit the
+//! same end of the link.
 #![forbid(unsafe_code)]
 
 pub mod agent;

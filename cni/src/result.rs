@@ -139,3 +139,100 @@ fn take_list(result: &mut Map<String, Value>, key: &str) -> Vec<Value> {
         _ => Vec::new(),
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+mod tests {
+    use super::*;
+    use crate::state::AttachmentKey;
+
+    fn built(version: Version, config: &Value) -> Value {
+        let attachment = Attachment {
+            key: AttachmentKey {
+                container: "abc".to_owned(),
+                ifname: "eth0".to_owned(),
+            },
+            interface: "pn0123456789abc".to_owned(),
+            mac: Mac([2, 0, 0, 0, 0, 0xab]),
+            host_mac: Mac([2, 0, 0, 0, 0, 1]),
+            ips: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
+            pod: None,
+            host_ports: Vec::new(),
+            bandwidth: None,
+        };
+        let made = Made {
+            attachment: &attachment,
+            netns: Path::new("/run/netns/abc"),
+            mtu: 1_450,
+        };
+        let previous = Previous::parse(config).unwrap();
+        build(version, previous, config.get("dns"), &made).unwrap()
+    }
+
+    #[test]
+    fn each_version_has_its_own_fields() {
+        let latest = built(Version::V1_1_0, &json!({}));
+        assert_eq!(
+            latest,
+            json!({
+                "cniVersion": "1.1.0",
+                "interfaces": [
+                    {"name": "pn0123456789abc", "mac": "02:00:00:00:00:01", "sandbox": "", "mtu": 1_450},
+                    {"name": "eth0", "mac": "02:00:00:00:00:ab", "sandbox": "/run/netns/abc", "mtu": 1_450},
+                ],
+                "ips": [
+                    {"address": "10.0.0.2/32", "gateway": "169.254.1.1", "interface": 1},
+                    {"address": "fd00::2/128", "gateway": "fe80::1", "interface": 1},
+                ],
+                "routes": [
+                    {"dst": "0.0.0.0/0", "gw": "169.254.1.1"},
+                    {"dst": "::/0", "gw": "fe80::1"},
+                ],
+                "dns": {},
+            })
+        );
+        assert!(
+            built(Version::V1_0_0, &json!({}))["interfaces"][0]
+                .get("mtu")
+                .is_none()
+        );
+        let old = built(Version::V0_4_0, &json!({}));
+        assert_eq!(
+            (&old["ips"][0]["version"], &old["ips"][1]["version"]),
+            (&json!("4"), &json!("6"))
+        );
+    }
+
+    #[test]
+    fn what_others_made_comes_first_and_whole() {
+        let previous = json!({
+            "cniVersion": "0.4.0",
+            "interfaces": [{"name": "net1", "pciID": "0000:00:1f.6"}],
+            "ips": [{"address": "192.0.2.7/24", "interface": 0, "version": "4"}],
+            "routes": [{"dst": "192.0.2.0/24", "priority": 7}],
+            "dns": {"domain": "first"},
+            "custom": [1, 2],
+        });
+        let config = json!({"prevResult": previous, "dns": {"domain": "second"}});
+        let result = built(Version::V1_1_0, &config);
+        assert_eq!(result["interfaces"][0], previous["interfaces"][0]);
+        assert_eq!(
+            result["ips"][0],
+            json!({"address": "192.0.2.7/24", "interface": 0})
+        );
+        assert_eq!(result["ips"][1]["interface"], 2);
+        assert_eq!(result["routes"][0], previous["routes"][0]);
+        assert_eq!(result["dns"], json!({"domain": "first"}));
+        assert_eq!(result["custom"], json!([1, 2]));
+        let empty =
+            json!({"prevResult": {"interfaces": null, "dns": {}}, "dns": {"domain": "own"}});
+        assert_eq!(
+            built(Version::V1_0_0, &empty)["dns"],
+            json!({"domain": "own"})
+        );
+    }
+}

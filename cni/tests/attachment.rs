@@ -278,7 +278,8 @@ fn without_an_agent_it_is_to_be_tried_again_and_nothing_stays() {
         bed.agent().set(mood.clone());
         bed.add("a").fails(code, words);
         bed.assert_clean();
-        if mood != Mood::Babbles("what?") {
+        // The one answers with another code, the other takes its time.
+        if !matches!(mood, Mood::Babbles(_) | Mood::IsSilent) {
             bed.run(&status).fails(50, words);
         }
     }
