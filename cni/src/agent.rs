@@ -1,9 +1,23 @@
 //! What is said over the agent's socket: a question and an answer, each one line of JSON, then the
 //! agent closes.
 
-use serde::{Deserialize, Serialize};
+use std::{io, path::Path, time::Duration};
 
-use crate::state::AttachmentKey;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    time::timeout,
+};
+
+use crate::{error::Failure, state::AttachmentKey};
+
+/// How long the agent may take to accept.
+const CONNECT: Duration = Duration::from_secs(1);
+/// How long it may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+/// No answer is longer, in bytes.
+const LIMIT: u64 = 64 << 10;
 
 /// The socket's name in the run directory.
 pub const SOCKET: &str = "agent.sock";
@@ -35,4 +49,41 @@ pub enum Answer {
     NotYet(String),
     /// It can't be.
     Failed(String),
+}
+
+/// Asks the agent whose socket is in `run_dir`. That there is none, or that it does not answer, is
+/// temporary: it is being started, or replaced.
+pub async fn ask(run_dir: &Path, request: &Request) -> Result<Answer, Failure> {
+    let path = run_dir.join(SOCKET);
+    let silent = |reason: String| {
+        Failure::TryAgain(format!(
+            "the node's agent is not there ({}: {reason}); see that the penstock pod of this node \
+             runs",
+            path.display()
+        ))
+    };
+    let late = |what: &str, limit: Duration| silent(format!("{what} within {} s", limit.as_secs()));
+    let mut stream = timeout(CONNECT, UnixStream::connect(&path))
+        .await
+        .map_err(|_| late("it did not accept", CONNECT))?
+        .map_err(|error| silent(error.to_string()))?;
+    let talk = async {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        stream.write_all(&line).await?;
+        let mut answer = Vec::new();
+        stream.take(LIMIT).read_to_end(&mut answer).await?;
+        io::Result::Ok(answer)
+    };
+    let answer = timeout(ANSWER, talk)
+        .await
+        .map_err(|_| late("it did not answer", ANSWER))?
+        .map_err(|error| silent(error.to_string()))?;
+    if answer.is_empty() {
+        return Err(silent("it closed without an answer".to_owned()));
+    }
+    serde_json::from_slice(&answer).map_err(|error| Failure::Decode {
+        what: format!("the answer of the node's agent at {}", path.display()),
+        reason: format!("{error}; agent and plugin are of different releases"),
+    })
 }

@@ -4,12 +4,24 @@ use std::{io, net::IpAddr, path::PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::version::Version;
+
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// The configuration is of a version that this plugin does not speak.
     #[error("CNI version {0:?} is not spoken here; use one of 0.3.1, 0.4.0, 1.0.0 and 1.1.0")]
     IncompatibleVersion(String),
+    /// The command does not exist in the configuration's version.
+    #[error("{command} exists since CNI version {since}, and the configuration is of {version}")]
+    CommandVersion {
+        /// CNI_COMMAND.
+        command: String,
+        /// The first version that has it.
+        since: Version,
+        /// The configuration's version.
+        version: Version,
+    },
     /// The container is gone: there is nothing to clean up either.
     #[error("the network namespace {} is gone", .0.display())]
     UnknownContainer(PathBuf),
@@ -64,7 +76,7 @@ pub enum Failure {
         capacity: u128,
     },
     /// The kernel refused something.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", reason(source))]
     Kernel {
         /// What was asked, about which interface.
         what: String,
@@ -83,9 +95,40 @@ pub enum Failure {
         /// Why not.
         reason: String,
     },
+    /// The agent can't do it, now or later.
+    #[error("the node's agent can't wire the pod: {0}")]
+    Agent(String),
+    /// The plugin itself is wrong.
+    #[error("this is a mistake in penstock-cni, please report it: {0}")]
+    Internal(String),
+}
+
+/// The kernel's reason in its usual words, without the request's bytes.
+fn reason(error: &rtnetlink::Error) -> String {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io().to_string(),
+        rtnetlink::Error::RequestFailed => "the netlink socket closed; try again".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 impl Failure {
+    /// A field of the configuration that can't be meant.
+    pub fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Config {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+
+    /// A variable that is missing or malformed.
+    pub fn environment(variable: &'static str, reason: impl Into<String>) -> Self {
+        Self::Environment {
+            variable,
+            reason: reason.into(),
+        }
+    }
+
     /// An I/O failure with what was done.
     pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
@@ -101,7 +144,7 @@ impl Failure {
     /// The code: 1 to 99 are the specification's, from 100 on they are this plugin's.
     pub fn code(&self) -> u32 {
         match self {
-            Self::IncompatibleVersion(_) => 1,
+            Self::IncompatibleVersion(_) | Self::CommandVersion { .. } => 1,
             Self::UnknownContainer(_) => 3,
             Self::Environment { .. } => 4,
             Self::Io { .. } => 5,
@@ -113,13 +156,17 @@ impl Failure {
             Self::Kernel { .. } => 101,
             Self::Mismatch(_) => 102,
             Self::Address { .. } => 103,
+            Self::Agent(_) => 104,
+            Self::Internal(_) => 105,
         }
     }
 
     /// The sort of failure in a few words that never differ.
     fn summary(&self) -> &'static str {
         match self {
-            Self::IncompatibleVersion(_) => "incompatible CNI version",
+            Self::IncompatibleVersion(_) | Self::CommandVersion { .. } => {
+                "incompatible CNI version"
+            }
             Self::UnknownContainer(_) => "unknown container",
             Self::Environment { .. } => "invalid environment variable",
             Self::Io { .. } => "I/O failure",
@@ -131,13 +178,15 @@ impl Failure {
             Self::Kernel { .. } => "the kernel refused",
             Self::Mismatch(_) => "the attachment is not as it was made",
             Self::Address { .. } => "the address can't be had",
+            Self::Agent(_) => "the agent refused",
+            Self::Internal(_) => "internal error",
         }
     }
 
     /// The error object, for a runtime that spoke `version`.
-    pub fn to_json(&self, version: &str) -> Value {
+    pub fn to_json(&self, version: Version) -> Value {
         json!({
-            "cniVersion": version,
+            "cniVersion": version.as_str(),
             "code": self.code(),
             "msg": format!("penstock: {}", self.summary()),
             "details": self.to_string(),

@@ -1,8 +1,142 @@
 //! What a network's state on disk says. The plugin alone writes it; the agent reads it.
+//!
+//! The file is replaced as a whole, so whoever reads it sees all of one version, without any lock.
 
-use std::net::IpAddr;
+use std::{
+    collections::HashSet,
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::Failure;
+
+/// The end of a state file's name; the network's name comes before it.
+pub const SUFFIX: &str = ".json";
+
+/// Everything about a network on this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// The format's version, [`State::VERSION`].
+    pub version: u32,
+    /// The network's name.
+    pub network: String,
+    /// The boot in which it was written (/proc/sys/kernel/random/boot_id): the attachments of
+    /// another one went with its kernel.
+    #[serde(default)]
+    pub boot: Option<String>,
+    /// The address of each family that was given out last.
+    #[serde(default)]
+    pub cursors: Cursors,
+    /// Who has which addresses.
+    pub attachments: Vec<Attachment>,
+    /// Addresses that were given back a moment ago, the longest ago first.
+    #[serde(default)]
+    pub released: Vec<Released>,
+}
+
+/// The address of each family that was given out last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursors {
+    /// IPv4.
+    #[serde(default)]
+    pub v4: Option<IpAddr>,
+    /// IPv6.
+    #[serde(default)]
+    pub v6: Option<IpAddr>,
+}
+
+/// An address that was given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Released {
+    /// Which.
+    pub address: IpAddr,
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+impl State {
+    /// The only version of the format so far.
+    pub const VERSION: u32 = 1;
+
+    /// Nothing is attached yet.
+    pub fn new(network: &str) -> Self {
+        Self {
+            version: Self::VERSION,
+            network: network.to_owned(),
+            boot: None,
+            cursors: Cursors::default(),
+            attachments: Vec::new(),
+            released: Vec::new(),
+        }
+    }
+
+    /// Where a network's state is in `folder`.
+    pub fn path(folder: &Path, network: &str) -> PathBuf {
+        folder.join(format!("{network}{SUFFIX}"))
+    }
+
+    /// Reads a state file; `None` if there is none.
+    pub fn read(path: &Path) -> Result<Option<Self>, Failure> {
+        let text = match std::fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Failure::io(format!("reading {}", path.display()))(error)),
+        };
+        let decode = |reason: String| Failure::Decode {
+            what: path.display().to_string(),
+            reason,
+        };
+        let unreadable = |reason: String| {
+            decode(format!(
+                "{reason}; it says who has which address, so it is not replaced by an empty one: \
+                 put a copy back, or end every pod of the network on this node and remove the file"
+            ))
+        };
+        let state: Self =
+            serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
+        if state.version != Self::VERSION {
+            return Err(decode(format!(
+                "version {} is not {}; it was written by another release of the plugin, which has \
+                 to be put back",
+                state.version,
+                Self::VERSION
+            )));
+        }
+        let (mut keys, mut ips) = (HashSet::new(), HashSet::new());
+        for attachment in &state.attachments {
+            let key = &attachment.key;
+            if !keys.insert(key) {
+                return Err(unreadable(format!(
+                    "{} of container {} is there twice",
+                    key.ifname, key.container
+                )));
+            }
+            if let Some(ip) = attachment.ips.iter().find(|ip| !ips.insert(**ip)) {
+                return Err(unreadable(format!("{ip} belongs to two")));
+            }
+        }
+        Ok(Some(state))
+    }
+
+    /// Takes note of the present boot; what is of an earlier one is gone, and nobody was there to
+    /// say so.
+    pub fn enter_boot(&mut self, boot: &str) {
+        let earlier = self.boot.replace(boot.to_owned());
+        if earlier.is_some_and(|earlier| earlier != boot) {
+            self.attachments.clear();
+            self.released.clear();
+        }
+    }
+
+    /// The attachment of that name.
+    pub fn attachment(&self, key: &AttachmentKey) -> Option<&Attachment> {
+        self.attachments.iter().find(|found| found.key == *key)
+    }
+}
 
 /// An attachment's name: what a runtime calls it by.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

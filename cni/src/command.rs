@@ -1,0 +1,342 @@
+//! The commands: what each does, in which order, and what it undoes where it fails.
+//!
+//! The state names an attachment before its link is made and until after it is gone, so that a
+//! plugin that is killed at any point leaves nothing that DEL or GC would not find.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use crate::{
+    agent::{self, Answer},
+    config::{Config, Wishes},
+    error::Failure,
+    ledger::Wanted,
+    link::{self, Ends},
+    names,
+    netlink::Netlink,
+    netns::Netns,
+    network::{FILE, Network},
+    previous::Previous,
+    request::{Request, Target},
+    result::{self, Made},
+    shape::Limit,
+    state::{Attachment, AttachmentKey, State},
+    store::{Store, now},
+    version::Version,
+};
+
+/// Carries a request out.
+pub async fn run(request: Request) -> Result<Option<Value>, Failure> {
+    match request {
+        Request::Add(config, target, wishes) => add(&config, &target, *wishes).await.map(Some),
+        Request::Del(config, key, netns) => delete(&config, &key, netns).await.map(|()| None),
+        Request::Check(config, target, previous) => {
+            check(&config, &target, &previous).await.map(|()| None)
+        }
+        Request::Gc(config, valid) => collect(&config, &valid).await.map(|()| None),
+        Request::Status(config) => status(&config).await.map(|()| None),
+        Request::Version(asked) => Ok(Some(Version::report(&asked))),
+    }
+}
+
+fn open(netns: &Path) -> Result<Netns, Failure> {
+    let netns = Netns::open(netns)?.ok_or_else(|| Failure::UnknownContainer(netns.to_owned()))?;
+    if netns.is_own()? {
+        return Err(Failure::environment(
+            "CNI_NETNS",
+            format!(
+                "is {}, the network namespace of the host; it has to be a container's own",
+                netns.path().display()
+            ),
+        ));
+    }
+    Ok(netns)
+}
+
+/// The node's network, which the agent has to have described.
+fn network(config: &Config) -> Result<Network, Failure> {
+    let network = Network::read(&config.run_dir)?;
+    let network = network.filter(|network| !network.pod_cidrs.is_empty());
+    network.ok_or_else(|| {
+        Failure::TryAgain(format!(
+            "the node's agent has not yet said in {} which addresses its pods have; see that the \
+             penstock pod of this node runs, and that the node has a podCIDR",
+            config.run_dir.join(FILE).display()
+        ))
+    })
+}
+
+/// A bucket that holds no packet is refused before anything is made.
+fn check_limits(wishes: &Wishes, mtu: u32) -> Result<(), Failure> {
+    let Some(bandwidth) = wishes.capabilities.bandwidth else {
+        return Ok(());
+    };
+    for (field, rate, burst) in [
+        (
+            "ingressBurst",
+            bandwidth.ingress_rate,
+            bandwidth.ingress_burst,
+        ),
+        ("egressBurst", bandwidth.egress_rate, bandwidth.egress_burst),
+    ] {
+        if let Some(limit) = Limit::from_bits(rate, burst) {
+            limit.fits(mtu, &format!("runtimeConfig.bandwidth.{field}"))?;
+        }
+    }
+    Ok(())
+}
+
+async fn add(config: &Config, target: &Target, wishes: Wishes) -> Result<Value, Failure> {
+    let network = network(config)?;
+    let mtu = wishes.mtu.unwrap_or(network.mtu);
+    check_limits(&wishes, mtu)?;
+    let ends = Ends::open(open(&target.netns)?)?;
+    let mut ips = wishes.arguments.ips;
+    for ip in wishes.capabilities.ips {
+        if !ips.contains(&ip) {
+            ips.push(ip);
+        }
+    }
+    let wanted = Wanted {
+        pod: wishes.arguments.pod,
+        host_ports: wishes.capabilities.host_ports,
+        bandwidth: wishes.capabilities.bandwidth,
+        ips,
+    };
+    let (former, attachment) = {
+        // The lock is not held while anything is asked of the kernel or the agent.
+        let mut store = Store::open(&config.state_dir, &config.name)?;
+        let former = store.state().attachment(&target.key).cloned();
+        let reserve =
+            |state: &mut State| state.reserve(&target.key, &network.pod_cidrs, wanted, now());
+        (former, store.change(reserve)?)
+    };
+    let mut adding = Adding {
+        config,
+        ends: &ends,
+        attachment: &attachment,
+        agent_knows: false,
+    };
+    // Runtimes repeat what they don't know the outcome of; what works is left alone then.
+    let is_there = former.as_ref() == Some(&attachment) && ends.verify(&attachment).await.is_ok();
+    if is_there {
+        adding.wire().await?;
+    } else if let Err(failure) = adding.make(mtu).await {
+        adding.undo().await;
+        return Err(failure);
+    }
+    let made = Made {
+        attachment: &attachment,
+        netns: &target.netns,
+        mtu,
+    };
+    result::build(config.version, wishes.previous, wishes.dns.as_ref(), &made)
+}
+
+/// An attachment that has its addresses.
+struct Adding<'a> {
+    config: &'a Config,
+    ends: &'a Ends,
+    attachment: &'a Attachment,
+    /// Whether anybody else may have heard of its addresses.
+    agent_knows: bool,
+}
+
+impl Adding<'_> {
+    async fn make(&mut self, mtu: u32) -> Result<(), Failure> {
+        let Self {
+            config,
+            ends,
+            attachment,
+            ..
+        } = *self;
+        // What a killed ADD left, or what the attachment was before it changed.
+        ends.host().delete(&attachment.interface).await?;
+        let alias = names::alias(&config.name, &attachment.key, attachment.pod.as_ref());
+        ends.make(attachment, &alias, mtu).await?;
+        self.wire().await?;
+        // A DEL in the meantime did not find the link, perhaps, but it took the state away.
+        let state = State::read(&State::path(&config.state_dir, &config.name))?;
+        if state.is_some_and(|state| state.attachment(&attachment.key) == Some(attachment)) {
+            return Ok(());
+        }
+        Err(Failure::TryAgain(format!(
+            "{} of container {} was deleted while it was added",
+            attachment.key.ifname, attachment.key.container
+        )))
+    }
+
+    async fn wire(&mut self) -> Result<(), Failure> {
+        self.agent_knows = true;
+        let request = agent::Request::Wire {
+            network: self.config.name.clone(),
+            attachment: self.attachment.key.clone(),
+        };
+        match agent::ask(&self.config.run_dir, &request).await? {
+            Answer::Done => Ok(()),
+            Answer::NotYet(reason) => Err(Failure::TryAgain(format!(
+                "the node's agent is not ready: {reason}"
+            ))),
+            Answer::Failed(reason) => Err(Failure::Agent(reason)),
+        }
+    }
+
+    /// Takes away what was made. A failure here would hide the one that matters; what stays is named
+    /// by the state, and the runtime's DEL will find it.
+    async fn undo(&self) {
+        let Self {
+            config,
+            ends,
+            attachment,
+            agent_knows,
+        } = *self;
+        if link::remove(ends.host(), attachment, None).await.is_err() {
+            return;
+        }
+        let Ok(mut store) = Store::open(&config.state_dir, &config.name) else {
+            return;
+        };
+        let release = |state: &mut State| {
+            // Only what this very ADD made, not what another has made since.
+            if state.attachment(&attachment.key) == Some(attachment) {
+                state.release(&attachment.key, agent_knows, now());
+            }
+            Ok(())
+        };
+        let _ = store.change(release);
+    }
+}
+
+/// The links that an attachment of that name would have, whether or not the state knows it.
+fn expected(key: &AttachmentKey) -> Attachment {
+    Attachment {
+        key: key.clone(),
+        interface: names::interface(key),
+        mac: names::container_mac(key),
+        host_mac: names::host_mac(key),
+        ips: Vec::new(),
+        pod: None,
+        host_ports: Vec::new(),
+        bandwidth: None,
+    }
+}
+
+async fn delete(
+    config: &Config,
+    key: &AttachmentKey,
+    netns: Option<PathBuf>,
+) -> Result<(), Failure> {
+    let attachment = expected(key);
+    let host = Netlink::host()?;
+    // Whatever is wrong with the namespace, nothing inside it is left to care for.
+    let netns = netns.and_then(|path| Netns::open(&path).ok().flatten());
+    link::remove(&host, &attachment, netns.as_ref()).await?;
+    if let Some(mut store) = Store::open_existing(&config.state_dir, &config.name)? {
+        store.change(|state| Ok(state.release(key, true, now())))?;
+    }
+    // An ADD that was under way may have made the link just before it lost its addresses.
+    host.delete(&attachment.interface).await.map(drop)
+}
+
+async fn check(config: &Config, target: &Target, previous: &Previous) -> Result<(), Failure> {
+    let path = State::path(&config.state_dir, &config.name);
+    let state = State::read(&path)?.unwrap_or_else(|| State::new(&config.name));
+    let attachment = state.attachment(&target.key).ok_or_else(|| {
+        Failure::Mismatch(format!(
+            "{} does not know {} of container {}",
+            path.display(),
+            target.key.ifname,
+            target.key.container
+        ))
+    })?;
+    compare(attachment, &target.netns, previous)?;
+    Ends::open(open(&target.netns)?)?.verify(attachment).await
+}
+
+/// Whether the result that the runtime keeps is the one that ADD gave.
+fn compare(attachment: &Attachment, netns: &Path, previous: &Previous) -> Result<(), Failure> {
+    let text = |value: &Value, key: &str| {
+        value
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_ascii_lowercase()
+    };
+    let netns = netns.to_string_lossy().to_ascii_lowercase();
+    let ends = [
+        (&attachment.interface, attachment.host_mac, String::new()),
+        (&attachment.key.ifname, attachment.mac, netns),
+    ];
+    let interfaces = previous.list("interfaces");
+    for (name, mac, sandbox) in ends {
+        let is_it = |found: &Value| {
+            text(found, "name") == name.to_ascii_lowercase()
+                && text(found, "mac") == mac.to_string()
+                && text(found, "sandbox") == sandbox
+        };
+        if !interfaces.iter().any(is_it) {
+            return Err(Failure::Mismatch(format!(
+                "prevResult.interfaces has no {name} with the Ethernet address {mac}"
+            )));
+        }
+    }
+    for ip in &attachment.ips {
+        let address = format!("{ip}/{}", crate::netlink::bits(*ip));
+        if !previous
+            .list("ips")
+            .iter()
+            .any(|found| text(found, "address") == address)
+        {
+            return Err(Failure::Mismatch(format!(
+                "prevResult.ips has no {address}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+async fn collect(config: &Config, valid: &[AttachmentKey]) -> Result<(), Failure> {
+    let valid: HashSet<&AttachmentKey> = valid.iter().collect();
+    // Held to the end: what is added meanwhile waits.
+    let mut store = Store::open_existing(&config.state_dir, &config.name)?;
+    let host = Netlink::host()?;
+    let kept: HashSet<String> = valid.iter().map(|key| names::interface(key)).collect();
+    let attachments = store.iter().flat_map(|store| &store.state().attachments);
+    let known: HashSet<&str> = attachments.map(|found| found.interface.as_str()).collect();
+    let prefix = names::alias_prefix(&config.name);
+    for link in host.links().await? {
+        let is_ours = known.contains(link.name.as_str())
+            || link.alias.is_some_and(|alias| alias.starts_with(&prefix));
+        // Both a name and an owner of ours: others may call links as they like.
+        if is_ours && names::is_interface(&link.name) && !kept.contains(&link.name) {
+            host.delete(&link.name).await?;
+        }
+    }
+    match &mut store {
+        Some(store) => store
+            .change(|state| Ok(state.release_all_but(&valid, now())))
+            .map(drop),
+        None => Ok(()),
+    }
+}
+
+async fn status(config: &Config) -> Result<(), Failure> {
+    let unavailable = |failure: Failure| match failure {
+        Failure::TryAgain(reason) => Failure::NotAvailable(reason),
+        other => other,
+    };
+    network(config).map_err(unavailable)?;
+    match agent::ask(&config.run_dir, &agent::Request::Ready)
+        .await
+        .map_err(unavailable)?
+    {
+        Answer::Done => Ok(()),
+        Answer::NotYet(reason) | Answer::Failed(reason) => Err(Failure::NotAvailable(format!(
+            "the node's agent is not ready: {reason}"
+        ))),
+    }
+}
