@@ -53,9 +53,19 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent of a node and waits until it serves.
     pub fn start(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
+        Self::start_at(node, source, extra, node.place())
+    }
+
+    /// The same, at a place of the node's.
+    pub(crate) fn start_at(
+        node: &Node,
+        source: &Source,
+        extra: &[&str],
+        place: Place,
+    ) -> Result<Self> {
         let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
         let log = node.run_dir.with_extension("log");
-        Self::launch(node.clone(), source.clone(), extra, log, node.place())
+        Self::launch(node.clone(), source.clone(), extra, log, place)
     }
 
     fn launch(

@@ -111,6 +111,22 @@ impl ApiServer {
             .map(drop)
     }
 
+    /// An object, as it is.
+    pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
+        let text = self.kubectl(&["get", kind, name, "-o", "json"], None)?;
+        serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
+    }
+
+    /// Waits until objects have a condition, or are gone if it is "delete".
+    pub fn wait_for(&self, condition: &str, kind: &str, names: &[&str]) -> Result<()> {
+        let condition = match condition {
+            "delete" => "--for=delete".to_owned(),
+            other => format!("--for=condition={other}"),
+        };
+        let arguments = ["wait", &condition, "--timeout=60s", kind];
+        self.kubectl(&[&arguments, names].concat(), None).map(drop)
+    }
+
     /// Kills the API server (not etcd) and starts it again.
     pub fn restart(&mut self) -> Result<()> {
         self.server.kill();

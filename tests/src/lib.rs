@@ -7,7 +7,12 @@
 
 mod agent;
 mod apiserver;
+mod cgroup;
+mod cluster;
+mod containerd;
 mod host;
+mod image;
+mod kubernetes;
 mod manifest;
 mod process;
 mod requirement;
@@ -17,10 +22,13 @@ mod wait;
 
 pub use agent::{Agent, Source};
 pub use apiserver::ApiServer;
+pub use cluster::Cluster;
+pub use containerd::Cni;
 pub use host::Host;
+pub use kubernetes::KubernetesNode;
 pub use manifest::{Service, Slice};
 pub use process::Process;
-pub use requirement::{require_api_server, require_kernel};
+pub use requirement::{require_api_server, require_kernel, require_kubelet};
 pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};
 pub use testbed::{Node, Pod, Testbed, remove_leftovers};
 pub use wait::eventually;

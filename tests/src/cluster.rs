@@ -1,0 +1,124 @@
+//! A small cluster: an API server, nodes with kubelets, and pods that are objects.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::{
+    apiserver::ApiServer,
+    containerd::Cni,
+    eventually, image,
+    kubernetes::KubernetesNode,
+    testbed::{Node, Pod, Testbed},
+};
+
+/// Nodes without scheduler and controllers: pods name their node, and tests make the objects that
+/// they need.
+pub struct Cluster {
+    // Dropped from top to bottom.
+    /// The nodes.
+    pub nodes: Vec<KubernetesNode>,
+    /// The API server.
+    pub api: ApiServer,
+    /// What they are made of.
+    pub testbed: Testbed,
+}
+
+impl Cluster {
+    /// Starts it with programs from `assets` and `count` nodes, each with a network for its pods,
+    /// and waits until the nodes are ready.
+    pub fn start(assets: &Path, count: usize, network: impl Fn(&Node) -> Cni) -> Result<Self> {
+        let mut testbed = Testbed::new()?;
+        let host = testbed.client()?;
+        let api = ApiServer::start(assets, &host, testbed.folder())?;
+        let mut cluster = Self {
+            nodes: Vec::new(),
+            api,
+            testbed,
+        };
+        for _ in 0..count {
+            let node = cluster.testbed.node()?;
+            let node = KubernetesNode::start(assets, &node, &cluster.api, &network(&node))?;
+            cluster.nodes.push(node);
+        }
+        cluster.allow_pods()?;
+        let names: Vec<String> = cluster.nodes.iter().map(|node| node.node.name()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        cluster.explained(cluster.api.wait_for("Ready", "node", &names))?;
+        Ok(cluster)
+    }
+
+    /// Makes what a controller would: the account that pods are admitted with.
+    fn allow_pods(&self) -> Result<()> {
+        let account = json!({
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": { "name": "default", "namespace": "default" },
+            "automountServiceAccountToken": false,
+        });
+        eventually("the namespace is there", || self.api.apply(&account))
+    }
+
+    /// Runs pods, each on the node with its number, and waits until they serve TCP and UDP on 8080.
+    pub fn run(&self, pods: &[(&str, u8)]) -> Result<Vec<Pod>> {
+        for (name, number) in pods {
+            let node = self.node(*number)?;
+            self.api.apply(&object(name, &node.node.name()))?;
+        }
+        let names: Vec<&str> = pods.iter().map(|(name, _)| *name).collect();
+        self.explained(self.api.wait_for("Ready", "pod", &names))?;
+        let running = pods.iter().map(|(name, number)| {
+            let object = self.api.get("pod", name)?;
+            let status = object.get("status").context("a pod has no status")?;
+            self.node(*number)?.pod(name, status)
+        });
+        running.collect()
+    }
+
+    /// Deletes pods and waits until their nodes have.
+    pub fn delete(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            self.api.delete("pod", name)?;
+        }
+        self.explained(self.api.wait_for("delete", "pod", names))
+    }
+
+    fn node(&self, number: u8) -> Result<&KubernetesNode> {
+        let mut nodes = self.nodes.iter();
+        nodes
+            .find(|node| node.node.number == number)
+            .with_context(|| format!("there is no node {number}"))
+    }
+
+    /// An error with what the nodes logged.
+    fn explained<T>(&self, result: Result<T>) -> Result<T> {
+        result.with_context(|| {
+            let logs = self.nodes.iter().map(|node| {
+                let name = node.node.name();
+                format!("{name}:\n{}", node.log())
+            });
+            logs.collect::<Vec<_>>().join("\n")
+        })
+    }
+}
+
+/// A pod that says who it is.
+fn object(name: &str, node: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": name, "namespace": "default", "labels": { "app": name } },
+        "spec": {
+            "nodeName": node,
+            "containers": [{
+                "name": "traffic",
+                "image": image::TRAFFIC,
+                "imagePullPolicy": "Never",
+                "args": ["serve", "--name", name, "--port", "8080"],
+                "ports": [{ "containerPort": 8080 }],
+                "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
+            }],
+        },
+    })
+}
