@@ -111,6 +111,13 @@ impl ApiServer {
             .map(drop)
     }
 
+    /// Changes an object that is there.
+    pub fn patch(&self, kind: &str, name: &str, change: &Value) -> Result<()> {
+        let change = change.to_string();
+        self.kubectl(&["patch", kind, name, "--type=merge", "-p", &change], None)
+            .map(drop)
+    }
+
     /// An object, as it is.
     pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
         let text = self.kubectl(&["get", kind, name, "-o", "json"], None)?;

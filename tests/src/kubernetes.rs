@@ -19,6 +19,7 @@ use crate::{
     apiserver::ApiServer,
     cgroup,
     containerd::{Cni, Containerd},
+    eventually,
     host::Host,
     process::{self, Place, Process},
     testbed::{Node, Pod},
@@ -74,8 +75,12 @@ impl KubernetesNode {
             ..node.host.place.clone()
         };
         let containerd = Containerd::start(&place, &folder, cni)?;
-        api.apply(&object(&node))?;
         let kubelet = kubelet(assets, &node, &place, api, &containerd, &folder)?;
+        let ranges = node.pod_ranges();
+        let ranges = json!({ "spec": { "podCIDR": ranges.0, "podCIDRs": [ranges.0, ranges.1] } });
+        eventually("the kubelet registers its node", || {
+            api.patch("node", &node.name(), &ranges)
+        })?;
         Ok(Self {
             node,
             _kubelet: kubelet,
@@ -265,17 +270,6 @@ fn first(node: &Node, place: Place, folder: &Path) -> Result<(Process, u32)> {
         .parse()
         .with_context(|| format!("{line:?} is no process"))?;
     Ok((first, id))
-}
-
-/// The object that the kubelet finds and fills in.
-fn object(node: &Node) -> Value {
-    let ranges = node.pod_ranges();
-    json!({
-        "apiVersion": "v1",
-        "kind": "Node",
-        "metadata": { "name": node.name() },
-        "spec": { "podCIDR": ranges.0, "podCIDRs": [ranges.0, ranges.1] },
-    })
 }
 
 fn kubelet(
