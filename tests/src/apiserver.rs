@@ -13,6 +13,7 @@ use crate::{
     eventually,
     host::Host,
     process::{self, Process},
+    wait,
 };
 
 const TOKEN: &str = "testbed-token";
@@ -130,7 +131,8 @@ impl ApiServer {
             "delete" => "--for=delete".to_owned(),
             other => format!("--for=condition={other}"),
         };
-        let arguments = ["wait", &condition, "--timeout=60s", kind];
+        let timeout = format!("--timeout={}s", wait::long().as_secs());
+        let arguments = ["wait", &condition, &timeout, kind];
         self.kubectl(&[&arguments, names].concat(), None).map(drop)
     }
 

@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 use crate::{
     apiserver::ApiServer,
     containerd::Cni,
-    eventually, image,
+    eventually,
     kubernetes::KubernetesNode,
+    manifest::PodObject,
     testbed::{Node, Pod, Testbed},
 };
 
@@ -60,18 +61,18 @@ impl Cluster {
         eventually("the namespace is there", || self.api.apply(&account))
     }
 
-    /// Runs pods, each on the node with its number, and waits until they serve TCP and UDP on 8080.
-    pub fn run(&self, pods: &[(&str, u8)]) -> Result<Vec<Pod>> {
-        for (name, number) in pods {
-            let node = self.node(*number)?;
-            self.api.apply(&object(name, &node.node.name()))?;
+    /// Runs pods and waits until they serve.
+    pub fn run(&self, pods: &[PodObject]) -> Result<Vec<Pod>> {
+        for pod in pods {
+            self.api.apply(&pod.json())?;
         }
-        let names: Vec<&str> = pods.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = pods.iter().map(PodObject::name).collect();
         self.explained(self.api.wait_for("Ready", "pod", &names))?;
-        let running = pods.iter().map(|(name, number)| {
+        let running = names.iter().map(|name| {
             let object = self.api.get("pod", name)?;
+            let node = object.pointer("/spec/nodeName").and_then(Value::as_str);
             let status = object.get("status").context("a pod has no status")?;
-            self.node(*number)?.pod(name, status)
+            self.node(node.unwrap_or_default())?.pod(name, status)
         });
         running.collect()
     }
@@ -84,11 +85,11 @@ impl Cluster {
         self.explained(self.api.wait_for("delete", "pod", names))
     }
 
-    fn node(&self, number: u8) -> Result<&KubernetesNode> {
+    fn node(&self, name: &str) -> Result<&KubernetesNode> {
         let mut nodes = self.nodes.iter();
         nodes
-            .find(|node| node.node.number == number)
-            .with_context(|| format!("there is no node {number}"))
+            .find(|node| node.node.name() == name)
+            .with_context(|| format!("there is no node {name:?}"))
     }
 
     /// An error with what the nodes logged.
@@ -101,24 +102,4 @@ impl Cluster {
             logs.collect::<Vec<_>>().join("\n")
         })
     }
-}
-
-/// A pod that says who it is.
-fn object(name: &str, node: &str) -> Value {
-    json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": { "name": name, "namespace": "default", "labels": { "app": name } },
-        "spec": {
-            "nodeName": node,
-            "containers": [{
-                "name": "traffic",
-                "image": image::TRAFFIC,
-                "imagePullPolicy": "Never",
-                "args": ["serve", "--name", name, "--port", "8080"],
-                "ports": [{ "containerPort": 8080 }],
-                "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
-            }],
-        },
-    })
 }

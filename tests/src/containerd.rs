@@ -8,8 +8,9 @@ use std::{
 use anyhow::{Context, Result};
 
 use crate::{
-    eventually, image,
+    image,
     process::{self, Place, Process},
+    wait::eventually_started,
 };
 
 /// The folder that Debian keeps containerd's loopback plugin in, which it needs with any network.
@@ -67,7 +68,7 @@ impl Containerd {
             socket: folder.join("containerd.sock"),
             log,
         };
-        eventually("containerd serves", || {
+        eventually_started("containerd serves", || {
             anyhow::ensure!(
                 containerd.process.is_running(),
                 "containerd ended: {}",

@@ -19,10 +19,10 @@ use crate::{
     apiserver::ApiServer,
     cgroup,
     containerd::{Cni, Containerd},
-    eventually,
     host::Host,
     process::{self, Place, Process},
     testbed::{Node, Pod},
+    wait::eventually_started,
 };
 
 /// What a node's mounts are made with.
@@ -78,7 +78,7 @@ impl KubernetesNode {
         let kubelet = kubelet(assets, &node, &place, api, &containerd, &folder)?;
         let ranges = node.pod_ranges();
         let ranges = json!({ "spec": { "podCIDR": ranges.0, "podCIDRs": [ranges.0, ranges.1] } });
-        eventually("the kubelet registers its node", || {
+        eventually_started("the kubelet registers its node", || {
             api.patch("node", &node.name(), &ranges)
         })?;
         Ok(Self {

@@ -4,6 +4,9 @@
 //! own namespace, cgroup, bpffs folder and manifests, and routes to the other nodes' pods; each
 //! [`Pod`] hangs on a veth pair, as with a routed CNI plugin. Everything is removed when the
 //! testbed is dropped, also by a panic; what a killed run left is removed by the next.
+//!
+//! In a [`Cluster`] the pods are a real runtime's: the nodes have containerd and a kubelet, and a
+//! CNI plugin of the caller's choice.
 
 mod agent;
 mod apiserver;
@@ -26,7 +29,7 @@ pub use cluster::Cluster;
 pub use containerd::Cni;
 pub use host::Host;
 pub use kubernetes::KubernetesNode;
-pub use manifest::{Service, Slice};
+pub use manifest::{PodObject, Service, Slice};
 pub use process::Process;
 pub use requirement::{require_api_server, require_kernel, require_kubelet};
 pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};

@@ -1,8 +1,11 @@
-//! Services and endpoint slices as manifests.
+//! Services, endpoint slices and pods as manifests.
 
 use serde_json::{Value, json};
 
-use crate::testbed::Pod;
+use crate::{
+    image,
+    testbed::{Node, Pod},
+};
 
 /// A Service in the making.
 #[derive(Clone, Debug)]
@@ -114,5 +117,67 @@ impl Slice {
                 pods.iter().fold(slice, |slice, pod| slice.pod(pod)).json()
             })
             .collect()
+    }
+}
+
+/// A pod in the making: the traffic program, which serves TCP and UDP on 8080 and says the pod's
+/// name.
+#[derive(Clone, Debug)]
+pub struct PodObject {
+    name: String,
+    object: Value,
+}
+
+impl PodObject {
+    /// A pod of a node's.
+    pub fn new(name: &str, node: &Node) -> Self {
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "name": name, "namespace": "default" },
+            "spec": {
+                "nodeName": node.name(),
+                "containers": [{
+                    "name": "traffic",
+                    "image": image::TRAFFIC,
+                    "imagePullPolicy": "Never",
+                    "args": ["serve", "--name", name, "--port", "8080"],
+                    "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
+                }],
+            },
+        });
+        Self {
+            name: name.to_owned(),
+            object,
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Sets an annotation.
+    #[must_use]
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        if let Some(metadata) = self.object.pointer_mut("/metadata") {
+            metadata["annotations"][name] = value.into();
+        }
+        self
+    }
+
+    /// Leads a port of its node, TCP and UDP, to the one that it serves on.
+    #[must_use]
+    pub fn host_port(mut self, port: u16) -> Self {
+        if let Some(container) = self.object.pointer_mut("/spec/containers/0") {
+            let of = |protocol: &str| json!({ "containerPort": 8080, "hostPort": port, "protocol": protocol });
+            container["ports"] = json!([of("TCP"), of("UDP")]);
+        }
+        self
+    }
+
+    /// As JSON, which is YAML too.
+    pub fn json(&self) -> Value {
+        self.object.clone()
     }
 }

@@ -5,7 +5,7 @@
 # the node's name; FOLDER, its data; HIERARCHIES, what to mount cgroup1 by, if there is any.
 set -euo pipefail
 
-hostname "$NAME"
+echo "$NAME" > /proc/sys/kernel/hostname
 
 # This node's interfaces and cgroups; the machine's bpffs, whose folders belong to nodes.
 mkdir -p "$FOLDER/sys"

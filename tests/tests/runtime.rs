@@ -12,8 +12,8 @@ use std::{collections::BTreeSet, path::PathBuf};
 
 use anyhow::{Result, ensure};
 use penstock_testbed::{
-    Cluster, Cni, Host, KubernetesNode, Node, PROTOCOLS, Pod, Service, Slice, Source, all_answer,
-    eventually, frontends, require_kubelet,
+    Cluster, Cni, Host, KubernetesNode, Node, PROTOCOLS, Pod, PodObject, Service, Slice, Source,
+    all_answer, eventually, frontends, require_kubelet,
 };
 use serde_json::json;
 
@@ -87,7 +87,12 @@ fn pods_reach_each_other_and_services_and_leave_nothing(
     let agents = agents.collect::<Result<Vec<_>>>()?;
     passed("the agents serve");
 
-    let pods = cluster.run(&[("client", 1), ("near", 1), ("far", 2)])?;
+    let [here, there] = [&cluster.nodes[0].node, &cluster.nodes[1].node];
+    let pods = cluster.run(&[
+        PodObject::new("client", here),
+        PodObject::new("near", here),
+        PodObject::new("far", there),
+    ])?;
     passed("the pods are ready");
     let [client, near, far] = pods.as_slice() else {
         panic!("three pods run");
@@ -114,6 +119,8 @@ fn pods_reach_each_other_and_services_and_leave_nothing(
             all_answer(&client.host, protocol, service, &servers)?;
         }
     }
+    let translated = agents[0].count("socket_connect")?;
+    assert!(translated > 0, "pods' sockets are the node's");
     passed("pods reach services");
 
     cluster.delete(&["client", "near", "far"])?;
