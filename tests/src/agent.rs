@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{
     eventually,
     process::{self, Place, Process},
-    testbed::Node,
+    testbed::{Node, Pod},
 };
 
 /// Where an agent gets its objects.
@@ -110,6 +110,23 @@ impl Agent {
                     && interface.get("attached").and_then(Value::as_bool) == Some(true)
             });
             anyhow::ensure!(known.count() == count, "{status}");
+            Ok(())
+        })
+    }
+
+    /// Waits until these pods' interfaces have their hooks.
+    pub fn wait_for_hooks(&self, pods: &[&Pod]) -> Result<()> {
+        eventually("the hooks are on every pod's interface", || {
+            let status = self.status()?;
+            let interfaces = status.get("interfaces").and_then(Value::as_array);
+            let is_attached = |pod: &&Pod| {
+                let mut interfaces = interfaces.into_iter().flatten();
+                interfaces.any(|interface| {
+                    interface.get("name").and_then(Value::as_str) == Some(&pod.interface)
+                        && interface.get("attached").and_then(Value::as_bool) == Some(true)
+                })
+            };
+            anyhow::ensure!(pods.iter().all(is_attached), "{status}");
             Ok(())
         })
     }

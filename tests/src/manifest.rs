@@ -1,5 +1,7 @@
 //! Services, endpoint slices and pods as manifests.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use crate::{
@@ -125,30 +127,19 @@ impl Slice {
 #[derive(Clone, Debug)]
 pub struct PodObject {
     name: String,
-    object: Value,
+    node: String,
+    annotations: BTreeMap<String, String>,
+    host_port: Option<u16>,
 }
 
 impl PodObject {
     /// A pod of a node's.
     pub fn new(name: &str, node: &Node) -> Self {
-        let object = json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": { "name": name, "namespace": "default" },
-            "spec": {
-                "nodeName": node.name(),
-                "containers": [{
-                    "name": "traffic",
-                    "image": image::TRAFFIC,
-                    "imagePullPolicy": "Never",
-                    "args": ["serve", "--name", name, "--port", "8080"],
-                    "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
-                }],
-            },
-        });
         Self {
             name: name.to_owned(),
-            object,
+            node: node.name(),
+            annotations: BTreeMap::new(),
+            host_port: None,
         }
     }
 
@@ -160,24 +151,45 @@ impl PodObject {
     /// Sets an annotation.
     #[must_use]
     pub fn annotation(mut self, name: &str, value: &str) -> Self {
-        if let Some(metadata) = self.object.pointer_mut("/metadata") {
-            metadata["annotations"][name] = value.into();
-        }
+        self.annotations.insert(name.to_owned(), value.to_owned());
         self
     }
 
     /// Leads a port of its node, TCP and UDP, to the one that it serves on.
     #[must_use]
     pub fn host_port(mut self, port: u16) -> Self {
-        if let Some(container) = self.object.pointer_mut("/spec/containers/0") {
-            let of = |protocol: &str| json!({ "containerPort": 8080, "hostPort": port, "protocol": protocol });
-            container["ports"] = json!([of("TCP"), of("UDP")]);
-        }
+        self.host_port = Some(port);
         self
     }
 
     /// As JSON, which is YAML too.
     pub fn json(&self) -> Value {
-        self.object.clone()
+        let ports = ["TCP", "UDP"].map(|protocol| {
+            let mut port = json!({ "containerPort": 8080, "protocol": protocol });
+            if let (Some(host_port), Some(port)) = (self.host_port, port.as_object_mut()) {
+                port.insert("hostPort".to_owned(), host_port.into());
+            }
+            port
+        });
+        json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": self.name,
+                "namespace": "default",
+                "annotations": self.annotations,
+            },
+            "spec": {
+                "nodeName": self.node,
+                "containers": [{
+                    "name": "traffic",
+                    "image": image::TRAFFIC,
+                    "imagePullPolicy": "Never",
+                    "args": ["serve", "--name", self.name, "--port", "8080"],
+                    "ports": ports,
+                    "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
+                }],
+            },
+        })
     }
 }

@@ -8,7 +8,11 @@
     reason = "a test fails by panicking"
 )]
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Result, ensure};
 use penstock_testbed::{
@@ -21,6 +25,8 @@ use serde_json::json;
 struct Network {
     /// What containerd is told on a node.
     cni: fn(&Node) -> Cni,
+    /// What its agent is told besides.
+    agent: &'static [&'static str],
     /// How it names the node's ends of pods' links.
     pod_interfaces: &'static str,
     /// Interfaces that it keeps when no pod is left.
@@ -37,23 +43,27 @@ const REFERENCE: Network = Network {
             config: json!({
                 "cniVersion": "1.0.0",
                 "name": "reference",
-                "plugins": [{
-                    "type": "bridge",
-                    "bridge": "cni0",
-                    "isGateway": true,
-                    "hairpinMode": true,
-                    "ipam": {
-                        "type": "host-local",
-                        "ranges": [[{ "subnet": v4 }], [{ "subnet": v6 }]],
-                        "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+                "plugins": [
+                    {
+                        "type": "bridge",
+                        "bridge": "cni0",
+                        "isGateway": true,
+                        "hairpinMode": true,
+                        "ipam": {
+                            "type": "host-local",
+                            "ranges": [[{ "subnet": v4 }], [{ "subnet": v6 }]],
+                            "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+                        },
                     },
-                }],
+                    { "type": "portmap", "capabilities": { "portMappings": true } },
+                ],
             }),
-            plugins: ["bridge", "host-local"]
+            plugins: ["bridge", "host-local", "portmap"]
                 .map(|name| PathBuf::from("/usr/lib/cni").join(name))
                 .into(),
         }
     },
+    agent: &[],
     pod_interfaces: "veth*",
     keeps: &["cni0"],
     addresses: (
@@ -71,7 +81,7 @@ fn pods_on_the_reference_network_reach_each_other_and_services_and_leave_nothing
 }
 
 fn pods_reach_each_other_and_services_and_leave_nothing(
-    assets: &std::path::Path,
+    assets: &Path,
     network: &Network,
 ) -> Result<()> {
     let started = std::time::Instant::now();
@@ -83,24 +93,35 @@ fn pods_reach_each_other_and_services_and_leave_nothing(
     }
     let before = remains(&cluster, network)?;
     let source = Source::Kubeconfig(cluster.api.kubeconfig());
-    let agents = cluster.nodes.iter().map(|node| node.agent(&source, &[]));
+    let agents = cluster
+        .nodes
+        .iter()
+        .map(|node| node.agent(&source, network.agent));
     let agents = agents.collect::<Result<Vec<_>>>()?;
     passed("the agents serve");
 
     let [here, there] = [&cluster.nodes[0].node, &cluster.nodes[1].node];
     let pods = cluster.run(&[
         PodObject::new("client", here),
-        PodObject::new("near", here),
+        PodObject::new("near", here).host_port(8081),
         PodObject::new("far", there),
     ])?;
     passed("the pods are ready");
     let [client, near, far] = pods.as_slice() else {
         panic!("three pods run");
     };
-    agents[0].wait_for_pods(2)?;
-    agents[1].wait_for_pods(1)?;
+    agents[0].wait_for_hooks(&[client, near])?;
+    agents[1].wait_for_hooks(&[far])?;
     everybody_reaches(&cluster, &pods)?;
-    passed("pods and nodes reach pods");
+    for ip in [here.host.ip4, here.host.ip6] {
+        let to = SocketAddr::new(ip, 8081).to_string();
+        for host in [&there.host, &far.host] {
+            for protocol in PROTOCOLS {
+                assert_eq!(host.who_answers(protocol, &to)?, "near", "{protocol} {to}");
+            }
+        }
+    }
+    passed("pods and nodes reach pods, and a host port");
 
     let web = Service::new("web", 10)
         .port("tcp", 80, "TCP")
@@ -114,13 +135,16 @@ fn pods_reach_each_other_and_services_and_leave_nothing(
     eventually("the service is there", || {
         client.host.who_answers("tcp", &first.to_string())
     })?;
-    for protocol in PROTOCOLS {
-        for service in frontends(10, 80) {
-            all_answer(&client.host, protocol, service, &servers)?;
+    for host in [client.host.clone(), client.host.without_socket_hooks()] {
+        for protocol in PROTOCOLS {
+            for service in frontends(10, 80) {
+                all_answer(&host, protocol, service, &servers)?;
+            }
         }
     }
-    let translated = agents[0].count("socket_connect")?;
-    assert!(translated > 0, "pods' sockets are the node's");
+    for counter in ["socket_connect", "packet_request"] {
+        assert!(agents[0].count(counter)? > 0, "{counter}");
+    }
     passed("pods reach services");
 
     cluster.delete(&["client", "near", "far"])?;
@@ -140,7 +164,7 @@ fn everybody_reaches(cluster: &Cluster, pods: &[Pod]) -> Result<()> {
     for host in hosts {
         for pod in pods {
             for ip in [pod.host.ip4, pod.host.ip6] {
-                let to = std::net::SocketAddr::new(ip, 8080).to_string();
+                let to = SocketAddr::new(ip, 8080).to_string();
                 for protocol in PROTOCOLS {
                     let name = host.who_answers(protocol, &to)?;
                     assert_eq!(name, pod.host.name, "{} asks {to}", host.name);
