@@ -24,7 +24,7 @@ pub enum Source {
 }
 
 /// A program of this workspace, from the folder that this one runs from or the one beside it.
-pub(crate) fn binary(name: &str) -> Result<PathBuf> {
+pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let target = own
         .ancestors()

@@ -125,12 +125,9 @@ impl ApiServer {
         serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
     }
 
-    /// Waits until objects have a condition, or are gone if it is "delete".
+    /// Waits until objects have a condition.
     pub fn wait_for(&self, condition: &str, kind: &str, names: &[&str]) -> Result<()> {
-        let condition = match condition {
-            "delete" => "--for=delete".to_owned(),
-            other => format!("--for=condition={other}"),
-        };
+        let condition = format!("--for=condition={condition}");
         let timeout = format!("--timeout={}s", wait::long().as_secs());
         let arguments = ["wait", &condition, &timeout, kind];
         self.kubectl(&[&arguments, names].concat(), None).map(drop)

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::{
     image,
     process::{self, Place, Process},
-    wait::eventually_started,
+    wait::patiently,
 };
 
 /// The folder that Debian keeps containerd's loopback plugin in, which it needs with any network.
@@ -61,14 +61,19 @@ impl Containerd {
             .context("writing containerd's configuration")?;
         let log = folder.join("containerd.log");
         let mut command = process::command("containerd", place)?;
-        command.arg("--config").arg(config);
+        let path = std::env::var("PATH").unwrap_or_default();
+        // runc is an administrator's program.
+        command
+            .arg("--config")
+            .arg(config)
+            .env("PATH", format!("{path}:/usr/sbin:/sbin"));
         let mut containerd = Self {
             process: Process::start_logging(command, &log)?,
             place: place.clone(),
             socket: folder.join("containerd.sock"),
             log,
         };
-        eventually_started("containerd serves", || {
+        patiently("containerd serves", || {
             anyhow::ensure!(
                 containerd.process.is_running(),
                 "containerd ended: {}",

@@ -22,7 +22,7 @@ use crate::{
     host::Host,
     process::{self, Place, Process},
     testbed::{Node, Pod},
-    wait::eventually_started,
+    wait::patiently,
 };
 
 /// What a node's mounts are made with.
@@ -76,12 +76,7 @@ impl KubernetesNode {
         };
         let containerd = Containerd::start(&place, &folder, cni)?;
         let kubelet = kubelet(assets, &node, &place, api, &containerd, &folder)?;
-        let ranges = node.pod_ranges();
-        let ranges = json!({ "spec": { "podCIDR": ranges.0, "podCIDRs": [ranges.0, ranges.1] } });
-        eventually_started("the kubelet registers its node", || {
-            api.patch("node", &node.name(), &ranges)
-        })?;
-        Ok(Self {
+        let started = Self {
             node,
             _kubelet: kubelet,
             containerd,
@@ -89,6 +84,17 @@ impl KubernetesNode {
             first_id,
             _cgroups: cgroups,
             folder,
+        };
+        started.register(api).with_context(|| started.log())?;
+        Ok(started)
+    }
+
+    /// Waits until the kubelet has made its object, and does to it what a controller would.
+    fn register(&self, api: &ApiServer) -> Result<()> {
+        let (v4, v6) = self.node.pod_ranges();
+        let ranges = json!({ "spec": { "podCIDR": v4, "podCIDRs": [v4, v6] } });
+        patiently("the kubelet registers its node", || {
+            api.patch("node", &self.node.name(), &ranges)
         })
     }
 
@@ -106,9 +112,7 @@ impl KubernetesNode {
         };
         format!("{}\n{}", end(&self.containerd.log()), end(&kubelet))
     }
-}
 
-impl KubernetesNode {
     /// The node's agent, among the node's mounts and processes as a pod of the host's would be.
     pub fn agent(&self, source: &Source, extra: &[&str]) -> Result<Agent> {
         let mut node = self.node.clone();

@@ -23,7 +23,7 @@ mod scene;
 mod testbed;
 mod wait;
 
-pub use agent::{Agent, Source};
+pub use agent::{Agent, Source, binary};
 pub use apiserver::ApiServer;
 pub use cluster::Cluster;
 pub use containerd::Cni;
@@ -34,4 +34,4 @@ pub use process::Process;
 pub use requirement::{require_api_server, require_kernel, require_kubelet};
 pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};
 pub use testbed::{Node, Pod, Testbed, remove_leftovers};
-pub use wait::eventually;
+pub use wait::{eventually, patiently};

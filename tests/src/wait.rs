@@ -9,7 +9,7 @@ fn patience() -> Duration {
     Duration::from_secs(seconds.unwrap_or(10))
 }
 
-/// The same for what whole programs must start for: six times as long.
+/// How long to wait for what several programs must do: six times as long.
 pub(crate) fn long() -> Duration {
     patience() * 6
 }
@@ -19,11 +19,8 @@ pub fn eventually<T>(what: &str, ask: impl FnMut() -> anyhow::Result<T>) -> anyh
     within(patience(), Duration::from_millis(5), what, ask)
 }
 
-/// The same for [`long`], and not as often: asking takes a program of its own.
-pub(crate) fn eventually_started<T>(
-    what: &str,
-    ask: impl FnMut() -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
+/// The same for what several programs must do: six times as long, and not as often.
+pub fn patiently<T>(what: &str, ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
     within(long(), Duration::from_millis(50), what, ask)
 }
 

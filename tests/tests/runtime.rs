@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Result, ensure};
 use penstock_testbed::{
     Cluster, Cni, Host, KubernetesNode, Node, PROTOCOLS, Pod, PodObject, Service, Slice, Source,
-    all_answer, eventually, frontends, require_kubelet,
+    all_answer, eventually, frontends, patiently, require_kubelet,
 };
 use serde_json::json;
 
@@ -148,7 +148,7 @@ fn pods_reach_each_other_and_services_and_leave_nothing(
     passed("pods reach services");
 
     cluster.delete(&["client", "near", "far"])?;
-    eventually("nothing is left", || {
+    patiently("nothing is left", || {
         let after = remains(&cluster, network)?;
         ensure!(after == before, "{after:?} is left of {before:?}");
         Ok(())
