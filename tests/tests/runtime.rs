@@ -10,14 +10,15 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    time::Instant,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use penstock_testbed::{
-    Cluster, Cni, Host, KubernetesNode, Node, PROTOCOLS, Pod, PodObject, Service, Slice, Source,
-    all_answer, eventually, frontends, patiently, require_kubelet,
+    Agent, Cluster, Cni, Host, KubernetesNode, Node, PROTOCOLS, Pod, PodObject, Service, Slice,
+    Source, all_answer, eventually, frontends, patiently, require_kubelet,
 };
 use serde_json::json;
 
@@ -31,8 +32,8 @@ struct Network {
     pod_interfaces: &'static str,
     /// Interfaces that it keeps when no pod is left.
     keeps: &'static [&'static str],
-    /// Where a node lists the addresses that are given away, and what else that folder holds.
-    addresses: (&'static str, &'static [&'static str]),
+    /// What a node says it has given to pods.
+    given: fn(&KubernetesNode) -> Result<BTreeSet<String>>,
 }
 
 /// What comes with Debian: the node routes between a bridge of pods and its own network.
@@ -66,111 +67,171 @@ const REFERENCE: Network = Network {
     agent: &[],
     pod_interfaces: "veth*",
     keeps: &["cni0"],
-    addresses: (
-        "/var/lib/cni/networks/reference",
-        &["lock", "last_reserved_ip.0", "last_reserved_ip.1"],
-    ),
+    given: |node| {
+        // There is no folder before the first pod.
+        let folder = node.path("/var/lib/cni/networks/reference");
+        let entries = std::fs::read_dir(folder).into_iter().flatten();
+        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        let names: Result<BTreeSet<String>> = names.collect();
+        let is_address = |name: &String| name.parse::<IpAddr>().is_ok();
+        Ok(names?.into_iter().filter(is_address).collect())
+    },
 };
 
 #[test]
-fn pods_on_the_reference_network_reach_each_other_and_services_and_leave_nothing() -> Result<()> {
+fn the_reference_network_carries_pods_and_keeps_nothing_of_them() -> Result<()> {
     let Some(assets) = require_kubelet() else {
         return Ok(());
     };
-    pods_reach_each_other_and_services_and_leave_nothing(&assets, &REFERENCE)
+    carries_pods_and_keeps_nothing_of_them(&assets, &REFERENCE)
 }
 
-fn pods_reach_each_other_and_services_and_leave_nothing(
-    assets: &Path,
-    network: &Network,
-) -> Result<()> {
-    let started = std::time::Instant::now();
-    let passed = |what: &str| eprintln!("{:.1} s: {what}", started.elapsed().as_secs_f32());
-    let mut cluster = Cluster::start(assets, 2, network.cni)?;
-    passed("the nodes are ready");
-    for node in &mut cluster.nodes {
-        node.node.pod_interfaces = network.pod_interfaces.to_owned();
-    }
-    let before = remains(&cluster, network)?;
-    let source = Source::Kubeconfig(cluster.api.kubeconfig());
-    let agents = cluster
-        .nodes
-        .iter()
-        .map(|node| node.agent(&source, network.agent));
-    let agents = agents.collect::<Result<Vec<_>>>()?;
-    passed("the agents serve");
-
-    let [here, there] = [&cluster.nodes[0].node, &cluster.nodes[1].node];
-    let pods = cluster.run(&[
+fn carries_pods_and_keeps_nothing_of_them(assets: &Path, network: &Network) -> Result<()> {
+    let stage = Stage::new(assets, network)?;
+    let [here, there] = [0, 1].map(|number| &stage.cluster.nodes[number].node);
+    let pods = stage.cluster.run(&[
         PodObject::new("client", here),
         PodObject::new("near", here).host_port(8081),
         PodObject::new("far", there),
     ])?;
-    passed("the pods are ready");
+    stage.passed("pods are ready");
     let [client, near, far] = pods.as_slice() else {
         panic!("three pods run");
     };
-    agents[0].wait_for_hooks(&[client, near])?;
-    agents[1].wait_for_hooks(&[far])?;
-    everybody_reaches(&cluster, &pods)?;
-    for ip in [here.host.ip4, here.host.ip6] {
-        let to = SocketAddr::new(ip, 8081).to_string();
-        for host in [&there.host, &far.host] {
-            for protocol in PROTOCOLS {
-                assert_eq!(host.who_answers(protocol, &to)?, "near", "{protocol} {to}");
-            }
-        }
-    }
-    passed("pods and nodes reach pods, and a host port");
+    stage.agents[0].wait_for_hooks(&[client, near])?;
+    stage.agents[1].wait_for_hooks(&[far])?;
+    stage.everybody_reaches(&pods)?;
+    stage.reach_the_host_port(&[&there.host, &far.host], near)?;
+    stage.reaches_services(client, [near, far])?;
+    stage.end(&["client", "near", "far"])?;
 
-    let web = Service::new("web", 10)
-        .port("tcp", 80, "TCP")
-        .port("udp", 80, "UDP");
-    cluster.api.apply(&web.json())?;
-    for slice in Slice::both("web", 8080, &[near, far]) {
-        cluster.api.apply(&slice)?;
-    }
-    let servers = BTreeSet::from(["near".to_owned(), "far".to_owned()]);
-    let first = frontends(10, 80)[0];
-    eventually("the service is there", || {
-        client.host.who_answers("tcp", &first.to_string())
-    })?;
-    for host in [client.host.clone(), client.host.without_socket_hooks()] {
-        for protocol in PROTOCOLS {
-            for service in frontends(10, 80) {
-                all_answer(&host, protocol, service, &servers)?;
-            }
-        }
-    }
-    for counter in ["socket_connect", "packet_request"] {
-        assert!(agents[0].count(counter)? > 0, "{counter}");
-    }
-    passed("pods reach services");
-
-    cluster.delete(&["client", "near", "far"])?;
-    patiently("nothing is left", || {
-        let after = remains(&cluster, network)?;
-        ensure!(after == before, "{after:?} is left of {before:?}");
-        Ok(())
-    })?;
-    passed("nothing is left");
-    Ok(())
+    // Plugins are called for many pods at once, and addresses are given out again.
+    let names: Vec<String> = (0..8).map(|number| format!("pod{number}")).collect();
+    let objects = names.iter().zip([here, there].into_iter().cycle());
+    let objects: Vec<_> = objects
+        .map(|(name, node)| PodObject::new(name, node))
+        .collect();
+    let pods = stage.cluster.run(&objects)?;
+    stage.passed("many pods are ready");
+    stage.everybody_reaches(&pods)?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    stage.end(&names)
 }
 
-/// Every pod, and every node, asks every pod.
-fn everybody_reaches(cluster: &Cluster, pods: &[Pod]) -> Result<()> {
-    let nodes = cluster.nodes.iter().map(|node| &node.node.host);
-    let hosts: Vec<&Host> = pods.iter().map(|pod| &pod.host).chain(nodes).collect();
-    for host in hosts {
-        for pod in pods {
-            for ip in [pod.host.ip4, pod.host.ip6] {
-                let to = SocketAddr::new(ip, 8080).to_string();
-                for protocol in PROTOCOLS {
-                    let name = host.who_answers(protocol, &to)?;
-                    assert_eq!(name, pod.host.name, "{} asks {to}", host.name);
+/// A cluster of two nodes with their agents.
+struct Stage<'a> {
+    network: &'a Network,
+    agents: Vec<Agent>,
+    cluster: Cluster,
+    /// What the nodes had before there were pods.
+    before: Vec<BTreeSet<String>>,
+    started: Instant,
+}
+
+impl<'a> Stage<'a> {
+    fn new(assets: &Path, network: &'a Network) -> Result<Self> {
+        let started = Instant::now();
+        let mut cluster = Cluster::start(assets, 2, network.cni)?;
+        for node in &mut cluster.nodes {
+            node.node.pod_interfaces = network.pod_interfaces.to_owned();
+        }
+        let before = remains(&cluster, network)?;
+        let source = Source::Kubeconfig(cluster.api.kubeconfig());
+        let agents = cluster.nodes.iter();
+        let agents = agents.map(|node| node.agent(&source, network.agent));
+        let stage = Self {
+            network,
+            agents: agents.collect::<Result<_>>()?,
+            cluster,
+            before,
+            started,
+        };
+        stage.passed("nodes and agents are ready");
+        Ok(stage)
+    }
+
+    /// Says how long it took.
+    fn passed(&self, what: &str) {
+        eprintln!("{:.1} s: {what}", self.started.elapsed().as_secs_f32());
+    }
+
+    /// Every pod, and every node, asks every pod.
+    fn everybody_reaches(&self, pods: &[Pod]) -> Result<()> {
+        let nodes = self.cluster.nodes.iter().map(|node| &node.node.host);
+        let hosts: Vec<&Host> = pods.iter().map(|pod| &pod.host).chain(nodes).collect();
+        for host in hosts {
+            for pod in pods {
+                for ip in [pod.host.ip4, pod.host.ip6] {
+                    reaches(host, SocketAddr::new(ip, 8080), &pod.host.name)?;
                 }
             }
         }
+        self.passed("pods and nodes reach pods");
+        Ok(())
+    }
+
+    /// Port 8081 of the first node leads to its pod.
+    fn reach_the_host_port(&self, hosts: &[&Host], pod: &Pod) -> Result<()> {
+        let node = &self.cluster.nodes[0].node.host;
+        for host in hosts {
+            for ip in [node.ip4, node.ip6] {
+                reaches(host, SocketAddr::new(ip, 8081), &pod.host.name)?;
+            }
+        }
+        self.passed("a host port leads to its pod");
+        Ok(())
+    }
+
+    /// A pod of the first node reaches a service with two others, on either path.
+    fn reaches_services(&self, client: &Pod, servers: [&Pod; 2]) -> Result<()> {
+        let web = Service::new("web", 10)
+            .port("tcp", 80, "TCP")
+            .port("udp", 80, "UDP");
+        self.cluster.api.apply(&web.json())?;
+        for slice in Slice::both("web", 8080, &servers) {
+            self.cluster.api.apply(&slice)?;
+        }
+        let names = servers.map(|pod| pod.host.name.clone()).into();
+        for service in frontends(10, 80) {
+            eventually("the service is there", || {
+                client.host.who_answers("tcp", &service.to_string())
+            })?;
+            for host in [client.host.clone(), client.host.without_socket_hooks()] {
+                for protocol in PROTOCOLS {
+                    all_answer(&host, protocol, service, &names)?;
+                }
+            }
+        }
+        for counter in ["socket_connect", "packet_request"] {
+            assert!(self.agents[0].count(counter)? > 0, "{counter}");
+        }
+        self.passed("a pod reaches a service");
+        Ok(())
+    }
+
+    /// Deletes all pods and waits until the nodes are what they were before.
+    fn end(&self, names: &[&str]) -> Result<()> {
+        let during = remains(&self.cluster, self.network)?;
+        for (before, during) in self.before.iter().zip(&during) {
+            assert!(before.len() < during.len(), "no trace of pods: {during:?}");
+        }
+        self.cluster.delete(names)?;
+        patiently("nothing is left", || {
+            let after = remains(&self.cluster, self.network)?;
+            ensure!(after == self.before, "{after:?} is not {:?}", self.before);
+            Ok(())
+        })?;
+        self.passed("nothing is left");
+        Ok(())
+    }
+}
+
+/// A host is answered by a pod, whatever it speaks.
+fn reaches(host: &Host, to: SocketAddr, pod: &str) -> Result<()> {
+    for protocol in PROTOCOLS {
+        let name = host.who_answers(protocol, &to.to_string());
+        let name = name.with_context(|| format!("{} asks {pod}, {protocol}", host.name))?;
+        assert_eq!(name, pod, "{} asks {to}, {protocol}", host.name);
     }
     Ok(())
 }
@@ -184,19 +245,7 @@ fn remains(cluster: &Cluster, network: &Network) -> Result<Vec<BTreeSet<String>>
         let mut interfaces = node.interfaces()?;
         interfaces.retain(|name| !network.keeps.contains(&name.as_str()));
         remains.push(interfaces);
-        remains.push(addresses(node, network));
+        remains.push((network.given)(node)?);
     }
     Ok(remains)
-}
-
-/// The addresses that a node has given away.
-fn addresses(node: &KubernetesNode, network: &Network) -> BTreeSet<String> {
-    let (folder, others) = network.addresses;
-    let entries = std::fs::read_dir(node.path(folder)).into_iter().flatten();
-    let names = entries.flatten().map(|entry| entry.file_name());
-    let mut names: BTreeSet<String> = names
-        .map(|name| name.to_string_lossy().into_owned())
-        .collect();
-    names.retain(|name| !others.contains(&name.as_str()));
-    names
 }
