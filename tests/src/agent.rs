@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{
     eventually,
     process::{self, Place, Process},
-    testbed::Node,
+    testbed::{Node, Pod},
 };
 
 /// Where an agent gets its objects.
@@ -24,7 +24,7 @@ pub enum Source {
 }
 
 /// A program of this workspace, from the folder that this one runs from or the one beside it.
-pub(crate) fn binary(name: &str) -> Result<PathBuf> {
+pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let target = own
         .ancestors()
@@ -53,9 +53,19 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent of a node and waits until it serves.
     pub fn start(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
+        Self::start_at(node, source, extra, node.place())
+    }
+
+    /// The same, at a place of the node's.
+    pub(crate) fn start_at(
+        node: &Node,
+        source: &Source,
+        extra: &[&str],
+        place: Place,
+    ) -> Result<Self> {
         let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
         let log = node.run_dir.with_extension("log");
-        Self::launch(node.clone(), source.clone(), extra, log, node.place())
+        Self::launch(node.clone(), source.clone(), extra, log, place)
     }
 
     fn launch(
@@ -100,6 +110,23 @@ impl Agent {
                     && interface.get("attached").and_then(Value::as_bool) == Some(true)
             });
             anyhow::ensure!(known.count() == count, "{status}");
+            Ok(())
+        })
+    }
+
+    /// Waits until these pods' interfaces have their hooks.
+    pub fn wait_for_hooks(&self, pods: &[&Pod]) -> Result<()> {
+        eventually("the hooks are on every pod's interface", || {
+            let status = self.status()?;
+            let interfaces = status.get("interfaces").and_then(Value::as_array);
+            let is_attached = |pod: &&Pod| {
+                let mut interfaces = interfaces.into_iter().flatten();
+                interfaces.any(|interface| {
+                    interface.get("name").and_then(Value::as_str) == Some(&pod.interface)
+                        && interface.get("attached").and_then(Value::as_bool) == Some(true)
+                })
+            };
+            anyhow::ensure!(pods.iter().all(is_attached), "{status}");
             Ok(())
         })
     }

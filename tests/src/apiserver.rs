@@ -13,6 +13,7 @@ use crate::{
     eventually,
     host::Host,
     process::{self, Process},
+    wait,
 };
 
 const TOKEN: &str = "testbed-token";
@@ -109,6 +110,27 @@ impl ApiServer {
     pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
         self.kubectl(&["delete", kind, name, "--wait=false"], None)
             .map(drop)
+    }
+
+    /// Changes an object that is there.
+    pub fn patch(&self, kind: &str, name: &str, change: &Value) -> Result<()> {
+        let change = change.to_string();
+        self.kubectl(&["patch", kind, name, "--type=merge", "-p", &change], None)
+            .map(drop)
+    }
+
+    /// An object, as it is.
+    pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
+        let text = self.kubectl(&["get", kind, name, "-o", "json"], None)?;
+        serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
+    }
+
+    /// Waits until objects have a condition.
+    pub fn wait_for(&self, condition: &str, kind: &str, names: &[&str]) -> Result<()> {
+        let condition = format!("--for=condition={condition}");
+        let timeout = format!("--timeout={}s", wait::long().as_secs());
+        let arguments = ["wait", &condition, &timeout, kind];
+        self.kubectl(&[&arguments, names].concat(), None).map(drop)
     }
 
     /// Kills the API server (not etcd) and starts it again.

@@ -29,7 +29,7 @@ impl Host {
     #[must_use]
     pub fn without_socket_hooks(&self) -> Self {
         let mut host = self.clone();
-        host.place.cgroup = None;
+        host.place.cgroups.clear();
         host
     }
 

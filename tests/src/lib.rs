@@ -4,10 +4,18 @@
 //! own namespace, cgroup, bpffs folder and manifests, and routes to the other nodes' pods; each
 //! [`Pod`] hangs on a veth pair, as with a routed CNI plugin. Everything is removed when the
 //! testbed is dropped, also by a panic; what a killed run left is removed by the next.
+//!
+//! In a [`Cluster`] the pods are a real runtime's: the nodes have containerd and a kubelet, and a
+//! CNI plugin of the caller's choice.
 
 mod agent;
 mod apiserver;
+mod cgroup;
+mod cluster;
+mod containerd;
 mod host;
+mod image;
+mod kubernetes;
 mod manifest;
 mod process;
 mod requirement;
@@ -15,12 +23,15 @@ mod scene;
 mod testbed;
 mod wait;
 
-pub use agent::{Agent, Source};
+pub use agent::{Agent, Source, binary};
 pub use apiserver::ApiServer;
+pub use cluster::Cluster;
+pub use containerd::Cni;
 pub use host::Host;
-pub use manifest::{Service, Slice};
+pub use kubernetes::KubernetesNode;
+pub use manifest::{PodObject, Service, Slice};
 pub use process::Process;
-pub use requirement::{require_api_server, require_kernel};
+pub use requirement::{require_api_server, require_kernel, require_kubelet};
 pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};
 pub use testbed::{Node, Pod, Testbed, remove_leftovers};
-pub use wait::eventually;
+pub use wait::{eventually, patiently};

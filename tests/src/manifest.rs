@@ -1,8 +1,13 @@
-//! Services and endpoint slices as manifests.
+//! Services, endpoint slices and pods as manifests.
+
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::testbed::Pod;
+use crate::{
+    image,
+    testbed::{Node, Pod},
+};
 
 /// A Service in the making.
 #[derive(Clone, Debug)]
@@ -114,5 +119,77 @@ impl Slice {
                 pods.iter().fold(slice, |slice, pod| slice.pod(pod)).json()
             })
             .collect()
+    }
+}
+
+/// A pod in the making: the traffic program, which serves TCP and UDP on 8080 and says the pod's
+/// name.
+#[derive(Clone, Debug)]
+pub struct PodObject {
+    name: String,
+    node: String,
+    annotations: BTreeMap<String, String>,
+    host_port: Option<u16>,
+}
+
+impl PodObject {
+    /// A pod of a node's.
+    pub fn new(name: &str, node: &Node) -> Self {
+        Self {
+            name: name.to_owned(),
+            node: node.name(),
+            annotations: BTreeMap::new(),
+            host_port: None,
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Sets an annotation.
+    #[must_use]
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        self.annotations.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Leads a port of its node, TCP and UDP, to the one that it serves on.
+    #[must_use]
+    pub fn host_port(mut self, port: u16) -> Self {
+        self.host_port = Some(port);
+        self
+    }
+
+    /// As JSON, which is YAML too.
+    pub fn json(&self) -> Value {
+        let ports = ["TCP", "UDP"].map(|protocol| {
+            let mut port = json!({ "containerPort": 8080, "protocol": protocol });
+            if let (Some(host_port), Some(port)) = (self.host_port, port.as_object_mut()) {
+                port.insert("hostPort".to_owned(), host_port.into());
+            }
+            port
+        });
+        json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": self.name,
+                "namespace": "default",
+                "annotations": self.annotations,
+            },
+            "spec": {
+                "nodeName": self.node,
+                "containers": [{
+                    "name": "traffic",
+                    "image": image::TRAFFIC,
+                    "imagePullPolicy": "Never",
+                    "args": ["serve", "--name", self.name, "--port", "8080"],
+                    "ports": ports,
+                    "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
+                }],
+            },
+        })
     }
 }

@@ -13,31 +13,48 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 /// Where a process runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Place {
     /// A network namespace's file.
     pub(crate) namespace: PathBuf,
-    /// A cgroup's folder; the caller's own where there is none.
-    pub(crate) cgroup: Option<PathBuf>,
+    /// Folders of cgroups, one a hierarchy; the caller's own where there is none.
+    pub(crate) cgroups: Vec<PathBuf>,
+    /// A process whose mounts and process ids are to be seen: the first of a Kubernetes node.
+    pub(crate) inside: Option<u32>,
+}
+
+impl Place {
+    /// The program, or what starts it among the mounts and processes that it is to see.
+    fn program(&self, program: impl AsRef<OsStr>) -> Command {
+        let Some(first) = self.inside else {
+            return Command::new(program);
+        };
+        let mut command = Command::new("nsenter");
+        // A process id namespace is for children only: nsenter stays, and must not leave one.
+        command
+            .args(["--target", &first.to_string()])
+            .args(["--mount", "--uts", "--ipc", "--pid", "--cgroup", "--"])
+            .args(["setpriv", "--pdeathsig", "KILL", "--"])
+            .arg(program);
+        command
+    }
 }
 
 /// A command that will run in `place`, and die with its parent.
 pub(crate) fn command(program: impl AsRef<OsStr>, place: &Place) -> Result<Command> {
     let namespace = File::open(&place.namespace)
         .with_context(|| format!("opening {}", place.namespace.display()))?;
-    let cgroup = match &place.cgroup {
-        Some(cgroup) => {
-            let path = cgroup.join("cgroup.procs");
-            let file = File::options().write(true).open(&path);
-            Some(file.with_context(|| format!("opening {}", path.display()))?)
-        }
-        None => None,
+    let open = |cgroup: &PathBuf| {
+        let path = cgroup.join("cgroup.procs");
+        let file = File::options().write(true).open(&path);
+        file.with_context(|| format!("opening {}", path.display()))
     };
-    let mut command = Command::new(program);
+    let cgroups: Vec<File> = place.cgroups.iter().map(open).collect::<Result<_>>()?;
+    let mut command = place.program(program);
     command.stdin(Stdio::null());
     let enter = move || {
         // 0 is the writing process itself.
-        if let Some(mut cgroup) = cgroup.as_ref() {
+        for mut cgroup in &cgroups {
             cgroup.write_all(b"0")?;
         }
         // SAFETY: plain numbers; both calls are async-signal-safe.

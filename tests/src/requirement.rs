@@ -25,6 +25,27 @@ pub fn require_api_server() -> Option<PathBuf> {
     }
 }
 
+/// Where etcd, kube-apiserver and kubelet are, and containerd is installed with its plugins; `None`,
+/// after saying so, if not.
+#[must_use]
+pub fn require_kubelet() -> Option<PathBuf> {
+    let assets = require_api_server()?;
+    if !assets.join("kubelet").exists() {
+        return missing("kubelet in KUBEBUILDER_ASSETS");
+    }
+    let installed = [
+        ("/usr/bin/containerd", "containerd"),
+        ("/usr/sbin/runc", "runc"),
+        ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ];
+    for (file, package) in installed {
+        if !Path::new(file).exists() {
+            return missing(&format!("{file} (package {package})"));
+        }
+    }
+    Some(assets)
+}
+
 /// Says what is missing; in CI nothing may be.
 fn missing<T>(what: &str) -> Option<T> {
     #[expect(clippy::panic, reason = "in CI a test that can't run is a failure")]

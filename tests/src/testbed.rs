@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    cgroup,
     host::Host,
     process::{self, Place},
 };
@@ -56,16 +57,6 @@ pub struct Pod {
     pub interface: String,
     /// The node that it runs on.
     pub node: String,
-}
-
-/// Where the cgroup2 hierarchy is.
-fn cgroup_root() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
-    let found = mounts.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(' ').collect();
-        (fields.get(2) == Some(&"cgroup2")).then(|| PathBuf::from(fields.get(1).unwrap_or(&"")))
-    });
-    found.context("no cgroup2 is mounted")
 }
 
 /// Runs `ip` once for many lines.
@@ -152,7 +143,7 @@ impl Testbed {
         // No waiting for duplicate addresses, of which there are none.
         let place = Place {
             namespace: Path::new("/run/netns").join(&name),
-            cgroup: None,
+            ..Place::default()
         };
         let mut sysctl = process::command("sysctl", &place)?;
         sysctl.args([
@@ -195,7 +186,8 @@ impl Testbed {
             ip6: ips.1.parse().context("an address")?,
             place: Place {
                 namespace: Path::new("/run/netns").join(namespace),
-                cgroup,
+                cgroups: cgroup.into_iter().collect(),
+                inside: None,
             },
         })
     }
@@ -208,7 +200,7 @@ impl Testbed {
         let namespace = self.namespace(&name)?;
         let address = 10 + number;
         self.connect(&namespace, address)?;
-        let cgroup = cgroup_root()?.join(format!("{}-{name}", self.prefix));
+        let cgroup = cgroup::unified()?.join(format!("{}-{name}", self.prefix));
         fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
         self.cgroups.push(cgroup.clone());
         let folder = self.folder.path().join(&name);
@@ -323,11 +315,20 @@ impl Node {
         format!("node{}", self.number)
     }
 
+    /// The ranges of its pods' addresses, which the other nodes have routes to.
+    pub fn pod_ranges(&self) -> (String, String) {
+        let number = self.number;
+        (
+            format!("10.244.{number}.0/24"),
+            format!("fd00:244:{number}::/64"),
+        )
+    }
+
     /// Runs a program in its namespace, outside its cgroup.
     pub(crate) fn place(&self) -> Place {
         Place {
             namespace: self.host.place.namespace.clone(),
-            cgroup: None,
+            ..Place::default()
         }
     }
 
@@ -380,7 +381,7 @@ impl Drop for Testbed {
 /// Removes what a testbed made; what is gone already is as good.
 fn remove(prefix: &str, namespaces: &[String], cgroups: &[PathBuf]) {
     for cgroup in cgroups {
-        end_processes(cgroup);
+        cgroup::end_processes(cgroup);
     }
     for folder in fs::read_dir("/sys/fs/bpf").into_iter().flatten().flatten() {
         if folder
@@ -399,29 +400,9 @@ fn remove(prefix: &str, namespaces: &[String], cgroups: &[PathBuf]) {
         eprintln!("removing namespaces: {error:#}");
     }
     for cgroup in cgroups {
-        let _ = crate::eventually("the cgroup is empty", || remove_cgroup(cgroup));
-    }
-}
-
-/// Kills what is left in a cgroup of ours.
-fn end_processes(cgroup: &Path) {
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            end_processes(&entry.path());
+        if let Err(error) = cgroup::remove(cgroup) {
+            eprintln!("{error:#}");
         }
-    }
-    let _ = fs::write(cgroup.join("cgroup.kill"), "1");
-}
-
-fn remove_cgroup(cgroup: &Path) -> Result<()> {
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            remove_cgroup(&entry.path())?;
-        }
-    }
-    match fs::remove_dir(cgroup) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-        _ => Ok(()),
     }
 }
 
@@ -448,11 +429,17 @@ pub fn remove_leftovers() {
         .into_iter()
         .filter(|name| is_dead(name).is_some())
         .collect();
-    let root = cgroup_root().unwrap_or_default();
-    let cgroups: Vec<PathBuf> = names(&root)
-        .into_iter()
-        .filter(|name| is_dead(name).is_some())
-        .map(|name| root.join(name))
+    let roots = cgroup::hierarchies().unwrap_or_default();
+    let roots = roots.into_iter().map(|hierarchy| hierarchy.root);
+    let cgroups: Vec<PathBuf> = roots
+        .chain(cgroup::unified())
+        .flat_map(|root| {
+            names(&root)
+                .into_iter()
+                .map(move |name| (root.clone(), name))
+        })
+        .filter(|(_, name)| is_dead(name).is_some())
+        .map(|(root, name)| root.join(name))
         .collect();
     let mut prefixes: Vec<String> = names(Path::new("/sys/fs/bpf"))
         .iter()

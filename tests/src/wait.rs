@@ -9,17 +9,35 @@ fn patience() -> Duration {
     Duration::from_secs(seconds.unwrap_or(10))
 }
 
+/// How long to wait for what several programs must do: six times as long.
+pub(crate) fn long() -> Duration {
+    patience() * 6
+}
+
 /// Asks until the answer is yes, for [`patience`] at most; the last reason is the error.
-pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
+pub fn eventually<T>(what: &str, ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    within(patience(), Duration::from_millis(5), what, ask)
+}
+
+/// The same for what several programs must do: six times as long, and not as often.
+pub fn patiently<T>(what: &str, ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    within(long(), Duration::from_millis(50), what, ask)
+}
+
+fn within<T>(
+    patience: Duration,
+    pause: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let started = Instant::now();
-    let patience = patience();
     loop {
         match ask() {
             Ok(answer) => return Ok(answer),
             Err(error) if started.elapsed() > patience => {
                 return Err(error.context(format!("{what} did not come true in {patience:?}")));
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            Err(_) => std::thread::sleep(pause),
         }
     }
 }

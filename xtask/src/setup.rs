@@ -29,10 +29,13 @@ const LINKER: &[(&str, &str)] = &[
 ];
 /// What tests, demo and benchmark start.
 const PROGRAMS: &[(&str, &str)] = &[
+    ("/usr/bin/containerd", "containerd"),
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("/usr/sbin/ethtool", "ethtool"),
     ("/bin/ip", "iproute2"),
     ("/usr/bin/nsenter", "util-linux"),
     ("/usr/bin/openssl", "openssl"),
+    ("/usr/sbin/runc", "runc"),
     ("/sbin/sysctl", "procps"),
 ];
 

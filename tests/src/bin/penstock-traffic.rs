@@ -81,6 +81,8 @@ enum Command {
         #[arg(long, default_value_t = 1_000)]
         count: usize,
     },
+    /// Does nothing, for ever: what keeps a pod's namespaces.
+    Pause,
 }
 
 fn main() -> Result<()> {
@@ -135,6 +137,9 @@ fn main() -> Result<()> {
         Command::Load { to, for_ms, tasks } => load(&to, Duration::from_millis(for_ms), tasks),
         Command::Trail { to, for_ms } => trail(&to, Duration::from_millis(for_ms)),
         Command::Times { to, count } => times(&to, count),
+        Command::Pause => loop {
+            nix::unistd::pause();
+        },
     }
 }
 
