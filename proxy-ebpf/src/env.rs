@@ -4,8 +4,8 @@
 //! what is used.
 
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Endpoint, Flow, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, Uplink,
+    Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, Uplink,
 };
 
 use crate::family::Family;
@@ -36,12 +36,22 @@ pub trait Env {
 pub trait Record<A>: Copy {
     /// A copy of all of it.
     fn load(self) -> Flow<A>;
+    /// Its state.
+    fn state(self) -> u32;
+    /// The key that should lead to it from a direction.
+    fn key(self, direction: u8) -> FlowKey<A>;
+    /// Its protocol, and when a packet was last seen.
+    fn last_seen(self) -> (Proto, u32);
     /// Moves the state from `from` to `to`, unless somebody else moved it before.
     fn exchange_state(self, from: u32, to: u32) -> bool;
     /// Sets the state of a record that is this program's alone, or among its live states.
     fn set_state(self, state: u32);
     /// Notes that a packet was seen.
     fn touch(self, now_secs: u32);
+    /// Gives a record that is this program's alone another source port.
+    fn set_source_port(self, port: Be16);
+    /// Gives a record that is this program's alone another source, and flags that say so.
+    fn set_source(self, source: A, flags: u16);
     /// Writes all but the state of a record that is this program's alone.
     fn store(self, flow: &Flow<A>);
 }

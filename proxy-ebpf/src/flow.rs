@@ -116,22 +116,19 @@ pub fn retire<F: Family, M: Maps<F>>(maps: &M, known: &Known<F::Addr, M::Record>
 #[inline(always)]
 pub fn create<F: Family, M: Maps<F>>(
     maps: &M,
-    mut flow: Flow<F::Addr>,
+    flow: Flow<F::Addr>,
     keep_port: bool,
     ports: (u16, u16),
 ) -> Result<(), Counter> {
     let (id, record) = claim(maps)?;
     record.store(&flow);
-    if !maps.link(&flow.request_key(), id) && !relink(maps, &flow.request_key(), id) {
+    if !link(maps, &flow.request_key(), id) {
         record.set_state(FlowState::FREE);
         return Err(Counter::FlowRace);
     }
-    let mut is_linked =
-        keep_port && (maps.link(&flow.reply_key(), id) || relink(maps, &flow.reply_key(), id));
-    if !is_linked {
-        is_linked = take_port::<F, M>(maps, id, record, &mut flow, ports);
-    }
-    if !is_linked {
+    let mut reply = flow.reply_key();
+    let is_kept = keep_port && link(maps, &reply, id);
+    if !is_kept && !take_port::<F, M>(maps, id, record, &mut reply, ports) {
         return Err(Counter::NoSourcePort);
     }
     record.set_state(FlowState::EMBRYONIC);
@@ -146,21 +143,21 @@ fn take_port<F: Family, M: Maps<F>>(
     maps: &M,
     id: FlowId,
     record: M::Record,
-    flow: &mut Flow<F::Addr>,
+    reply: &mut FlowKey<F::Addr>,
     (low, high): (u16, u16),
 ) -> bool {
     let span = u32::from(high - low) + 1;
     let mut tries = 0;
     while tries < maps.attempts() {
         let port = low + penstock_common::slot_at(maps.random(), span) as u16;
-        flow.source_port = Be16::from_host(port);
-        record.store(flow);
-        if maps.link(&flow.reply_key(), id) {
+        reply.dst_port = Be16::from_host(port);
+        record.set_source_port(reply.dst_port);
+        if maps.link(reply, id) {
             return true;
         }
         tries += 1;
     }
-    maps.unlink(&flow.request_key());
+    maps.unlink(&record.key(FlowKey::<F::Addr>::REQUEST));
     record.set_state(FlowState::FREE);
     false
 }
@@ -179,30 +176,29 @@ pub fn disguise<F: Family, M: Maps<F>>(
     {
         return Err(Counter::FlowRace);
     }
-    let mut flow = known.flow;
-    maps.unlink(&flow.reply_key());
-    flow.source = source;
-    flow.flags |= FlowFlags::MASQUERADE;
-    if !take_port::<F, M>(maps, known.id, known.record, &mut flow, ports) {
+    let mut reply = known.flow.reply_key();
+    maps.unlink(&reply);
+    reply.dst = source;
+    known
+        .record
+        .set_source(source, known.flow.flags | FlowFlags::MASQUERADE);
+    if !take_port::<F, M>(maps, known.id, known.record, &mut reply, ports) {
         return Err(Counter::NoSourcePort);
     }
     known.record.set_state(FlowState::EMBRYONIC);
     Ok(())
 }
 
-/// Makes a key lead to `id` that leads to a record which is no longer the key's.
+/// Makes a key lead to `id`, also where it leads to a record that is no longer the key's.
 #[inline(always)]
-fn relink<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> bool {
+fn link<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> bool {
+    if maps.link(key, id) {
+        return true;
+    }
     let Some(record) = maps.flow_id(key).and_then(|other| maps.record(other)) else {
         return false;
     };
-    let other = record.load();
-    let own = if key.direction == FlowKey::<F::Addr>::REQUEST {
-        other.request_key()
-    } else {
-        other.reply_key()
-    };
-    if other.state != FlowState::FREE && own == *key {
+    if record.state() != FlowState::FREE && record.key(key.direction) == *key {
         return false;
     }
     maps.unlink(key);
@@ -227,16 +223,15 @@ fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter
         let Some(record) = maps.record(id) else {
             continue;
         };
-        let flow = record.load();
-        if !may_evict(&flow, now, &timeouts) {
+        let state = record.state();
+        if !may_evict(state, record, now, &timeouts)
+            || !record.exchange_state(state, FlowState::CLAIMED)
+        {
             continue;
         }
-        if !record.exchange_state(flow.state, FlowState::CLAIMED) {
-            continue;
-        }
-        if flow.state != FlowState::FREE {
-            maps.unlink(&flow.request_key());
-            maps.unlink(&flow.reply_key());
+        if state != FlowState::FREE {
+            maps.unlink(&record.key(FlowKey::<F::Addr>::REQUEST));
+            maps.unlink(&record.key(FlowKey::<F::Addr>::REPLY));
             maps.count(Counter::FlowEvicted);
         }
         return Ok((id, record));
@@ -246,16 +241,22 @@ fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter
 
 /// Embryonic and closing flows go first, established ones only once they have expired.
 #[inline(always)]
-fn may_evict<A: Addr>(flow: &Flow<A>, now: u32, timeouts: &penstock_common::Timeouts) -> bool {
-    match flow.state {
+fn may_evict<A: Addr>(
+    state: u32,
+    record: impl Record<A>,
+    now: u32,
+    timeouts: &penstock_common::Timeouts,
+) -> bool {
+    match state {
         FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
         FlowState::ESTABLISHED => {
-            let timeout = if flow.proto == Proto::TCP {
+            let (proto, seen_secs) = record.last_seen();
+            let timeout = if proto == Proto::TCP {
                 timeouts.tcp_established_secs
             } else {
                 timeouts.udp_stream_secs
             };
-            now.wrapping_sub(flow.seen_secs) >= timeout
+            now.wrapping_sub(seen_secs) >= timeout
         }
         _ => false,
     }

@@ -96,6 +96,17 @@ fn source_outside<F: Family, M: Maps<F>>(
     {
         return None;
     }
+    source_towards::<F, M>(maps, ingress, src, dst)
+}
+
+/// This node's address on the interface that a packet would leave by.
+#[inline(always)]
+fn source_towards<F: Family, M: Maps<F>>(
+    maps: &M,
+    ingress: u32,
+    src: &F::Addr,
+    dst: &F::Addr,
+) -> Option<F::Addr> {
     let uplink = maps.uplink(maps.egress(ingress, src, dst)?)?;
     let source = F::of(uplink.addr4, uplink.addr6);
     (!source.is_unspecified()).then_some(source)
@@ -129,7 +140,8 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let segment = segment::<F, M>(packet, maps)?;
-    let source = source_outside::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
+    // That it leaves the cluster is known: `leaving` has looked.
+    let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
     let source = source.ok_or(Counter::MasqueradeNoAddress)?;
     let flow = flow::masquerading(maps, &segment, source);
     flow::create::<F, M>(maps, flow, false, MASQUERADE_PORTS)?;

@@ -13,9 +13,9 @@ use aya_ebpf::{
     maps::lpm_trie::Key,
 };
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendId, Config, Counter, Endpoint, Flow, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route, Uplink, V4,
-    V6, limits,
+    Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route,
+    Uplink, V4, V6, limits,
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
@@ -139,36 +139,61 @@ impl<A> Clone for RecordPtr<A> {
 }
 impl<A> Copy for RecordPtr<A> {}
 
+/// One field of a record, which as a whole would be copied to the stack, where there is no room.
+macro_rules! field {
+    ($record:ident, $name:ident) => {
+        copy(
+            // SAFETY: a field's address inside the mapped element; nothing is read.
+            unsafe { addr_of!((*$record.0).$name) },
+        )
+    };
+}
+
 impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
     #[inline(always)]
     fn load(self) -> Flow<A> {
-        /// One field: the record as a whole would be copied to the stack, which is too small.
-        macro_rules! field {
-            ($name:ident) => {
-                copy(
-                    // SAFETY: a field's address inside the mapped element; nothing is read.
-                    unsafe { addr_of!((*self.0).$name) },
-                )
-            };
-        }
         Flow {
-            state: field!(state),
-            seen_secs: field!(seen_secs),
-            service: field!(service),
-            backend_id: field!(backend_id),
-            backend_generation: field!(backend_generation),
-            client: field!(client),
-            frontend: field!(frontend),
-            backend: field!(backend),
-            source: field!(source),
-            client_port: field!(client_port),
-            frontend_port: field!(frontend_port),
-            backend_port: field!(backend_port),
-            source_port: field!(source_port),
-            flags: field!(flags),
-            proto: field!(proto),
+            state: field!(self, state),
+            seen_secs: field!(self, seen_secs),
+            service: field!(self, service),
+            backend_id: field!(self, backend_id),
+            backend_generation: field!(self, backend_generation),
+            client: field!(self, client),
+            frontend: field!(self, frontend),
+            backend: field!(self, backend),
+            source: field!(self, source),
+            client_port: field!(self, client_port),
+            frontend_port: field!(self, frontend_port),
+            backend_port: field!(self, backend_port),
+            source_port: field!(self, source_port),
+            flags: field!(self, flags),
+            proto: field!(self, proto),
             pad: 0,
         }
+    }
+
+    #[inline(always)]
+    fn state(self) -> u32 {
+        field!(self, state)
+    }
+
+    #[inline(always)]
+    fn key(self, direction: u8) -> FlowKey<A> {
+        let proto = field!(self, proto);
+        if direction == FlowKey::<A>::REQUEST {
+            let client = (field!(self, client), field!(self, client_port));
+            let frontend = (field!(self, frontend), field!(self, frontend_port));
+            FlowKey::new(direction, proto, client, frontend)
+        } else {
+            let backend = (field!(self, backend), field!(self, backend_port));
+            let source = (field!(self, source), field!(self, source_port));
+            FlowKey::new(direction, proto, backend, source)
+        }
+    }
+
+    #[inline(always)]
+    fn last_seen(self) -> (Proto, u32) {
+        (field!(self, proto), field!(self, seen_secs))
     }
 
     #[inline(always)]
@@ -195,6 +220,21 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
     fn touch(self, now_secs: u32) {
         // SAFETY: as above.
         unsafe { addr_of_mut!((*self.0).seen_secs).write_volatile(now_secs) };
+    }
+
+    #[inline(always)]
+    fn set_source_port(self, port: Be16) {
+        // SAFETY: as above; nobody else reads or writes a claimed record.
+        unsafe { addr_of_mut!((*self.0).source_port).write(port) };
+    }
+
+    #[inline(always)]
+    fn set_source(self, source: A, flags: u16) {
+        // SAFETY: as above.
+        unsafe {
+            addr_of_mut!((*self.0).source).write(source);
+            addr_of_mut!((*self.0).flags).write(flags);
+        }
     }
 
     #[inline(always)]
