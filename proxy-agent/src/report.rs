@@ -9,10 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     attach::follow,
     dataplane::Dataplane,
-    model::{
-        object::{Family, Rejection},
-        port::OnEmpty,
-    },
+    model::object::{Family, Rejection},
     network,
     plan::planner::PortView,
     reconcile::Reconciler,
@@ -134,6 +131,12 @@ pub struct Port {
     pub frontends: Vec<String>,
     /// Seconds of session affinity, 0 without.
     pub affinity_secs: u32,
+    /// internalTrafficPolicy.
+    #[serde(default)]
+    pub internal_policy: String,
+    /// externalTrafficPolicy, where it has addresses for clients outside.
+    #[serde(default)]
+    pub external_policy: Option<String>,
     /// What a client meets where there is no backend.
     pub on_empty: String,
     /// Who serves.
@@ -166,11 +169,12 @@ impl From<&PortView> for Port {
             .map(|(.., frontend)| *frontend)
             .unwrap_or_default();
         let drops = first.flags & FrontendFlags::DROP_WHEN_EMPTY != 0;
-        let on_empty = if drops {
-            OnEmpty::Drop
-        } else {
-            OnEmpty::Reject
+        let is_local = |flag| {
+            let mut frontends = view.frontends.iter();
+            frontends.any(|(.., frontend)| frontend.flags & flag != 0)
         };
+        let policy = |is_local| if is_local { "Local" } else { "Cluster" }.to_owned();
+        let has_external = is_local(FrontendFlags::EXTERNAL);
         Self {
             service: view.key.service.to_string(),
             port: view.key.port.to_string(),
@@ -188,7 +192,14 @@ impl From<&PortView> for Port {
                 .map(|(ip, port, _)| endpoint(*ip, *port))
                 .collect(),
             affinity_secs: first.affinity_secs,
-            on_empty: on_empty.words().to_owned(),
+            internal_policy: policy(is_local(FrontendFlags::LOCAL)),
+            external_policy: has_external.then(|| policy(is_local(FrontendFlags::EXTERNAL_LOCAL))),
+            on_empty: if drops {
+                "dropped: no endpoint on this node"
+            } else {
+                "rejected: no endpoint"
+            }
+            .to_owned(),
             backends: view
                 .backends
                 .iter()

@@ -63,6 +63,10 @@ pub struct Config {
     pub overlay_mtu: u32,
     /// The overlay's VXLAN network identifier.
     pub overlay_vni: u32,
+    /// This node's IPv4 address in the overlay, unspecified if it has none.
+    pub overlay4: V4,
+    /// This node's IPv6 address in the overlay, unspecified if it has none.
+    pub overlay6: V6,
 }
 
-map_types! { Timeouts = 20, Config = 60 }
+map_types! { Timeouts = 20, Config = 80 }

@@ -43,6 +43,10 @@ counters! {
     SocketDatagram = "socket_datagram", COUNT;
     /// Packets to a service translated at a pod.
     PacketRequest = "packet_request", COUNT;
+    /// Packets from the outside to a service, translated.
+    ExternalRequest = "external_request", COUNT;
+    /// Replies to the outside, translated back.
+    ExternalReply = "external_reply", COUNT;
     /// Replies translated back at a pod.
     PacketReply = "packet_reply", COUNT;
     /// ICMP errors translated together with the packet that they quote.
@@ -64,6 +68,8 @@ counters! {
     NoEndpoints = "no_endpoints", DROP;
     /// Dropped: a Local traffic policy, and no endpoint on this node.
     NoLocalEndpoints = "no_local_endpoints", DROP;
+    /// Dropped: the client is in none of the service's `loadBalancerSourceRanges`.
+    SourceRefused = "source_refused", DROP;
     /// Rejected: the service's address has no such port.
     UndefinedPort = "undefined_port", DROP;
     /// Rejected, but without an answer: a reset, or more than 1,000 ICMP errors within this second.
@@ -81,6 +87,11 @@ counters! {
     /// Dropped: a pod's packet to the outside, by an interface on which this node has no address of
     /// that family.
     MasqueradeNoAddress = "masquerade_no_address", DROP;
+    /// Dropped: a packet from the outside for another node, to whose network this node has no
+    /// address.
+    SourceNoAddress = "source_no_address", DROP;
+    /// Dropped: a packet from the outside that does not fit the way to its backend.
+    TooLong = "too_long", DROP;
     /// Dropped: no source port is free for one more flow of this client to this backend.
     NoSourcePort = "no_source_port", DROP;
     /// Dropped: a slot named a backend that does not exist; the agent repairs this.

@@ -83,6 +83,9 @@ impl FlowFlags {
     pub const HAIRPIN: u16 = 1;
     /// From a pod to the outside: frontend and backend are the same, the source is this node's.
     pub const MASQUERADE: u16 = 2;
+    /// From the outside: packets of this flow go on as they are, without the kernel's routing where
+    /// their source is this node's.
+    pub const EXTERNAL: u16 = 4;
 }
 
 /// A flow from a client through a service to a backend.

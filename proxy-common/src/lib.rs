@@ -13,6 +13,7 @@
 //! | `SLOTS` | array | slot → [`BackendId`] | agent | the service is reported and retried |
 //! | `BACKENDS4/6` | array | [`BackendId`] → [`Backend`] | agent | the service is reported and retried |
 //! | `AFFINITY4/6` | LRU hash | [`AffinityKey`] → [`Affinity`] | programs | the least recently used client is forgotten |
+//! | `SOURCE_RANGES4/6` | LPM trie | [`SourceRange`] → 1 | agent | the service is reported and retried |
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
@@ -52,7 +53,7 @@ pub use network::{
 pub use plain::Plain;
 pub use service::{
     Address, AddressKind, Affinity, AffinityKey, Backend, BackendFlags, BackendId, Frontend,
-    FrontendFlags, FrontendKey, ServiceId, SlotRange, slot_at,
+    FrontendFlags, FrontendKey, ServiceId, SlotRange, SourcePrefix, SourceRange, slot_at,
 };
 pub use socket::{
     ConnectedUdp, Datagram, DatagramKey, Netns, NetnsFlags, SockEndpoint, SocketPeer,
@@ -68,6 +69,8 @@ pub mod limits {
     pub const FRONTENDS: u32 = 262_144;
     /// Addresses of one family that belong to services or to this node.
     pub const ADDRESSES: u32 = 262_144;
+    /// Ranges of clients of one family that services let in, over all services.
+    pub const SOURCE_RANGES: u32 = 65_536;
     /// Slots of all blocks together.
     pub const SLOTS: u32 = 1_048_576;
     /// Backends of one family.

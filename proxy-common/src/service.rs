@@ -72,9 +72,17 @@ pub struct SlotRange {
 pub struct FrontendFlags;
 
 impl FrontendFlags {
-    /// With no slot, packets are dropped in silence instead of being rejected: endpoints exist, but
-    /// a Local traffic policy leaves none for this node.
+    /// A Local range without slots drops packets in silence instead of rejecting them: endpoints
+    /// exist, but none on this node.
     pub const DROP_WHEN_EMPTY: u32 = 1;
+    /// Not a cluster address: a node port, a host port, a load balancer's or an external address.
+    pub const EXTERNAL: u32 = 2;
+    /// [`Frontend::slots`] are the endpoints on this node.
+    pub const LOCAL: u32 = 4;
+    /// [`Frontend::external`] are the endpoints on this node.
+    pub const EXTERNAL_LOCAL: u32 = 8;
+    /// Only clients that `SOURCE_RANGES` names may come.
+    pub const SOURCE_RANGES: u32 = 16;
 }
 
 /// Where the traffic to a [`FrontendKey`] goes.
@@ -85,8 +93,10 @@ pub struct Frontend {
     pub service: ServiceId,
     /// [`FrontendFlags`].
     pub flags: u32,
-    /// The block.
+    /// The block for clients in the cluster.
     pub slots: SlotRange,
+    /// The block for clients outside of it.
+    pub external: SlotRange,
     /// For how long after a client's last new connection it keeps its backend, in seconds; 0
     /// without session affinity.
     pub affinity_secs: u32,
@@ -105,6 +115,11 @@ impl AddressKind {
     pub const SERVICE: u32 = 1;
     /// One of this node's addresses.
     pub const NODE: u32 = 2;
+    /// A load balancer's or an external address: a port of it that is no frontend is nobody's
+    /// business here.
+    pub const EXTERNAL: u32 = 3;
+    /// This node's loopback address, which counts for its own processes alone.
+    pub const LOOPBACK: u32 = 4;
 }
 
 /// An address that belongs to a service or to this node; every other destination costs a program
@@ -122,8 +137,12 @@ pub struct BackendFlags;
 impl BackendFlags {
     /// The endpoint still serves: flows that have it may keep it, whatever policies say.
     pub const LIVE: u32 = 1;
-    /// The endpoint is in its service's present block: new connections may get it.
-    pub const SELECTED: u32 = 2;
+    /// The endpoint is in its service's present block for the Cluster policy.
+    pub const CLUSTER: u32 = 2;
+    /// The endpoint is in its service's present block for the Local policy.
+    pub const LOCAL: u32 = 4;
+    /// Any of the two: new connections may get it.
+    pub const SELECTED: u32 = Self::CLUSTER | Self::LOCAL;
 }
 
 /// A backend of one service port.
@@ -177,6 +196,42 @@ pub struct AffinityKey<A> {
     pub client: A,
 }
 
+/// A range of clients that a service lets in: `loadBalancerSourceRanges`. The prefix that a trie
+/// matches covers the whole id and as much of the address as the range fixes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceRange<A> {
+    /// The service port.
+    pub service: ServiceId,
+    /// A client's address, or a range's first.
+    pub addr: A,
+}
+
+impl<A> SourceRange<A> {
+    /// Bits of the prefix that are the service's.
+    pub const SERVICE_BITS: u32 = 32;
+}
+
+/// A [`SourceRange`] with its length, as the kernel's tries take their keys (`bpf_lpm_trie_key`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourcePrefix<A> {
+    /// The prefix's length in bits, at least [`SourceRange::SERVICE_BITS`].
+    pub bits: u32,
+    /// The range.
+    pub range: SourceRange<A>,
+}
+
+impl<A> SourcePrefix<A> {
+    /// A range that fixes `bits` of an address.
+    pub const fn new(service: ServiceId, addr: A, bits: u8) -> Self {
+        Self {
+            bits: SourceRange::<A>::SERVICE_BITS + bits as u32,
+            range: SourceRange { service, addr },
+        }
+    }
+}
+
 /// The backend that a client is bound to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -197,7 +252,9 @@ pub const fn slot_at(random: u32, count: u32) -> u32 {
 
 use crate::net::{V4, V6};
 map_types! {
-    ServiceId = 4, BackendId = 4, SlotRange = 8, Frontend = 24, Address = 4, Affinity = 12,
+    ServiceId = 4, BackendId = 4, SlotRange = 8, Frontend = 32, Address = 4, Affinity = 12,
     FrontendKey<V4> = 8, FrontendKey<V6> = 20, Backend<V4> = 20, Backend<V6> = 32,
     AffinityKey<V4> = 8, AffinityKey<V6> = 20,
+    SourceRange<V4> = 8, SourceRange<V6> = 20,
+    SourcePrefix<V4> = 12, SourcePrefix<V6> = 24,
 }

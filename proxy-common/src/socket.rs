@@ -109,6 +109,8 @@ impl NetnsFlags {
     /// The pod hook sees this namespace's packets, so what a socket hook leaves untranslated is
     /// translated or rejected there.
     pub const HAS_POD_HOOK: u32 = 2;
+    /// This node's own, whose loopback address has node ports.
+    pub const HOST: u32 = 4;
 }
 
 /// A network namespace on this node.

@@ -5,7 +5,7 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, Uplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, SourceRange, Uplink,
 };
 
 use crate::family::Family;
@@ -34,10 +34,12 @@ pub trait Env {
 
 /// A flow's record in its array.
 pub trait Record<A>: Copy {
-    /// A copy of all of it.
-    fn load(self) -> Flow<A>;
     /// Its state.
     fn state(self) -> u32;
+    /// Its flags.
+    fn flags(self) -> u16;
+    /// Its backend's id and generation; generation 0 where no service is involved.
+    fn backend(self) -> (BackendId, u32);
     /// The key that should lead to it from a direction.
     fn key(self, direction: u8) -> FlowKey<A>;
     /// Its protocol, and when a packet was last seen.
@@ -65,6 +67,8 @@ pub trait Maps<F: Family>: Env {
     fn address(&self, addr: &F::Addr) -> Option<Address>;
     /// A frontend, if it is the key's own (see `Frontend::key_check`).
     fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<Frontend>;
+    /// Whether a service lets a client in that has to be named.
+    fn lets_in(&self, client: &SourceRange<F::Addr>) -> bool;
     /// What a slot holds.
     fn slot(&self, slot: u32) -> Option<BackendId>;
     /// A backend.

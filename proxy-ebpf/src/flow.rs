@@ -20,8 +20,24 @@ pub struct Known<A, R> {
     pub id: FlowId,
     /// Its record.
     pub record: R,
-    /// What the record said.
-    pub flow: Flow<A>,
+    /// [`FlowState`].
+    pub state: u32,
+    /// [`FlowFlags`].
+    pub flags: u16,
+    /// The key of the other direction.
+    pub other: FlowKey<A>,
+}
+
+impl<A: Addr, R> Known<A, R> {
+    /// Source and destination that a packet gets which was found by its key: those of the other
+    /// direction's packets, turned around.
+    #[inline(always)]
+    pub fn ends(&self) -> ((A, Be16), (A, Be16)) {
+        (
+            (self.other.dst, self.other.dst_port),
+            (self.other.src, self.other.src_port),
+        )
+    }
 }
 
 /// The flow that `key` belongs to.
@@ -32,40 +48,42 @@ pub fn find<F: Family, M: Maps<F>>(
 ) -> Option<Known<F::Addr, M::Record>> {
     let id = maps.flow_id(key)?;
     let record = maps.record(id)?;
-    let flow = record.load();
+    let known = Known {
+        id,
+        record,
+        state: record.state(),
+        flags: record.flags(),
+        other: record.key(key.direction ^ FlowKey::<F::Addr>::REPLY),
+    };
     let is_live = matches!(
-        flow.state,
+        known.state,
         FlowState::EMBRYONIC | FlowState::ESTABLISHED | FlowState::CLOSING
     );
-    let own = if key.direction == FlowKey::<F::Addr>::REQUEST {
-        flow.request_key()
-    } else {
-        flow.reply_key()
-    };
-    (is_live && own == *key).then_some(Known { id, record, flow })
+    // Last, so that what was read before belongs to the same life of the record.
+    (is_live && record.key(key.direction) == *key).then_some(known)
 }
 
 /// Whether a request may go on in this flow, or must begin a new one.
 #[inline(always)]
-pub fn may_continue<F: Family>(
-    maps: &impl Maps<F>,
-    flow: &Flow<F::Addr>,
+pub fn may_continue<F: Family, M: Maps<F>>(
+    maps: &M,
+    known: &Known<F::Addr, M::Record>,
     segment: &Segment<F::Addr>,
 ) -> bool {
     let is_opening =
-        flow.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-    if is_opening && flow.state == FlowState::CLOSING {
+        segment.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    if is_opening && known.state == FlowState::CLOSING {
         return false;
-    }
-    if flow.flags & FlowFlags::MASQUERADE != 0 {
-        return true;
     }
     // UDP never sticks to a dead backend, and neither does a handshake that nobody answered; an
     // established TCP connection ends by itself.
-    if flow.proto == Proto::UDP || (is_opening && flow.state == FlowState::EMBRYONIC) {
-        return maps
-            .backend(flow.backend_id)
-            .is_some_and(|backend| backend.is(flow.backend_generation, BackendFlags::LIVE));
+    if segment.proto == Proto::UDP || (is_opening && known.state == FlowState::EMBRYONIC) {
+        let (id, generation) = known.record.backend();
+        // No service, no backend that could die.
+        return generation == 0
+            || maps
+                .backend(id)
+                .is_some_and(|backend| backend.is(generation, BackendFlags::LIVE));
     }
     true
 }
@@ -78,7 +96,7 @@ pub fn follow<F: Family, M: Maps<F>>(
     segment: &Segment<F::Addr>,
     is_reply: bool,
 ) {
-    let state = known.flow.state;
+    let state = known.state;
     let next = if segment.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
         FlowState::CLOSING
     } else if state == FlowState::EMBRYONIC && is_reply {
@@ -90,7 +108,7 @@ pub fn follow<F: Family, M: Maps<F>>(
         known.record.exchange_state(state, next);
     }
     let now = maps.now_secs();
-    if now != known.flow.seen_secs {
+    if now != known.record.last_seen().1 {
         known.record.touch(now);
     }
 }
@@ -100,10 +118,10 @@ pub fn follow<F: Family, M: Maps<F>>(
 pub fn retire<F: Family, M: Maps<F>>(maps: &M, known: &Known<F::Addr, M::Record>) {
     if known
         .record
-        .exchange_state(known.flow.state, FlowState::RECLAIMING)
+        .exchange_state(known.state, FlowState::RECLAIMING)
     {
-        maps.unlink(&known.flow.request_key());
-        maps.unlink(&known.flow.reply_key());
+        maps.unlink(&known.record.key(FlowKey::<F::Addr>::REQUEST));
+        maps.unlink(&known.record.key(FlowKey::<F::Addr>::REPLY));
         // The id returns to nobody's list: eviction or the agent's sweep finds it.
         known.record.set_state(FlowState::FREE);
     }
@@ -176,12 +194,12 @@ pub fn disguise<F: Family, M: Maps<F>>(
     {
         return Err(Counter::FlowRace);
     }
-    let mut reply = known.flow.reply_key();
+    let mut reply = known.record.key(FlowKey::<F::Addr>::REPLY);
     maps.unlink(&reply);
     reply.dst = source;
     known
         .record
-        .set_source(source, known.flow.flags | FlowFlags::MASQUERADE);
+        .set_source(source, known.flags | FlowFlags::MASQUERADE);
     if !take_port::<F, M>(maps, known.id, known.record, &mut reply, ports) {
         return Err(Counter::NoSourcePort);
     }

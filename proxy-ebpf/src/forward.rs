@@ -71,7 +71,7 @@ fn leaving<F: Family, M: Maps<F>>(
             if header.fragment.is_later || is_request() {
                 Verdict::Outside
             } else {
-                Verdict::OutsideIcmp
+                Verdict::Icmp
             }
         }
         _ => Verdict::Pass,
@@ -101,7 +101,7 @@ fn source_outside<F: Family, M: Maps<F>>(
 
 /// This node's address on the interface that a packet would leave by.
 #[inline(always)]
-fn source_towards<F: Family, M: Maps<F>>(
+pub(crate) fn source_towards<F: Family, M: Maps<F>>(
     maps: &M,
     ingress: u32,
     src: &F::Addr,
@@ -126,7 +126,7 @@ pub fn disguise<F: Family, M: Maps<F>>(
     let Some(known) = flow::find::<F, M>(maps, &pod::request_key(&segment)) else {
         return Ok(Verdict::Opened);
     };
-    let (src, dst) = (known.flow.source, known.flow.backend);
+    let ((src, _), (dst, _)) = known.ends();
     if let Some(source) = source_outside::<F, M>(maps, packet.ifindex(), &src, &dst) {
         flow::disguise::<F, M>(maps, &known, source, MASQUERADE_PORTS)?;
     }
@@ -149,7 +149,7 @@ pub fn masquerade<F: Family, M: Maps<F>>(
 }
 
 #[inline(always)]
-fn segment<F: Family, M: Maps<F>>(
+pub(crate) fn segment<F: Family, M: Maps<F>>(
     packet: &impl Packet,
     maps: &M,
 ) -> Result<Segment<F::Addr>, Counter> {
@@ -176,35 +176,23 @@ pub fn leave<F: Family, M: Maps<F>>(
     Ok(Verdict::Routed(ifindex))
 }
 
-/// A packet from the outside: for a pod by its own address, or for this node, which may stand for a
-/// pod.
-#[inline(always)]
-pub fn from_uplink<F: Family, M: Maps<F>>(
-    packet: &mut impl Packet,
-    maps: &M,
-) -> Result<Verdict, Counter> {
-    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    let is_node = maps
-        .address(&dst)
-        .is_some_and(|address| address.kind == AddressKind::NODE);
-    if is_node || is_local::<F, M>(packet, maps, &dst) {
-        return Ok(Verdict::Local);
-    }
-    Ok(Verdict::Pass)
-}
-
 /// A packet that another node sent through the overlay.
 #[inline(always)]
 pub fn from_overlay<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    match parse::addrs::<F>(packet, ETHERNET) {
-        Some((_, dst)) if is_local::<F, M>(packet, maps, &dst) => Ok(Verdict::Local),
-        _ => Ok(Verdict::Pass),
+    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if is_local::<F, M>(packet, maps, &dst) {
+        return Ok(Verdict::Local);
     }
+    // The reply of a backend that is not this node's, to whom this node spoke for somebody.
+    Ok(match maps.address(&dst) {
+        Some(address) if address.kind == AddressKind::NODE => Verdict::Arrived,
+        _ => Verdict::Pass,
+    })
 }
 
 /// A packet that is about to enter the overlay: a pod's, or this node's own.
@@ -254,7 +242,7 @@ pub fn deliver<F: Family, M: Maps<F>>(
 
 /// To another node.
 #[inline(always)]
-fn enter_overlay<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
+pub(crate) fn enter_overlay<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
@@ -279,7 +267,7 @@ fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
 
 /// Whether a packet goes to a pod of this node at once.
 #[inline(always)]
-fn is_local<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M, dst: &F::Addr) -> bool {
+pub(crate) fn is_local<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M, dst: &F::Addr) -> bool {
     maps.endpoint(dst).is_some() && hops::<F>(packet).is_some()
 }
 

@@ -20,6 +20,7 @@
 
 pub mod checksum;
 pub mod env;
+pub mod external;
 pub mod family;
 pub mod flow;
 pub mod forward;

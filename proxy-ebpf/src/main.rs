@@ -28,6 +28,7 @@ mod programs {
     use penstock_common::{Counter, V4, V6};
     use penstock_ebpf::{
         env::Env,
+        external,
         family::Family,
         forward,
         pod::{self, Path, Verdict},
@@ -45,10 +46,11 @@ mod programs {
     /// one, and is a global function: the kernel checks it once, by itself, and not on every path
     /// that leads to it (kernel commit 51c39bb1d5d1).
     macro_rules! family {
-        ($family:ty: $from_pod:ident, $onward:ident, $classify:ident, $request:ident, $open:ident,
-            $refuse:ident, $icmp:ident, $node:ident, $to_pod:ident, $forward:ident, $deliver:ident,
-            $masquerade:ident, $disguise:ident, $leave:ident, $from_overlay:ident, $to_overlay:ident,
-            $from_uplink:ident) => {
+        ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $classify:ident,
+            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $to_pod:ident,
+            $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
+            $from_overlay:ident, $to_overlay:ident, $from_uplink:ident, $to_uplink:ident,
+            $arrived:ident, $admit:ident, $outward:ident, $answer:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -62,7 +64,12 @@ mod programs {
             family!(stage $leave, forward::leave, $family);
             family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
-            family!(stage $from_uplink, forward::from_uplink, $family);
+            family!(stage $from_uplink, external::from_uplink, $family);
+            family!(stage $to_uplink, external::to_uplink, $family);
+            family!(stage $arrived, external::arrived, $family);
+            family!(stage $admit, external::open, $family);
+            family!(stage $outward, external::onward, $family);
+            family!(stage $answer, external::answer, $family);
 
             #[unsafe(no_mangle)]
             #[inline(never)]
@@ -86,14 +93,15 @@ mod programs {
                 let mut verdict = match decided {
                     REQUEST | OUTSIDE => {
                         let mut verdict = $request(skb);
-                        if verdict == OPEN {
-                            verdict = if decided == REQUEST {
-                                $open(skb)
-                            } else {
-                                $masquerade(skb)
-                            };
-                            if verdict == OPENED && decided == REQUEST {
+                        if verdict == OPEN && decided == REQUEST {
+                            verdict = $open(skb);
+                            if verdict == OPENED {
                                 verdict = $disguise(skb);
+                            }
+                        } else if verdict == OPEN {
+                            verdict = $answer(skb);
+                            if verdict == OPEN {
+                                verdict = $masquerade(skb);
                             }
                         }
                         if verdict == OPENED {
@@ -104,7 +112,7 @@ mod programs {
                     ICMP => $icmp(skb),
                     verdict => verdict,
                 };
-                if verdict == FORWARD {
+                if matches!(verdict, FORWARD | UNTOUCHED) {
                     verdict = $forward(skb);
                 }
                 match verdict {
@@ -125,12 +133,54 @@ mod programs {
                 }
             }
 
+            /// On from where it was decided what came in.
+            #[inline(always)]
+            fn $inward(context: &TcContext, decided: i32) -> i32 {
+                let skb = context.skb.skb;
+                let mut verdict = decided;
+                if verdict == LOCAL {
+                    return match $to_pod(skb) {
+                        NEXT => $deliver(skb),
+                        verdict => verdict,
+                    };
+                }
+                if verdict == ARRIVED {
+                    verdict = $arrived(skb);
+                }
+                if verdict == REQUEST {
+                    verdict = $request(skb);
+                    if verdict == OPEN {
+                        verdict = $admit(skb);
+                        if verdict == OPENED {
+                            verdict = $request(skb);
+                        }
+                    }
+                } else if verdict == ICMP {
+                    verdict = $icmp(skb);
+                }
+                if verdict == FORWARD {
+                    verdict = $outward(skb);
+                }
+                match verdict {
+                    LOCAL => $deliver(skb),
+                    LEAVE => $leave(skb),
+                    UNTOUCHED => NEXT,
+                    // The flow was gone again before its first packet.
+                    OPEN | OPENED => dropped(context, Counter::FlowRace),
+                    verdict if (REFUSED..).contains(&verdict) => {
+                        trace(skb, verdict - REFUSED);
+                        $refuse(skb)
+                    }
+                    verdict => verdict,
+                }
+            }
+
             #[inline(always)]
             fn $from_pod(context: &TcContext) -> i32 {
                 let skb = context.skb.skb;
                 let mut verdict = $classify(skb);
                 if verdict == NODE {
-                    return $node(skb);
+                    verdict = $node(skb);
                 }
                 if verdict == FORWARD {
                     verdict = $forward(skb);
@@ -152,12 +202,16 @@ mod programs {
             }
         };
     }
-    family!(V4: from_pod4, onward4, classify4, request4, open4, refuse4, icmp4, node4, to_pod4,
-        forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4, from_uplink4);
-    family!(V6: from_pod6, onward6, classify6, request6, open6, refuse6, icmp6, node6, to_pod6,
-        forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6, from_uplink6);
+    family!(V4: from_pod4, onward4, inward4, classify4, request4, open4, refuse4, icmp4, node4,
+        to_pod4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
+        from_uplink4, to_uplink4, arrived4, admit4, outward4, answer4);
+    family!(V6: from_pod6, onward6, inward6, classify6, request6, open6, refuse6, icmp6, node6,
+        to_pod6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
+        from_uplink6, to_uplink6, arrived6, admit6, outward6, answer6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const UNTOUCHED: i32 = -13;
+    const ARRIVED: i32 = -12;
     const OUTSIDE: i32 = -11;
     const LEAVE: i32 = -10;
     const LOCAL: i32 = -9;
@@ -189,7 +243,10 @@ mod programs {
             Verdict::Local => LOCAL,
             Verdict::Deliver { ifindex, is_shaped } => skb.deliver(ifindex, is_shaped),
             Verdict::Outside => OUTSIDE,
-            Verdict::OutsideIcmp => ICMP,
+            Verdict::Request => REQUEST,
+            Verdict::Icmp => ICMP,
+            Verdict::Arrived => ARRIVED,
+            Verdict::Untouched => UNTOUCHED,
             Verdict::Leave => LEAVE,
             Verdict::Out(ifindex) => skb.send(ifindex),
             Verdict::Routed(ifindex) => skb.route(ifindex),
@@ -259,8 +316,8 @@ mod programs {
     #[classifier]
     pub(crate) fn from_overlay(context: TcContext) -> i32 {
         let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => onward4(&context, from_overlay4(context.skb.skb)),
-            V6::ETHERTYPE => onward6(&context, from_overlay6(context.skb.skb)),
+            V4::ETHERTYPE => inward4(&context, from_overlay4(context.skb.skb)),
+            V6::ETHERTYPE => inward6(&context, from_overlay6(context.skb.skb)),
             _ => NEXT,
         };
         conclude(context.skb.skb, verdict)
@@ -270,8 +327,19 @@ mod programs {
     #[classifier]
     pub(crate) fn from_uplink(context: TcContext) -> i32 {
         let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => onward4(&context, from_uplink4(context.skb.skb)),
-            V6::ETHERTYPE => onward6(&context, from_uplink6(context.skb.skb)),
+            V4::ETHERTYPE => inward4(&context, from_uplink4(context.skb.skb)),
+            V6::ETHERTYPE => inward6(&context, from_uplink6(context.skb.skb)),
+            _ => NEXT,
+        };
+        conclude(context.skb.skb, verdict)
+    }
+
+    /// Packets that leave for the outside.
+    #[classifier]
+    pub(crate) fn to_uplink(context: TcContext) -> i32 {
+        let verdict = match ethertype(&context) {
+            V4::ETHERTYPE => to_uplink4(context.skb.skb),
+            V6::ETHERTYPE => to_uplink6(context.skb.skb),
             _ => NEXT,
         };
         conclude(context.skb.skb, verdict)

@@ -15,7 +15,8 @@ use crate::{
     flow,
     packet::Packet,
     parse::{self, Segment},
-    quoted, reject, rewrite, select,
+    quoted, reject, rewrite,
+    select::{self, Origin},
 };
 
 /// What becomes of a packet.
@@ -42,12 +43,18 @@ pub enum Verdict {
     },
     /// It goes to the outside: `forward::leaving` and so on.
     Outside,
-    /// An ICMP message to the outside: [`error_about_reply`].
-    OutsideIcmp,
     /// It is this node's now, and goes to the outside: `forward::leave`.
     Leave,
     /// It goes wherever its destination is: `forward::from_pod`.
     Forward,
+    /// It is for no service after all, and goes on as it came: `forward::from_pod`.
+    Untouched,
+    /// It is for one of this node's ports, perhaps: [`request`].
+    Request,
+    /// It came for this node: `external::arrived`.
+    Arrived,
+    /// An ICMP message that may be about a reply: [`error_about_reply`].
+    Icmp,
     /// It leaves by this interface, for whatever neighbour the kernel's routes say.
     Routed(u32),
     /// It leaves by this interface.
@@ -86,9 +93,16 @@ pub fn classify<F: Family>(packet: &impl Packet, maps: &impl Maps<F>) -> Result<
     };
     let header = F::network(packet, ETHERNET);
     Ok(match (address.kind, header) {
-        (AddressKind::SERVICE, None) => return Err(Counter::Truncated),
-        (AddressKind::SERVICE, Some(header)) if header.proto == F::ICMP => Path::Icmp,
-        (AddressKind::SERVICE, Some(header)) if is_translated(header.proto) => Path::Request,
+        (AddressKind::SERVICE | AddressKind::EXTERNAL, None) => return Err(Counter::Truncated),
+        (AddressKind::SERVICE | AddressKind::EXTERNAL, Some(header)) => {
+            if header.proto == F::ICMP {
+                Path::Icmp
+            } else if is_translated(header.proto) {
+                Path::Request
+            } else {
+                Path::Pass
+            }
+        }
         (AddressKind::NODE, Some(_)) => Path::Node,
         _ => Path::Pass,
     })
@@ -106,7 +120,7 @@ pub fn destination<F: Family>(packet: &impl Packet) -> (Proto, Be16) {
 
 /// Whether flows of a protocol are translated.
 #[inline(always)]
-fn is_translated(proto: Proto) -> bool {
+pub(crate) fn is_translated(proto: Proto) -> bool {
     matches!(proto, Proto::TCP | Proto::UDP)
 }
 
@@ -132,25 +146,23 @@ pub fn request<F: Family, M: Maps<F>>(
     let Some(known) = flow::find::<F, M>(maps, &request_key(&segment)) else {
         return Ok(Verdict::Open);
     };
-    if !flow::may_continue(maps, &known.flow, &segment) {
+    if !flow::may_continue(maps, &known, &segment) {
         flow::retire(maps, &known);
         return Ok(Verdict::Open);
     }
     parse::remember_ports::<F>(maps, &header, &segment);
     flow::follow(maps, &known, &segment, false);
-    let flow = known.flow;
-    let (src, dst) = (
-        (flow.source, flow.source_port),
-        (flow.backend, flow.backend_port),
-    );
+    let (src, dst) = known.ends();
     rewrite::translate::<F>(packet, &segment, src, dst)?;
-    if flow.flags & FlowFlags::MASQUERADE != 0 {
+    if known.flags & FlowFlags::MASQUERADE != 0 {
         maps.count(Counter::Masqueraded);
     }
-    if flow.backend != flow.frontend {
+    if known.flags & FlowFlags::EXTERNAL != 0 {
+        maps.count(Counter::ExternalRequest);
+    } else if dst.0 != segment.dst {
         maps.count(Counter::PacketRequest);
     }
-    deliver(packet, flow.flags)
+    deliver(packet, known.flags)
 }
 
 /// The key of a request.
@@ -171,6 +183,9 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
     match open_flow::<F, M>(maps, &segment) {
         Ok(()) => Ok(Verdict::Opened),
+        Err(Counter::UndefinedPort) if !owns_all_ports::<F, M>(maps, &segment.dst) => {
+            Ok(Verdict::Untouched)
+        }
         Err(reason @ (Counter::NoEndpoints | Counter::UndefinedPort)) => {
             maps.count(reason);
             Ok(Verdict::Refuse(reason))
@@ -179,11 +194,18 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     }
 }
 
+/// Whether a port of an address that is no frontend is nobody's either.
+#[inline(always)]
+pub(crate) fn owns_all_ports<F: Family, M: Maps<F>>(maps: &M, addr: &F::Addr) -> bool {
+    maps.address(addr)
+        .is_some_and(|address| address.kind == AddressKind::SERVICE)
+}
+
 #[inline(always)]
 fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Result<(), Counter> {
     let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
     let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
-    let chosen = select::backend(maps, &frontend, segment.src)?;
+    let chosen = select::backend(maps, &frontend, Origin::Cluster, segment.src)?;
     let opening = flow::opening(maps, segment, &chosen);
     let is_hairpin = opening.flags & FlowFlags::HAIRPIN != 0;
     if is_hairpin && opening.source.is_unspecified() {
@@ -215,20 +237,25 @@ pub fn error_about_reply<F: Family, M: Maps<F>>(
     deliver(packet, flags.unwrap_or_default())
 }
 
-/// A packet that a pod sent to this node's address: the reply to itself, or none of ours.
+/// A packet that a pod sent to this node's address: the reply to itself, or a request.
 #[inline(always)]
 pub fn to_node<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let (header, addrs) = headers::<F>(packet)?;
-    let flags = if header.proto == F::ICMP {
-        quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?
+    let is_icmp = header.proto == F::ICMP;
+    let back = if is_icmp {
+        Back::of_error(quoted::about_request::<F, M>(
+            packet, maps, ETHERNET, &header, addrs,
+        )?)
     } else {
         reply::<F, M>(packet, maps, &header, addrs)?
     };
-    match flags {
-        Some(flags) if flags & FlowFlags::HAIRPIN != 0 => deliver(packet, flags),
+    match back {
+        Back::Reply(flags) if flags & FlowFlags::HAIRPIN != 0 => deliver(packet, flags),
+        Back::Other if is_icmp => Ok(Verdict::Icmp),
+        Back::Other => Ok(Verdict::Request),
         _ => Ok(Verdict::Pass),
     }
 }
@@ -255,27 +282,46 @@ pub fn to_pod<F: Family, M: Maps<F>>(
 
 /// Whether a packet is an ICMP error.
 #[inline(always)]
-fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
+pub(crate) fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
     let icmp_type = || packet.load(header.transport);
     header.proto == F::ICMP
         && !header.fragment.is_later
         && icmp_type().is_some_and(F::is_icmp_error)
 }
 
-/// Translates a reply; the flow's flags if there is such a flow.
+/// What a packet on its way back turned out to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Back {
+    /// A reply, now translated; its flow's flags.
+    Reply(u16),
+    /// No reply, but what may be a request.
+    Other,
+    /// Nothing that is translated.
+    Foreign,
+}
+
+impl Back {
+    /// An ICMP error's [`quoted::about_request`].
+    #[inline(always)]
+    pub(crate) fn of_error(flags: Option<u16>) -> Self {
+        flags.map_or(Self::Other, Self::Reply)
+    }
+}
+
+/// Translates a packet that a backend sent back, if it is one.
 #[inline(always)]
-fn reply<F: Family, M: Maps<F>>(
+pub(crate) fn reply<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
     header: &Network,
     addrs: (F::Addr, F::Addr),
-) -> Result<Option<u16>, Counter> {
+) -> Result<Back, Counter> {
     if !is_translated(header.proto) && header.proto != F::ICMP {
-        return Ok(None);
+        return Ok(Back::Foreign);
     }
     // What can't be parsed can't be told from other traffic, so it is the kernel's.
     let Ok(segment) = parse::segment::<F>(packet, maps, ETHERNET, header, addrs) else {
-        return Ok(None);
+        return Ok(Back::Foreign);
     };
     let (from, to) = (
         (segment.src, segment.src_port),
@@ -283,18 +329,22 @@ fn reply<F: Family, M: Maps<F>>(
     );
     let key = FlowKey::new(FlowKey::<F::Addr>::REPLY, segment.proto, from, to);
     let Some(known) = flow::find::<F, M>(maps, &key) else {
-        return Ok(None);
+        return Ok(if is_translated(header.proto) {
+            Back::Other
+        } else {
+            Back::Foreign
+        });
     };
     parse::remember_ports::<F>(maps, header, &segment);
     flow::follow(maps, &known, &segment, true);
-    let flow = known.flow;
-    let (src, dst) = (
-        (flow.frontend, flow.frontend_port),
-        (flow.client, flow.client_port),
-    );
+    let (src, dst) = known.ends();
     rewrite::translate::<F>(packet, &segment, src, dst)?;
-    maps.count(Counter::PacketReply);
-    Ok(Some(flow.flags))
+    maps.count(if known.flags & FlowFlags::EXTERNAL != 0 {
+        Counter::ExternalReply
+    } else {
+        Counter::PacketReply
+    });
+    Ok(Back::Reply(known.flags))
 }
 
 /// Where a translated packet goes: back, where client and backend are the same pod.

@@ -114,34 +114,20 @@ fn translate<F: Family, M: Maps<F>>(
     let Some(known) = flow::find::<F, M>(maps, &key) else {
         return Ok(None);
     };
-    let flow = known.flow;
-    let (ends, quoted) = if is_about_request {
+    // What was sent instead of what is quoted: the key's other direction, turned around.
+    let (dst, src) = known.ends();
+    let ends = if is_about_request {
         // The backend itself speaks with the service's address; a router on the way keeps its own.
-        let speaker = if outer.0 == flow.backend {
-            flow.frontend
-        } else {
-            outer.0
-        };
-        (
-            (speaker, flow.client),
-            (
-                (flow.client, flow.client_port),
-                (flow.frontend, flow.frontend_port),
-            ),
-        )
+        let speaker = if outer.0 == quote.dst { dst.0 } else { outer.0 };
+        (speaker, src.0)
     } else {
-        (
-            (flow.source, flow.backend),
-            (
-                (flow.backend, flow.backend_port),
-                (flow.source, flow.source_port),
-            ),
-        )
+        (dst.0, src.0)
     };
+    let quoted = (src, dst);
     replace::<F>(packet, network, header, outer, ends, &quote, quoted)
         .map_err(|Refused| Counter::RewriteFailed)?;
     maps.count(Counter::IcmpError);
-    Ok(Some(flow.flags))
+    Ok(Some(known.flags))
 }
 
 /// Rewrites the outer addresses and the quote.

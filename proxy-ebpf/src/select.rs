@@ -5,7 +5,7 @@
 
 use penstock_common::{
     Addr, Affinity, AffinityKey, Backend, BackendFlags, BackendId, Counter, Frontend,
-    FrontendFlags, slot_at,
+    FrontendFlags, ServiceId, SlotRange, SourceRange, slot_at,
 };
 
 use crate::{env::Maps, family::Family};
@@ -19,13 +19,45 @@ pub struct Chosen<A> {
     pub backend: Backend<A>,
 }
 
-/// Whether a refusal is answered, or the packet vanishes.
+/// Where a client is, which decides who may serve it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// On a node, or in a pod.
+    Cluster,
+    /// Anywhere else.
+    Outside,
+}
+
+/// The backends of a frontend that a client may get.
+#[derive(Clone, Copy)]
+pub struct Candidates {
+    slots: SlotRange,
+    /// [`BackendFlags`] that each has.
+    flags: u32,
+    /// What a client meets if there is none.
+    refusal: Counter,
+}
+
+/// Who may serve clients of this origin.
 #[inline(always)]
-pub fn refusal(frontend: &Frontend) -> Counter {
-    if frontend.flags & FrontendFlags::DROP_WHEN_EMPTY != 0 {
-        Counter::NoLocalEndpoints
-    } else {
-        Counter::NoEndpoints
+pub fn candidates(frontend: &Frontend, origin: Origin) -> Candidates {
+    let (slots, local) = match origin {
+        Origin::Cluster => (frontend.slots, FrontendFlags::LOCAL),
+        Origin::Outside => (frontend.external, FrontendFlags::EXTERNAL_LOCAL),
+    };
+    let is_local = frontend.flags & local != 0;
+    Candidates {
+        slots,
+        flags: if is_local {
+            BackendFlags::LIVE | BackendFlags::LOCAL
+        } else {
+            BackendFlags::LIVE | BackendFlags::CLUSTER
+        },
+        refusal: if is_local && frontend.flags & FrontendFlags::DROP_WHEN_EMPTY != 0 {
+            Counter::NoLocalEndpoints
+        } else {
+            Counter::NoEndpoints
+        },
     }
 }
 
@@ -34,22 +66,32 @@ pub fn refusal(frontend: &Frontend) -> Counter {
 pub fn backend<F: Family>(
     maps: &impl Maps<F>,
     frontend: &Frontend,
+    origin: Origin,
     client: F::Addr,
 ) -> Result<Chosen<F::Addr>, Counter> {
-    if frontend.slots.count == 0 {
-        return Err(refusal(frontend));
+    if frontend.flags & FrontendFlags::SOURCE_RANGES != 0
+        && !maps.lets_in(&SourceRange {
+            service: frontend.service,
+            addr: client,
+        })
+    {
+        return Err(Counter::SourceRefused);
+    }
+    let candidates = candidates(frontend, origin);
+    if candidates.slots.count == 0 {
+        return Err(candidates.refusal);
     }
     if frontend.affinity_secs == 0 {
-        return random(maps, frontend);
+        return random(maps, frontend.service, candidates.slots);
     }
     let key = AffinityKey {
         service: frontend.service,
         client,
     };
     let now = maps.now_secs();
-    let chosen = match bound(maps, frontend, &key, now) {
+    let chosen = match bound(maps, frontend, candidates.flags, &key, now) {
         Some(chosen) => chosen,
-        None => random(maps, frontend)?,
+        None => random(maps, frontend.service, candidates.slots)?,
     };
     let entry = Affinity {
         backend: chosen.id,
@@ -65,6 +107,7 @@ pub fn backend<F: Family>(
 fn bound<F: Family>(
     maps: &impl Maps<F>,
     frontend: &Frontend,
+    flags: u32,
     key: &AffinityKey<F::Addr>,
     now: u32,
 ) -> Option<Chosen<F::Addr>> {
@@ -74,10 +117,7 @@ fn bound<F: Family>(
     }
     let backend = maps.backend(affinity.backend)?;
     backend
-        .is(
-            affinity.generation,
-            BackendFlags::LIVE | BackendFlags::SELECTED,
-        )
+        .is(affinity.generation, flags)
         .then_some(Chosen {
             id: affinity.backend,
             backend,
@@ -86,15 +126,18 @@ fn bound<F: Family>(
 
 /// Any backend, each with equal chance.
 #[inline(always)]
-fn random<F: Family>(maps: &impl Maps<F>, frontend: &Frontend) -> Result<Chosen<F::Addr>, Counter> {
-    let slot = frontend
-        .slots
+fn random<F: Family>(
+    maps: &impl Maps<F>,
+    service: ServiceId,
+    slots: SlotRange,
+) -> Result<Chosen<F::Addr>, Counter> {
+    let slot = slots
         .base
-        .wrapping_add(slot_at(maps.random(), frontend.slots.count));
+        .wrapping_add(slot_at(maps.random(), slots.count));
     let id = maps.slot(slot).ok_or(Counter::BackendMissing)?;
     let backend = maps.backend(id).ok_or(Counter::BackendMissing)?;
     // A slot that names another service's backend can only be met while its block is recycled.
-    if backend.service != frontend.service || backend.addr.is_unspecified() {
+    if backend.service != service || backend.addr.is_unspecified() {
         return Err(Counter::BackendMissing);
     }
     Ok(Chosen { id, backend })

@@ -13,7 +13,7 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::Family,
-    select::{self, Chosen},
+    select::{self, Chosen, Origin},
 };
 
 /// What the system call does.
@@ -99,6 +99,9 @@ fn target<F: Family, M: Maps<F>>(socket: &impl Socket, maps: &M, addr: F::Addr) 
     if netns.flags & NetnsFlags::EXCLUDED != 0 || socket.is_excluded() {
         return Target::Other;
     }
+    if address.kind == AddressKind::LOOPBACK && netns.flags & NetnsFlags::HOST == 0 {
+        return Target::Other;
+    }
     let Some(frontend) = maps.frontend(&FrontendKey::new(addr, socket.port(), proto)) else {
         return match address.kind {
             AddressKind::SERVICE => Target::Undefined(netns),
@@ -138,7 +141,7 @@ pub fn connect<F: Family, M: Maps<F>>(
         }
         Target::Frontend(dialled) => dialled,
     };
-    match select::backend(maps, &dialled.frontend, dialled.client) {
+    match select::backend(maps, &dialled.frontend, Origin::Cluster, dialled.client) {
         Ok(chosen) => connect_to::<F, M>(socket, maps, &dialled, &chosen),
         Err(reason) => {
             socket.forget();
@@ -225,7 +228,7 @@ pub fn send<F: Family, M: Maps<F>>(socket: &mut impl Socket, maps: &M, addr: F::
     });
     let (chosen, is_fresh) = match kept {
         Some(kept) => kept,
-        None => match select::backend(maps, &dialled.frontend, dialled.client) {
+        None => match select::backend(maps, &dialled.frontend, Origin::Cluster, dialled.client) {
             Ok(chosen) => (chosen, false),
             Err(reason) => return refuse::<F, M>(socket, maps, &dialled.netns, reason),
         },
@@ -288,7 +291,7 @@ fn refuse<F: Family, M: Maps<F>>(
     reason: Counter,
 ) -> Outcome {
     let has_pod_hook = netns.flags & NetnsFlags::HAS_POD_HOOK != 0;
-    let is_silent = reason == Counter::NoLocalEndpoints;
+    let is_silent = matches!(reason, Counter::NoLocalEndpoints | Counter::SourceRefused);
     if has_pod_hook && (socket.proto() == Proto::UDP || is_silent) {
         return Outcome::Proceed;
     }

@@ -125,15 +125,49 @@ pub(super) struct ServiceSpec {
     pub(super) session_affinity_config: Option<SessionAffinityConfig>,
     #[serde(default)]
     pub(super) internal_traffic_policy: Option<String>,
+    #[serde(default)]
+    pub(super) external_traffic_policy: Option<String>,
+    #[serde(rename = "externalIPs", default, deserialize_with = "nullable")]
+    pub(super) external_ips: Vec<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    pub(super) load_balancer_source_ranges: Vec<String>,
+    #[serde(default)]
+    pub(super) health_check_node_port: Option<i64>,
+}
+
+/// A Service's `status`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ServiceStatus {
+    #[serde(default, deserialize_with = "nullable")]
+    pub(super) load_balancer: LoadBalancer,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct LoadBalancer {
+    #[serde(default, deserialize_with = "nullable")]
+    pub(super) ingress: Vec<Ingress>,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Ingress {
+    #[serde(default)]
+    pub(super) ip: Option<String>,
+    #[serde(default)]
+    pub(super) ip_mode: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct ServicePort {
     #[serde(default)]
     pub(super) name: Option<String>,
     #[serde(default)]
     pub(super) protocol: Option<String>,
     pub(super) port: i64,
+    #[serde(default)]
+    pub(super) node_port: Option<i64>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -1,10 +1,12 @@
 //! Services.
 
-use std::{net::IpAddr, num::NonZeroU16};
+use std::{collections::BTreeSet, net::IpAddr, num::NonZeroU16};
+
+use ipnetwork::IpNetwork;
 
 use super::{
     Decoded, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut, object_name,
-    raw::{Raw, ServicePort as RawPort, ServiceSpec},
+    raw::{Raw, ServicePort as RawPort, ServiceSpec, ServiceStatus},
     usable_ip,
 };
 use crate::model::object::{Family, Kind, Object, Protocol, Service, ServicePort, TrafficPolicy};
@@ -28,9 +30,17 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         Some(ips) if !is_others => ips,
         _ => return Ok(Decoded::Ignored(Kind::Service, name)),
     };
+    let status: ServiceStatus = match raw.status {
+        Some(status) => serde_json::from_value(status)
+            .map_err(|error| format!("status can't be decoded: {error}"))?,
+        None => ServiceStatus::default(),
+    };
+    // A field that the type has no use for is not looked at, as in kube-proxy.
+    let is_balanced = spec.kind.as_deref() == Some("LoadBalancer");
+    let has_node_ports = is_balanced || spec.kind.as_deref() == Some("NodePort");
     let mut ports: Vec<ServicePort> = Vec::with_capacity(spec.ports.len());
     for raw in &spec.ports {
-        let port = port(raw, names)?;
+        let port = port(raw, has_node_ports, names)?;
         if ports.iter().any(|known| known.name == port.name) {
             return Err(format!("two ports are called {:?}", cut(&port.name)));
         }
@@ -49,17 +59,76 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         cluster_ips,
         ports,
         affinity_secs: affinity(&spec)?,
-        internal_policy: match spec.internal_traffic_policy.as_deref() {
-            None | Some("Cluster") => TrafficPolicy::Cluster,
-            Some("Local") => TrafficPolicy::Local,
+        internal_policy: policy("internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
+        external_policy: policy("externalTrafficPolicy", spec.external_traffic_policy.as_deref())?,
+        external_ips: addresses("externalIPs", spec.external_ips.iter())?,
+        balancer_ips: if is_balanced {
+            balancer_ips(&status)?
+        } else {
+            Vec::new()
+        },
+        source_ranges: if is_balanced {
+            source_ranges(&spec.load_balancer_source_ranges)?
+        } else {
+            Vec::new()
+        },
+        health_check_port: match spec.health_check_node_port {
+            Some(number) if is_balanced && number != 0 => Some(port_number(number)?),
+            _ => None,
+        },
+    })))
+}
+
+fn policy(field: &str, text: Option<&str>) -> Result<TrafficPolicy, String> {
+    match text {
+        // The API server writes an empty one where there is none.
+        None | Some("" | "Cluster") => Ok(TrafficPolicy::Cluster),
+        Some("Local") => Ok(TrafficPolicy::Local),
+        Some(other) => Err(format!(
+            "{field} {:?} is neither Cluster nor Local",
+            cut(other)
+        )),
+    }
+}
+
+/// Each address once, sorted.
+fn addresses<'a>(
+    field: &str,
+    texts: impl Iterator<Item = &'a String>,
+) -> Result<Vec<IpAddr>, String> {
+    let ips: Result<BTreeSet<IpAddr>, String> = texts.map(|text| usable_ip(field, text)).collect();
+    Ok(ips?.into_iter().collect())
+}
+
+/// Addresses that this node is to answer for; those of proxies, and names, are the provider's.
+fn balancer_ips(status: &ServiceStatus) -> Result<Vec<IpAddr>, String> {
+    let mut texts = Vec::new();
+    for ingress in &status.load_balancer.ingress {
+        match ingress.ip_mode.as_deref() {
+            None | Some("VIP") => texts.extend(ingress.ip.iter().filter(|ip| !ip.is_empty())),
+            Some("Proxy") => {}
             Some(other) => {
                 return Err(format!(
-                    "internalTrafficPolicy {:?} is neither Cluster nor Local",
+                    "a load balancer's ipMode {:?} is neither VIP nor Proxy",
                     cut(other)
                 ));
             }
-        },
-    })))
+        }
+    }
+    addresses("status.loadBalancer.ingress.ip", texts.into_iter())
+}
+
+/// Ranges by their networks, each once; the API allows spaces around them.
+fn source_ranges(texts: &[String]) -> Result<Vec<IpNetwork>, String> {
+    let range = |text: &String| {
+        text.trim()
+            .parse::<IpNetwork>()
+            .ok()
+            .and_then(|range| IpNetwork::new(range.network(), range.prefix()).ok())
+            .ok_or_else(|| format!("loadBalancerSourceRanges has {:?}, no CIDR", cut(text)))
+    };
+    let ranges: Result<BTreeSet<IpNetwork>, String> = texts.iter().map(range).collect();
+    Ok(ranges?.into_iter().collect())
 }
 
 /// The cluster addresses; `None` where there is nothing to program.
@@ -89,7 +158,11 @@ fn cluster_ips(spec: &ServiceSpec) -> Result<Option<Vec<IpAddr>>, String> {
     Ok(Some(ips))
 }
 
-fn port(raw: &RawPort, names: &mut Interner) -> Result<ServicePort, String> {
+fn port(
+    raw: &RawPort,
+    has_node_port: bool,
+    names: &mut Interner,
+) -> Result<ServicePort, String> {
     let name = raw.name.as_deref().unwrap_or_default();
     if !name.is_empty() {
         check_name("port name", name)?;
@@ -98,6 +171,11 @@ fn port(raw: &RawPort, names: &mut Interner) -> Result<ServicePort, String> {
         name: names.get(name),
         protocol: protocol(raw.protocol.as_deref())?,
         port: port_number(raw.port)?,
+        node_port: match raw.node_port {
+            // Zero is how the API writes that there is none.
+            Some(number) if has_node_port && number != 0 => Some(port_number(number)?),
+            _ => None,
+        },
     })
 }
 

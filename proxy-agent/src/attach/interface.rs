@@ -43,7 +43,10 @@ impl Role {
                 ("from_overlay", TcAttachType::Ingress),
                 ("to_overlay", TcAttachType::Egress),
             ],
-            Self::Uplink => &[("from_uplink", TcAttachType::Ingress)],
+            Self::Uplink => &[
+                ("from_uplink", TcAttachType::Ingress),
+                ("to_uplink", TcAttachType::Egress),
+            ],
         }
     }
 }

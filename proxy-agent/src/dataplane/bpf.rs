@@ -6,7 +6,9 @@ use std::{
 };
 
 use aya::maps::MapData;
-use penstock_common::{Addr, Address, Backend, BackendId, Frontend, FrontendKey, Plain, V4, V6};
+use penstock_common::{
+    Addr, Address, Backend, BackendId, Frontend, FrontendKey, Plain, SourcePrefix, V4, V6,
+};
 
 use super::{
     ApplyError, Change, Dataplane, FamilyChange, FamilyState, MapError, MapState, batch,
@@ -18,10 +20,11 @@ const CHUNK: usize = 8_192;
 
 /// The service maps of one family.
 struct FamilyMaps {
-    names: [&'static str; 3],
+    names: [&'static str; 4],
     addresses: MapData,
     frontends: MapData,
     backends: MapData,
+    source_ranges: MapData,
 }
 
 /// The kernel's service maps.
@@ -34,18 +37,19 @@ pub struct Bpf {
 impl Bpf {
     /// Opens the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self, PinError> {
-        let family = |names: [&'static str; 3]| {
-            let [addresses, frontends, backends] = names;
+        let family = |names: [&'static str; 4]| {
+            let [addresses, frontends, backends, source_ranges] = names;
             Ok::<_, PinError>(FamilyMaps {
                 names,
                 addresses: pins.map(addresses)?,
                 frontends: pins.map(frontends)?,
                 backends: pins.map(backends)?,
+                source_ranges: pins.map(source_ranges)?,
             })
         };
         Ok(Self {
-            v4: family(["ADDRESSES4", "FRONTENDS4", "BACKENDS4"])?,
-            v6: family(["ADDRESSES6", "FRONTENDS6", "BACKENDS6"])?,
+            v4: family(["ADDRESSES4", "FRONTENDS4", "BACKENDS4", "SOURCE_RANGES4"])?,
+            v6: family(["ADDRESSES6", "FRONTENDS6", "BACKENDS6", "SOURCE_RANGES6"])?,
             slots: pins.map("SLOTS")?,
         })
     }
@@ -65,8 +69,9 @@ where
     A: Addr + Ord,
     FrontendKey<A>: Plain + Default + Ord,
     Backend<A>: Plain + Default,
+    SourcePrefix<A>: Plain + Default + Ord,
 {
-    let [addresses, frontends, backends] = maps.names;
+    let [addresses, frontends, backends, source_ranges] = maps.names;
     let read = "reading all elements";
     let all_addresses = batch::lookup_all::<A, Address>(maps.addresses.fd().as_fd(), CHUNK)
         .map_err(error(addresses, read))?;
@@ -75,7 +80,11 @@ where
             .map_err(error(frontends, read))?;
     let all_backends = batch::lookup_all::<u32, Backend<A>>(maps.backends.fd().as_fd(), CHUNK)
         .map_err(error(backends, read))?;
+    let all_ranges =
+        batch::lookup_all::<SourcePrefix<A>, u32>(maps.source_ranges.fd().as_fd(), CHUNK)
+            .map_err(error(source_ranges, read))?;
     Ok(FamilyState {
+        source_ranges: all_ranges.into_iter().map(|(range, _)| range).collect(),
         addresses: all_addresses.into_iter().collect(),
         frontends: all_frontends.into_iter().collect(),
         backends: all_backends
@@ -93,6 +102,8 @@ enum Run<A> {
     DeleteFrontends(Vec<FrontendKey<A>>),
     Addresses(Vec<A>, Vec<Address>),
     DeleteAddresses(Vec<A>),
+    SourceRanges(Vec<SourcePrefix<A>>),
+    DeleteSourceRanges(Vec<SourcePrefix<A>>),
 }
 
 impl<A> Run<A>
@@ -100,6 +111,7 @@ where
     A: Addr + Ord,
     FrontendKey<A>: Plain,
     Backend<A>: Plain,
+    SourcePrefix<A>: Plain,
 {
     fn begin(change: &FamilyChange<A>) -> Self {
         match *change {
@@ -108,6 +120,8 @@ where
             FamilyChange::DeleteFrontend(key) => Self::DeleteFrontends(vec![key]),
             FamilyChange::PutAddress(key, value) => Self::Addresses(vec![key], vec![value]),
             FamilyChange::DeleteAddress(key) => Self::DeleteAddresses(vec![key]),
+            FamilyChange::PutSourceRange(key) => Self::SourceRanges(vec![key]),
+            FamilyChange::DeleteSourceRange(key) => Self::DeleteSourceRanges(vec![key]),
         }
     }
 
@@ -128,13 +142,17 @@ where
             }
             (Self::DeleteFrontends(keys), FamilyChange::DeleteFrontend(key)) => keys.push(key),
             (Self::DeleteAddresses(keys), FamilyChange::DeleteAddress(key)) => keys.push(key),
+            (Self::SourceRanges(keys), FamilyChange::PutSourceRange(key))
+            | (Self::DeleteSourceRanges(keys), FamilyChange::DeleteSourceRange(key)) => {
+                keys.push(key);
+            }
             _ => return false,
         }
         true
     }
 
     fn write(&self, maps: &FamilyMaps) -> Result<(), (usize, MapError)> {
-        let [addresses, frontends, backends] = maps.names;
+        let [addresses, frontends, backends, source_ranges] = maps.names;
         let (map, operation, result) = match self {
             Self::Backends(keys, values) => (
                 backends,
@@ -161,6 +179,20 @@ where
                 "deleting",
                 batch::delete(maps.addresses.fd().as_fd(), keys),
             ),
+            Self::SourceRanges(keys) => (
+                source_ranges,
+                "writing",
+                batch::update(
+                    maps.source_ranges.fd().as_fd(),
+                    keys,
+                    &vec![1_u32; keys.len()],
+                ),
+            ),
+            Self::DeleteSourceRanges(keys) => (
+                source_ranges,
+                "deleting",
+                batch::delete(maps.source_ranges.fd().as_fd(), keys),
+            ),
         };
         result.map_err(|stopped| (stopped.done, error(map, operation)(stopped.source)))
     }
@@ -176,6 +208,7 @@ where
     A: Addr + Ord,
     FrontendKey<A>: Plain,
     Backend<A>: Plain,
+    SourcePrefix<A>: Plain,
 {
     let mut run = Run::begin(first);
     let mut length = 1;
@@ -218,12 +251,9 @@ impl Dataplane for Bpf {
         let all = batch::lookup_all::<u32, BackendId>(self.slots.fd().as_fd(), CHUNK)
             .map_err(error("SLOTS", "reading all elements"))?;
         let content: Vec<BackendId> = all.into_iter().map(|(_, backend)| backend).collect();
-        let ranges = v4
-            .frontends
-            .values()
-            .chain(v6.frontends.values())
-            .map(|frontend| frontend.slots);
-        let slots = ranges
+        let slots = v4
+            .ranges()
+            .chain(v6.ranges())
             .flat_map(|range| range.base..range.base.saturating_add(range.count))
             .filter_map(|slot| Some((slot, *content.get(slot as usize)?)))
             .collect();

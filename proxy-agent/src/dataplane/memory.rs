@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use penstock_common::{Addr, limits};
+use penstock_common::{Addr, SlotRange, limits};
 
 use super::{ApplyError, Change, Dataplane, FamilyChange, FamilyState, MapError, MapState};
 
@@ -46,10 +46,9 @@ impl Memory {
     /// What [`Dataplane::observe`] would see, slots as far as frontends cover them.
     pub fn observed(&self) -> MapState {
         let mut state = self.state.clone();
-        let v4 = state.v4.frontends.values().map(|frontend| frontend.slots);
-        let v6 = state.v6.frontends.values().map(|frontend| frontend.slots);
-        state.slots = v4
-            .chain(v6)
+        let ranges: Vec<SlotRange> = state.v4.ranges().chain(state.v6.ranges()).collect();
+        state.slots = ranges
+            .into_iter()
             .flat_map(|range| range.base..range.base + range.count)
             .filter_map(|slot| Some((slot, *self.slots.get(&slot)?)))
             .collect();
@@ -84,6 +83,12 @@ fn write<A: Addr + Ord>(
         }
         FamilyChange::DeleteAddress(addr) => {
             state.addresses.remove(&addr);
+        }
+        FamilyChange::PutSourceRange(range) => {
+            state.source_ranges.insert(range);
+        }
+        FamilyChange::DeleteSourceRange(range) => {
+            state.source_ranges.remove(&range);
         }
     }
     Ok(())

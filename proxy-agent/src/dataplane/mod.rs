@@ -9,9 +9,11 @@ pub mod faulty;
 pub mod memory;
 pub mod pins;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use penstock_common::{Addr, Address, Backend, BackendId, Frontend, FrontendKey, V4, V6};
+use penstock_common::{
+    Addr, Address, Backend, BackendId, Frontend, FrontendKey, SlotRange, SourcePrefix, V4, V6,
+};
 
 /// The service maps of one address family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +24,16 @@ pub struct FamilyState<A: Addr + Ord> {
     pub frontends: BTreeMap<FrontendKey<A>, Frontend>,
     /// `BACKENDS`, without ids that were never used (all zero).
     pub backends: BTreeMap<BackendId, Backend<A>>,
+    /// `SOURCE_RANGES`.
+    pub source_ranges: BTreeSet<SourcePrefix<A>>,
+}
+
+impl<A: Addr + Ord> FamilyState<A> {
+    /// All blocks of slots.
+    pub fn ranges(&self) -> impl Iterator<Item = SlotRange> + '_ {
+        let frontends = self.frontends.values();
+        frontends.flat_map(|frontend| [frontend.slots, frontend.external])
+    }
 }
 
 impl<A: Addr + Ord> Default for FamilyState<A> {
@@ -30,6 +42,7 @@ impl<A: Addr + Ord> Default for FamilyState<A> {
             addresses: BTreeMap::new(),
             frontends: BTreeMap::new(),
             backends: BTreeMap::new(),
+            source_ranges: BTreeSet::new(),
         }
     }
 }
@@ -58,6 +71,10 @@ pub enum FamilyChange<A> {
     PutAddress(A, Address),
     /// Removes an element of `ADDRESSES`; it being absent is no error.
     DeleteAddress(A),
+    /// Writes an element of `SOURCE_RANGES`.
+    PutSourceRange(SourcePrefix<A>),
+    /// Removes an element of `SOURCE_RANGES`; it being absent is no error.
+    DeleteSourceRange(SourcePrefix<A>),
 }
 
 /// One write.

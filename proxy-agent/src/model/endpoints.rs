@@ -1,13 +1,14 @@
 //! Which endpoints serve a port on this node: kube-proxy's `CategorizeEndpoints`.
 //!
 //! Ready endpoints, or terminating ones that still serve where none is ready; of these, for the
-//! Cluster policy, the ones that hints give to this node or zone (KEP-1669, KEP-2433, KEP-3015).
+//! Cluster policy, the ones that hints give to this node or zone, and for the Local policy those on
+//! this node (KEP-1669, KEP-2086, KEP-2433, KEP-3015).
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use super::{
-    object::{Endpoint, EndpointSlice, Family, Node, Protocol, TrafficPolicy},
-    port::{OnEmpty, PortBackend},
+    object::{Endpoint, EndpointSlice, Family, Node, Protocol},
+    port::PortBackend,
 };
 
 /// This node, as endpoints and hints name it.
@@ -29,34 +30,43 @@ impl<'a> Place<'a> {
     }
 }
 
-/// Live backends of a port, those for new connections marked, and what happens without any.
+/// A port's endpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Live backends, sorted by address and port.
+    pub backends: Vec<PortBackend>,
+    /// Whether anybody serves the port anywhere.
+    pub has_endpoints: bool,
+}
+
+/// Live backends of a port and the scopes that each is in.
+///
+/// Each scope falls back to its terminating endpoints by itself.
 pub fn choose<'a>(
     slices: impl Iterator<Item = &'a EndpointSlice>,
     family: Family,
     port: (&str, Protocol),
-    policy: TrafficPolicy,
     place: Place<'_>,
-) -> (Vec<PortBackend>, OnEmpty) {
+) -> Choice {
     let merged = merge(slices, family, port, place.name);
     let is_terminating = |endpoint: &Endpoint| endpoint.serving && endpoint.terminating;
-    let has_any = merged
-        .values()
-        .any(|endpoint| endpoint.ready || is_terminating(endpoint));
-    let in_scope = |endpoint: &Endpoint| match policy {
-        TrafficPolicy::Cluster => true,
-        TrafficPolicy::Local => endpoint.node.as_deref() == Some(place.name),
+    let is_local = |endpoint: &Endpoint| endpoint.node.as_deref() == Some(place.name);
+    let topology = Topology::of(merged.values().copied(), place);
+    let is_near = |endpoint: &Endpoint| topology.includes(endpoint, place);
+    let any = |wanted: &dyn Fn(&Endpoint) -> bool| merged.values().any(|endpoint| wanted(endpoint));
+    let has_ready = any(&|endpoint| endpoint.ready && is_near(endpoint));
+    let has_local_ready = any(&|endpoint| endpoint.ready && is_local(endpoint));
+    let in_cluster = |endpoint: &Endpoint| {
+        if has_ready {
+            endpoint.ready && is_near(endpoint)
+        } else {
+            is_terminating(endpoint)
+        }
     };
-    let topology = match policy {
-        TrafficPolicy::Cluster => Topology::of(merged.values().copied(), place),
-        TrafficPolicy::Local => Topology::None,
-    };
-    let has_ready = merged
-        .values()
-        .any(|endpoint| endpoint.ready && in_scope(endpoint) && topology.includes(endpoint, place));
-    let is_selected = |endpoint: &Endpoint| {
-        in_scope(endpoint)
-            && if has_ready {
-                endpoint.ready && topology.includes(endpoint, place)
+    let in_local = |endpoint: &Endpoint| {
+        is_local(endpoint)
+            && if has_local_ready {
+                endpoint.ready
             } else {
                 is_terminating(endpoint)
             }
@@ -64,27 +74,21 @@ pub fn choose<'a>(
     let backends = merged
         .iter()
         .map(|(&(address, port), endpoint)| {
-            (
-                PortBackend {
-                    address,
-                    port,
-                    is_selected: is_selected(endpoint),
-                },
-                endpoint.serving,
-            )
+            let backend = PortBackend {
+                address,
+                port,
+                in_cluster: in_cluster(endpoint),
+                in_local: in_local(endpoint),
+            };
+            (backend, endpoint.serving)
         })
-        .filter(|(backend, serves)| backend.is_selected || *serves)
+        .filter(|(backend, serves)| backend.in_cluster || backend.in_local || *serves)
         .map(|(backend, _)| backend)
         .collect();
-    let is_local_miss = policy == TrafficPolicy::Local && has_any;
-    (
+    Choice {
         backends,
-        if is_local_miss {
-            OnEmpty::Drop
-        } else {
-            OnEmpty::Reject
-        },
-    )
+        has_endpoints: any(&|endpoint| endpoint.ready || is_terminating(endpoint)),
+    }
 }
 
 /// The endpoints that listen on a port, each address and port once.

@@ -100,6 +100,16 @@ pub struct Service {
     pub affinity_secs: Option<u32>,
     /// `internalTrafficPolicy`.
     pub internal_policy: TrafficPolicy,
+    /// `externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// Addresses of load balancers that leave the last step to nodes (`ipMode: VIP`, KEP-1860).
+    pub balancer_ips: Vec<IpAddr>,
+    /// `loadBalancerSourceRanges`; empty where everybody may come.
+    pub source_ranges: Vec<IpNetwork>,
+    /// `healthCheckNodePort`.
+    pub health_check_port: Option<NonZeroU16>,
 }
 
 /// A port of a service.
@@ -111,6 +121,8 @@ pub struct ServicePort {
     pub protocol: Protocol,
     /// The port that clients dial.
     pub port: NonZeroU16,
+    /// The port of every node that leads here too.
+    pub node_port: Option<NonZeroU16>,
 }
 
 /// An EndpointSlice of an address family (those of type FQDN are not kept).

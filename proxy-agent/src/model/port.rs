@@ -1,8 +1,10 @@
 //! What this node should serve for one port of a service, in one address family.
 
-use std::{fmt, net::IpAddr, sync::Arc};
+use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
-use super::object::{Family, ObjectName, Protocol};
+use ipnetwork::IpNetwork;
+
+use super::object::{Family, ObjectName, Protocol, TrafficPolicy};
 
 /// A port of a service in one family: the unit that has an id, backends and clients' affinity.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,34 +44,88 @@ impl fmt::Debug for PortKey {
     }
 }
 
-/// What a client gets where no endpoint may serve it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnEmpty {
-    /// A refusal: there is no endpoint anywhere.
-    Reject,
-    /// Silence: there are endpoints, but a Local policy leaves none on this node.
-    Drop,
+/// Which of a port's endpoints a client may get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scope {
+    /// Any, as far as hints allow.
+    Cluster,
+    /// Those on this node.
+    Local,
 }
 
-impl OnEmpty {
-    /// What a client meets.
-    pub fn words(self) -> &'static str {
-        match self {
-            Self::Reject => "rejected: no endpoint",
-            Self::Drop => "dropped: no endpoint on this node",
+impl From<TrafficPolicy> for Scope {
+    fn from(policy: TrafficPolicy) -> Self {
+        match policy {
+            TrafficPolicy::Cluster => Self::Cluster,
+            TrafficPolicy::Local => Self::Local,
         }
     }
 }
 
-/// Somebody who serves a port.
+/// What an address and port that clients dial are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum FrontendKind {
+    /// The service's own address.
+    Cluster,
+    /// An external address.
+    ExternalIp,
+    /// A load balancer's address.
+    Balancer,
+    /// A port of this node.
+    NodePort,
+    /// A port of this node that a pod asked for.
+    HostPort,
+}
+
+impl FrontendKind {
+    /// Its name.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Cluster => "cluster address",
+            Self::ExternalIp => "external address",
+            Self::Balancer => "load balancer",
+            Self::NodePort => "node port",
+            Self::HostPort => "host port",
+        }
+    }
+}
+
+/// What clients dial, and whom they get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortFrontend {
+    /// The address.
+    pub address: IpAddr,
+    /// The port, host order.
+    pub port: u16,
+    /// What it is.
+    pub kind: FrontendKind,
+    /// For clients in the cluster.
+    pub internal: Scope,
+    /// For clients outside of it.
+    pub external: Scope,
+}
+
+/// Somebody who serves a port. In no scope, only UDP flows that are there may stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PortBackend {
     /// Its address.
     pub address: IpAddr,
     /// Its port, host order.
     pub port: u16,
-    /// Whether new connections may go there; without, only UDP flows that are there may stay.
-    pub is_selected: bool,
+    /// New connections of scope [`Scope::Cluster`] may go there.
+    pub in_cluster: bool,
+    /// New connections of scope [`Scope::Local`] may go there.
+    pub in_local: bool,
+}
+
+impl PortBackend {
+    /// Whether new connections of a scope may go there.
+    pub fn is_in(&self, scope: Scope) -> bool {
+        match scope {
+            Scope::Cluster => self.in_cluster,
+            Scope::Local => self.in_local,
+        }
+    }
 }
 
 /// What this node should serve.
@@ -77,12 +133,40 @@ pub struct PortBackend {
 pub struct Port {
     /// Which port of which service.
     pub key: PortKey,
-    /// Addresses and ports that clients dial, sorted.
-    pub frontends: Vec<(IpAddr, u16)>,
+    /// What clients dial, sorted, each address and port once.
+    pub frontends: Vec<PortFrontend>,
+    /// Clients of load balancers' addresses who may come, sorted; empty where everybody may.
+    pub source_ranges: Vec<IpNetwork>,
     /// Seconds of session affinity, 0 without.
     pub affinity_secs: u32,
-    /// What happens where no backend is selected.
-    pub on_empty: OnEmpty,
+    /// Whether there are endpoints, wherever they are: without, clients are refused; with, those of
+    /// an empty [`Scope::Local`] meet silence.
+    pub has_endpoints: bool,
     /// Live backends, sorted by address and port, each once.
     pub backends: Vec<PortBackend>,
+}
+
+/// A port of this node that a pod of it asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// At which address; all of them without.
+    pub ip: Option<IpAddr>,
+    /// The node's port.
+    pub port: NonZeroU16,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// The pod's addresses.
+    pub pod_ips: Vec<IpAddr>,
+    /// The pod's port.
+    pub pod_port: NonZeroU16,
+}
+
+impl HostPort {
+    /// What tells it from the pod's other ports.
+    pub fn label(&self) -> Arc<str> {
+        match self.ip {
+            Some(ip) => std::net::SocketAddr::new(ip, self.port.get()).to_string().into(),
+            None => self.port.to_string().into(),
+        }
+    }
 }

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
+    num::NonZeroU16,
     sync::Arc,
 };
 
@@ -14,13 +15,19 @@ use super::{
     endpoints::{self, Place},
     object::{
         EndpointSlice, Event, ExcludedPod, Family, Kind, Node, Object, ObjectName, Protocol,
-        Rejection, Service,
+        Rejection, Service, ServicePort,
     },
-    port::{Port, PortKey},
+    port::{FrontendKind, HostPort, Port, PortBackend, PortFrontend, PortKey, Scope},
 };
 
 /// What clients dial.
-type Frontend = (IpAddr, u16, Protocol);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Claimed {
+    /// The address; `None` for node ports, which are the same port of several.
+    ip: Option<IpAddr>,
+    port: u16,
+    protocol: Protocol,
+}
 
 /// A service that wants a frontend; the least one gets it: the older, then the first by name.
 type Claim = (i64, ObjectName);
@@ -35,11 +42,19 @@ pub struct World {
     services: HashMap<ObjectName, Service>,
     slices: HashMap<ObjectName, EndpointSlice>,
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
-    claims: HashMap<Frontend, BTreeSet<Claim>>,
+    claims: HashMap<Claimed, BTreeSet<Claim>>,
+    /// Where node ports are served.
+    node_port_ips: BTreeSet<IpAddr>,
+    /// Services with node ports.
+    node_port_services: BTreeSet<ObjectName>,
+    /// What pods of this node asked for.
+    host_ports: BTreeMap<ObjectName, Vec<HostPort>>,
     excluded: BTreeMap<ObjectName, ExcludedPod>,
     listed: HashSet<Kind>,
     dirty: BTreeSet<ObjectName>,
     is_doubtful: bool,
+    /// Whether pods' host ports are yet to be heard of.
+    awaits_host_ports: bool,
 }
 
 impl World {
@@ -54,10 +69,14 @@ impl World {
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             claims: HashMap::new(),
+            node_port_ips: BTreeSet::new(),
+            node_port_services: BTreeSet::new(),
+            host_ports: BTreeMap::new(),
             excluded: BTreeMap::new(),
             listed: HashSet::new(),
             dirty: BTreeSet::new(),
             is_doubtful: false,
+            awaits_host_ports: false,
         }
     }
 
@@ -75,7 +94,12 @@ impl World {
 
     /// Whether every kind has been listed, so that what is absent is known to be absent.
     pub fn is_synced(&self) -> bool {
-        Kind::ALL.iter().all(|kind| self.listed.contains(kind))
+        !self.awaits_host_ports && Kind::ALL.iter().all(|kind| self.listed.contains(kind))
+    }
+
+    /// Waits for [`Self::set_host_ports`] before anything that is absent counts as absent.
+    pub fn await_host_ports(&mut self) {
+        self.awaits_host_ports = true;
     }
 
     /// Whether there may be more than what was listed.
@@ -137,6 +161,34 @@ impl World {
         self.update_node_addresses();
     }
 
+    /// Sets the addresses at which node ports are served.
+    pub fn set_node_port_ips(&mut self, ips: BTreeSet<IpAddr>) {
+        if ips != self.node_port_ips {
+            self.node_port_ips = ips;
+            self.dirty.extend(self.node_port_services.iter().cloned());
+        }
+    }
+
+    /// Sets the ports of this node that its pods asked for.
+    pub fn set_host_ports(&mut self, host_ports: BTreeMap<ObjectName, Vec<HostPort>>) {
+        self.awaits_host_ports = false;
+        let old = std::mem::replace(&mut self.host_ports, host_ports);
+        let names: BTreeSet<ObjectName> = old.keys().chain(self.host_ports.keys()).cloned().collect();
+        for name in names {
+            let (before, after) = (old.get(&name), self.host_ports.get(&name).cloned());
+            if before == after.as_ref() {
+                continue;
+            }
+            for port in before.into_iter().flatten() {
+                self.unclaim_one(claimed(port), (i64::MIN, name.clone()));
+            }
+            for port in after.into_iter().flatten() {
+                self.claim(claimed(&port), (i64::MIN, name.clone()));
+            }
+            self.dirty.insert(name);
+        }
+    }
+
     fn update_node_addresses(&mut self) {
         let own = self
             .node()
@@ -147,40 +199,40 @@ impl World {
             return;
         }
         for address in addresses.symmetric_difference(&self.node_addresses) {
-            let concerned = self.claims.iter().filter(|((ip, ..), _)| ip == address);
+            let concerned = self
+                .claims
+                .iter()
+                .filter(|(claimed, _)| claimed.ip == Some(*address));
             self.dirty
                 .extend(concerned.flat_map(|(_, claims)| claims.iter().map(|c| c.1.clone())));
         }
+        self.dirty.extend(self.host_ports.keys().cloned());
         self.node_addresses = addresses;
     }
 
-    /// What this node should serve for a service; nothing for one that is gone.
+    /// What this node should serve for a service, or a pod's host ports; nothing for one that is gone.
     pub fn ports(&self, name: &ObjectName) -> Vec<Port> {
+        if let Some(ports) = self.host_ports.get(name) {
+            return self.ports_of_host(name, ports);
+        }
         let Some(service) = self.services.get(name) else {
             return Vec::new();
         };
         let mut ports = Vec::with_capacity(service.ports.len() * service.cluster_ips.len());
         for port in &service.ports {
-            for family in [Family::V4, Family::V6] {
-                let frontends: Vec<(IpAddr, u16)> = service
-                    .cluster_ips
-                    .iter()
-                    .filter(|ip| Family::of(**ip) == family)
-                    .map(|ip| (*ip, port.port.get()))
-                    .filter(|(ip, number)| {
-                        self.refusal(name, (*ip, *number, port.protocol)).is_none()
-                    })
-                    .collect();
+            for ip in &service.cluster_ips {
+                let family = Family::of(*ip);
+                let frontends = self.frontends_of(service, port, family);
                 if frontends.is_empty() {
                     continue;
                 }
-                let (backends, on_empty) = endpoints::choose(
+                let choice = endpoints::choose(
                     self.slices_of(name),
                     family,
                     (&port.name, port.protocol),
-                    service.internal_policy,
                     Place::of(&self.node_name, self.node()),
                 );
+                let ranges = service.source_ranges.iter().copied();
                 ports.push(Port {
                     key: PortKey {
                         service: name.clone(),
@@ -189,13 +241,159 @@ impl World {
                         family,
                     },
                     frontends,
+                    source_ranges: ranges
+                        .filter(|range| Family::of(range.ip()) == family)
+                        .collect(),
                     affinity_secs: service.affinity_secs.unwrap_or(0),
-                    on_empty,
-                    backends,
+                    has_endpoints: choice.has_endpoints,
+                    backends: choice.backends,
                 });
             }
         }
         ports
+    }
+
+    /// What clients of a port may dial, sorted.
+    fn frontends_of(
+        &self,
+        service: &Service,
+        port: &ServicePort,
+        family: Family,
+    ) -> Vec<PortFrontend> {
+        let internal = service.internal_policy.into();
+        // Clients in the cluster reach every endpoint by an external address too (KEP-1669 and
+        // kube-proxy's short circuit), whatever the policy for those outside.
+        let outside = (Scope::Cluster, service.external_policy.into());
+        let at = |ips: &[IpAddr], kind, (internal, external)| -> Vec<PortFrontend> {
+            let ips = ips.iter().filter(|ip| Family::of(**ip) == family);
+            let frontend = |ip: &IpAddr| PortFrontend {
+                address: *ip,
+                port: port.port.get(),
+                kind,
+                internal,
+                external,
+            };
+            ips.map(frontend).collect()
+        };
+        let mut frontends = at(
+            &service.cluster_ips,
+            FrontendKind::Cluster,
+            (internal, internal),
+        );
+        frontends.extend(at(
+            &service.balancer_ips,
+            FrontendKind::Balancer,
+            outside,
+        ));
+        frontends.extend(at(
+            &service.external_ips,
+            FrontendKind::ExternalIp,
+            outside,
+        ));
+        frontends.retain(|frontend| {
+            let claimed = Claimed {
+                ip: Some(frontend.address),
+                port: frontend.port,
+                protocol: port.protocol,
+            };
+            self.refusal(&service.name, claimed, frontend.kind).is_none()
+        });
+        if let Some(number) = port.node_port {
+            let any = Claimed {
+                ip: None,
+                port: number.get(),
+                protocol: port.protocol,
+            };
+            let ips = self.node_port_ips.iter();
+            let is_free = |ip: &&IpAddr| {
+                let here = Claimed {
+                    ip: Some(**ip),
+                    ..any
+                };
+                Family::of(**ip) == family && !self.claims.contains_key(&here)
+            };
+            if self
+                .refusal(&service.name, any, FrontendKind::NodePort)
+                .is_none()
+            {
+                frontends.extend(ips.filter(is_free).map(|ip| PortFrontend {
+                    address: *ip,
+                    port: number.get(),
+                    kind: FrontendKind::NodePort,
+                    internal: outside.0,
+                    external: outside.1,
+                }));
+            }
+        }
+        frontends.sort_unstable();
+        frontends.dedup_by_key(|frontend| (frontend.address, frontend.port));
+        frontends
+    }
+
+    /// Ports of this node that lead to a pod.
+    fn ports_of_host(&self, name: &ObjectName, ports: &[HostPort]) -> Vec<Port> {
+        let mut served = Vec::new();
+        for port in ports {
+            if self
+                .refusal(name, claimed(port), FrontendKind::HostPort)
+                .is_some()
+            {
+                continue;
+            }
+            for backend in &port.pod_ips {
+                let family = Family::of(*backend);
+                let frontend = |address: IpAddr| PortFrontend {
+                    address,
+                    port: port.port.get(),
+                    kind: FrontendKind::HostPort,
+                    internal: Scope::Cluster,
+                    external: Scope::Cluster,
+                };
+                let is_free = |ip: &IpAddr| {
+                    let here = Claimed {
+                        ip: Some(*ip),
+                        ..claimed(port)
+                    };
+                    let is_taken = port.ip.is_none() && self.claims.contains_key(&here);
+                    Family::of(*ip) == family && !is_taken
+                };
+                let ips: Vec<IpAddr> = match port.ip {
+                    Some(ip) => vec![ip],
+                    None => self
+                        .node_addresses
+                        .iter()
+                        .chain(&self.node_port_ips)
+                        .copied()
+                        .collect(),
+                };
+                let mut frontends: Vec<PortFrontend> =
+                    ips.into_iter().filter(is_free).map(frontend).collect();
+                frontends.sort_unstable();
+                frontends.dedup();
+                if frontends.is_empty() {
+                    continue;
+                }
+                served.push(Port {
+                    key: PortKey {
+                        service: name.clone(),
+                        port: port.label(),
+                        protocol: port.protocol,
+                        family,
+                    },
+                    frontends,
+                    source_ranges: Vec::new(),
+                    affinity_secs: 0,
+                    has_endpoints: true,
+                    backends: vec![PortBackend {
+                        address: *backend,
+                        port: port.pod_port.get(),
+                        in_cluster: true,
+                        in_local: false,
+                    }],
+                });
+            }
+        }
+        served
     }
 
     /// Every frontend that a service wants and does not get, with the reason.
@@ -203,15 +401,33 @@ impl World {
         let mut conflicts: Vec<Rejection> = self
             .claims
             .iter()
-            .flat_map(|(frontend, claims)| claims.iter().map(move |claim| (frontend, claim)))
-            .filter_map(|(frontend, (_, name))| {
-                let (ip, port, protocol) = frontend;
-                let reason = self.refusal(name, *frontend)?;
+            .flat_map(|(claimed, claims)| claims.iter().map(move |claim| (claimed, claim)))
+            .filter_map(|(claimed, (_, name))| {
+                let Claimed { ip, port, protocol } = claimed;
+                let is_cluster = ip.is_some_and(|ip| {
+                    let service = self.services.get(name);
+                    service.is_some_and(|service| service.cluster_ips.contains(&ip))
+                });
+                let kind = match (is_cluster, ip) {
+                    (true, _) => FrontendKind::Cluster,
+                    (false, Some(_)) => FrontendKind::ExternalIp,
+                    (false, None) => FrontendKind::NodePort,
+                };
+                let reason = self.refusal(name, *claimed, kind)?;
+                let place = match ip {
+                    Some(ip) => format!("port {port} of {ip}"),
+                    None => format!("port {port} of this node"),
+                };
+                let kind = if self.services.contains_key(name) {
+                    "Service"
+                } else {
+                    "Pod"
+                };
                 Some(Rejection {
-                    kind: "Service".to_owned(),
+                    kind: kind.to_owned(),
                     object: name.to_string(),
                     origin: String::new(),
-                    reason: format!("{protocol:?} port {port} of {ip} {reason}"),
+                    reason: format!("{protocol:?} {place} {reason}"),
                 })
             })
             .collect();
@@ -220,12 +436,20 @@ impl World {
     }
 
     /// Why a service does not get a frontend that it claims.
-    fn refusal(&self, name: &ObjectName, frontend: Frontend) -> Option<String> {
-        if self.node_addresses.contains(&frontend.0) {
+    fn refusal(&self, name: &ObjectName, claimed: Claimed, kind: FrontendKind) -> Option<String> {
+        let is_own = claimed.ip.is_some_and(|ip| self.node_addresses.contains(&ip));
+        if is_own && kind == FrontendKind::Cluster {
             return Some("is this node's own address; a service can't have it".to_owned());
         }
-        let (_, owner) = self.claims.get(&frontend)?.first()?;
-        (owner != name).then(|| format!("belongs to the older service {owner}"))
+        let (_, owner) = self.claims.get(&claimed)?.first()?;
+        (owner != name).then(|| {
+            let kind = if self.host_ports.contains_key(owner) {
+                "pod"
+            } else {
+                "older service"
+            };
+            format!("belongs to the {kind} {owner}")
+        })
     }
 
     fn slices_of(&self, service: &ObjectName) -> impl Iterator<Item = &EndpointSlice> {
@@ -316,27 +540,52 @@ impl World {
         if let Some(old) = self.services.remove(&service.name) {
             self.unclaim(&old);
         }
-        for frontend in frontends(&service) {
-            let claims = self.claims.entry(frontend).or_default();
-            claims.insert((service.created_secs, service.name.clone()));
-            // Who owned it may no longer do so.
-            self.dirty
-                .extend(claims.iter().take(2).map(|claim| claim.1.clone()));
+        for claimed in claims(&service) {
+            self.claim(claimed, (service.created_secs, service.name.clone()));
+        }
+        if service.ports.iter().any(|port| port.node_port.is_some()) {
+            self.node_port_services.insert(service.name.clone());
         }
         self.dirty.insert(service.name.clone());
         self.services.insert(service.name.clone(), service);
     }
 
     fn unclaim(&mut self, service: &Service) {
-        for frontend in frontends(service) {
-            if let Some(claims) = self.claims.get_mut(&frontend) {
-                claims.remove(&(service.created_secs, service.name.clone()));
-                self.dirty
-                    .extend(claims.first().map(|claim| claim.1.clone()));
-                if claims.is_empty() {
-                    self.claims.remove(&frontend);
-                }
+        for claimed in claims(service) {
+            self.unclaim_one(claimed, (service.created_secs, service.name.clone()));
+        }
+        self.node_port_services.remove(&service.name);
+    }
+
+    fn claim(&mut self, claimed: Claimed, claim: Claim) {
+        let claims = self.claims.entry(claimed).or_default();
+        claims.insert(claim);
+        // Who owned it may no longer do so.
+        self.dirty
+            .extend(claims.iter().take(2).map(|claim| claim.1.clone()));
+        self.touch_node_port(claimed);
+    }
+
+    fn unclaim_one(&mut self, claimed: Claimed, claim: Claim) {
+        if let Some(claims) = self.claims.get_mut(&claimed) {
+            claims.remove(&claim);
+            self.dirty
+                .extend(claims.first().map(|claim| claim.1.clone()));
+            if claims.is_empty() {
+                self.claims.remove(&claimed);
             }
+        }
+        self.touch_node_port(claimed);
+    }
+
+    /// Marks who has the same port of every address: one address with a port of its own is not
+    /// among them.
+    fn touch_node_port(&mut self, claimed: Claimed) {
+        let any = Claimed { ip: None, ..claimed };
+        if claimed.ip.is_some()
+            && let Some((_, owner)) = self.claims.get(&any).and_then(BTreeSet::first)
+        {
+            self.dirty.insert(owner.clone());
         }
     }
 
@@ -388,12 +637,34 @@ impl World {
     }
 }
 
+/// What a pod's host port is dialled at.
+fn claimed(port: &HostPort) -> Claimed {
+    Claimed {
+        ip: port.ip,
+        port: port.port.get(),
+        protocol: port.protocol,
+    }
+}
+
 /// Everything that a service wants to be dialled at.
-fn frontends(service: &Service) -> impl Iterator<Item = Frontend> + '_ {
-    service.ports.iter().flat_map(|port| {
-        service
-            .cluster_ips
-            .iter()
-            .map(|ip| (*ip, port.port.get(), port.protocol))
+fn claims(service: &Service) -> impl Iterator<Item = Claimed> + '_ {
+    let families: Vec<Family> = service.cluster_ips.iter().map(|ip| Family::of(*ip)).collect();
+    let ips: BTreeSet<IpAddr> = service
+        .cluster_ips
+        .iter()
+        .chain(&service.balancer_ips)
+        .chain(&service.external_ips)
+        .copied()
+        .filter(|ip| families.contains(&Family::of(*ip)))
+        .collect();
+    service.ports.iter().flat_map(move |port| {
+        let claim = |ip, number: NonZeroU16| Claimed {
+            ip,
+            port: number.get(),
+            protocol: port.protocol,
+        };
+        let node_port = port.node_port.map(|number| claim(None, number));
+        let ips: Vec<Claimed> = ips.iter().map(|ip| claim(Some(*ip), port.port)).collect();
+        ips.into_iter().chain(node_port)
     })
 }

@@ -187,7 +187,8 @@ impl Planner {
         if let Some(id) = self.ids.get(&port.key) {
             return *id;
         }
-        let observed = port.frontends.iter().find_map(|(ip, number)| {
+        let observed = port.frontends.iter().find_map(|frontend| {
+            let (ip, number) = (&frontend.address, &frontend.port);
             let owner = match port.key.family {
                 Family::V4 => owner(&self.v4, *ip, *number, port.key.protocol),
                 Family::V6 => owner(&self.v6, *ip, *number, port.key.protocol),
@@ -365,10 +366,9 @@ fn owner<A: PlannedAddr>(
 
 fn adopt_blocks<A: PlannedAddr>(side: &mut Side<A>, blocks: &mut Blocks, observed: &MapState) {
     for state in side.ports.values_mut() {
-        let mut ranges: Vec<SlotRange> = state
-            .frontends
-            .values()
-            .map(|frontend| frontend.slots)
+        let frontends = state.frontends.values();
+        let mut ranges: Vec<SlotRange> = frontends
+            .flat_map(|frontend| [frontend.slots, frontend.external])
             .collect();
         ranges.sort_unstable();
         ranges.dedup();
@@ -407,7 +407,9 @@ fn retire_unused<A: PlannedAddr>(
     };
     let frontends = &state.frontends;
     state.blocks.retain(|(range, _)| {
-        let is_used = frontends.values().any(|frontend| frontend.slots == *range);
+        let is_used = frontends
+            .values()
+            .any(|frontend| frontend.slots == *range || frontend.external == *range);
         if !is_used {
             blocks.retire(*range, now);
         }
@@ -420,7 +422,11 @@ fn retire_unused<A: PlannedAddr>(
         }
         held.flags != 0
     });
-    if state.frontends.is_empty() && state.backends.is_empty() && state.blocks.is_empty() {
+    if state.frontends.is_empty()
+        && state.backends.is_empty()
+        && state.blocks.is_empty()
+        && state.source_ranges.is_empty()
+    {
         side.ports.remove(&id);
     }
 }

@@ -6,8 +6,8 @@ use std::{
 };
 
 use penstock_common::{
-    Addr, Address, Backend, BackendId, Be16, Frontend, FrontendKey, ServiceId, SlotRange, V4, V6,
-    limits,
+    Addr, Address, AddressKind, Backend, BackendId, Be16, Frontend, FrontendFlags, FrontendKey,
+    ServiceId, SlotRange, SourcePrefix, V4, V6, limits,
 };
 
 use super::ids::Ids;
@@ -83,6 +83,53 @@ pub(super) struct PortState<A: Ord> {
     pub(super) backends: BTreeMap<(A, Be16), Held>,
     /// Blocks that are this port's, with what their slots hold.
     pub(super) blocks: Vec<(SlotRange, Vec<BackendId>)>,
+    /// Clients of load balancers' addresses that may come.
+    pub(super) source_ranges: BTreeSet<SourcePrefix<A>>,
+}
+
+/// How many frontends an address has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Uses {
+    /// Those of services' own addresses, where other ports are refused.
+    pub(super) own: i64,
+    /// The others.
+    pub(super) external: i64,
+}
+
+impl Uses {
+    /// One frontend with these flags.
+    pub(super) fn of(flags: u32) -> Self {
+        let external = i64::from(flags & FrontendFlags::EXTERNAL != 0);
+        Self {
+            own: 1 - external,
+            external,
+        }
+    }
+
+    pub(super) fn plus(self, other: Self) -> Self {
+        Self {
+            own: self.own + other.own,
+            external: self.external + other.external,
+        }
+    }
+
+    pub(super) fn minus(self, other: Self) -> Self {
+        Self {
+            own: self.own - other.own,
+            external: self.external - other.external,
+        }
+    }
+
+    /// What the address is because of them.
+    pub(super) fn kind(self) -> Option<u32> {
+        if self.own > 0 {
+            Some(AddressKind::SERVICE)
+        } else if self.external > 0 {
+            Some(AddressKind::EXTERNAL)
+        } else {
+            None
+        }
+    }
 }
 
 /// One family's maps as the kernel holds them.
@@ -93,8 +140,7 @@ pub(super) struct Side<A: Ord> {
     /// Who has a frontend.
     pub(super) owners: HashMap<FrontendKey<A>, ServiceId>,
     pub(super) addresses: HashMap<A, Address>,
-    /// How many frontends an address has.
-    pub(super) uses: HashMap<A, u32>,
+    pub(super) uses: HashMap<A, Uses>,
     /// Services' addresses without a frontend: to be removed.
     pub(super) idle: BTreeSet<A>,
     pub(super) backend_ids: Ids,
@@ -123,7 +169,10 @@ impl<A: PlannedAddr> Side<A> {
             let port = self.port(frontend.service);
             port.frontends.insert(*key, *frontend);
             self.owners.insert(*key, frontend.service);
-            *self.uses.entry(key.addr).or_default() += 1;
+            self.use_address(key.addr, Uses::of(frontend.flags), Uses::default());
+        }
+        for range in &observed.source_ranges {
+            self.port(range.range.service).source_ranges.insert(*range);
         }
         for (id, backend) in &observed.backends {
             let mut is_used = backend.flags != 0;
@@ -151,6 +200,7 @@ impl<A: PlannedAddr> Side<A> {
             frontends: BTreeMap::new(),
             backends: BTreeMap::new(),
             blocks: Vec::new(),
+            source_ranges: BTreeSet::new(),
         })
     }
 
@@ -159,27 +209,22 @@ impl<A: PlannedAddr> Side<A> {
         match *change {
             FamilyChange::PutBackend(id, backend) => self.commit_backend(id, &backend),
             FamilyChange::PutFrontend(key, frontend) => {
-                match self.owners.insert(key, frontend.service) {
-                    Some(owner) if owner != frontend.service => {
-                        self.port(owner).frontends.remove(&key);
-                    }
-                    Some(_) => {}
-                    None => *self.uses.entry(key.addr).or_default() += 1,
-                }
-                self.idle.remove(&key.addr);
+                let new = Uses::of(frontend.flags);
+                let old = self.take_frontend(&key).unwrap_or_default();
+                self.use_address(key.addr, new, old);
+                self.owners.insert(key, frontend.service);
                 self.port(frontend.service).frontends.insert(key, frontend);
             }
             FamilyChange::DeleteFrontend(key) => {
-                if let Some(owner) = self.owners.remove(&key) {
-                    self.port(owner).frontends.remove(&key);
-                    if let Some(uses) = self.uses.get_mut(&key.addr) {
-                        *uses -= 1;
-                        if *uses == 0 {
-                            self.uses.remove(&key.addr);
-                            self.idle.insert(key.addr);
-                        }
-                    }
+                if let Some(old) = self.take_frontend(&key) {
+                    self.use_address(key.addr, Uses::default(), old);
                 }
+            }
+            FamilyChange::PutSourceRange(range) => {
+                self.port(range.range.service).source_ranges.insert(range);
+            }
+            FamilyChange::DeleteSourceRange(range) => {
+                self.port(range.range.service).source_ranges.remove(&range);
             }
             FamilyChange::PutAddress(addr, kind) => {
                 self.addresses.insert(addr, kind);
@@ -191,6 +236,24 @@ impl<A: PlannedAddr> Side<A> {
                 self.addresses.remove(&addr);
                 self.idle.remove(&addr);
             }
+        }
+    }
+
+    /// Takes a frontend out of its port; how its address was used by it.
+    fn take_frontend(&mut self, key: &FrontendKey<A>) -> Option<Uses> {
+        let owner = self.owners.remove(key)?;
+        let old = self.port(owner).frontends.remove(key)?;
+        Some(Uses::of(old.flags))
+    }
+
+    fn use_address(&mut self, addr: A, new: Uses, old: Uses) {
+        let uses = self.uses.entry(addr).or_default();
+        *uses = uses.plus(new).minus(old);
+        if *uses == Uses::default() {
+            self.uses.remove(&addr);
+            self.idle.insert(addr);
+        } else {
+            self.idle.remove(&addr);
         }
     }
 

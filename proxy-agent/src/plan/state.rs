@@ -9,7 +9,7 @@ use std::{
 };
 
 use penstock_common::{
-    AddressKind, BackendFlags, BackendId, FrontendFlags, FrontendKey, SlotRange,
+    AddressKind, BackendFlags, BackendId, FrontendFlags, FrontendKey, SlotRange, SourceRange,
 };
 
 use super::side::PlannedAddr;
@@ -60,6 +60,8 @@ fn write_family<A: PlannedAddr>(
         let kind = match address.kind {
             AddressKind::SERVICE => "service",
             AddressKind::NODE => "node",
+            AddressKind::EXTERNAL => "external",
+            AddressKind::LOOPBACK => "loopback",
             _ => "unknown",
         };
         // Writing to a string can't fail.
@@ -73,25 +75,33 @@ fn write_family<A: PlannedAddr>(
         if frontend.affinity_secs > 0 {
             let _ = write!(text, " affinity {}s", frontend.affinity_secs);
         }
-        if frontend.slots.count == 0 {
-            let drops = frontend.flags & FrontendFlags::DROP_WHEN_EMPTY != 0;
-            text.push_str(if drops { " drop" } else { " reject" });
+        let is = |flag| frontend.flags & flag != 0;
+        if is(FrontendFlags::EXTERNAL) {
+            text.push_str(" external");
         }
+        // Nothing where it has slots.
+        let when_empty = |slots: SlotRange, local| match slots.count {
+            0 if is(local) && is(FrontendFlags::DROP_WHEN_EMPTY) => " drop",
+            0 => " reject",
+            _ => "",
+        };
+        text.push_str(when_empty(frontend.slots, FrontendFlags::LOCAL));
         text.push('\n');
-        let range = frontend.slots;
-        for slot in range.base..range.base.saturating_add(range.count) {
-            let backend = slots.get(&slot).and_then(|id| state.backends.get(id));
-            let _ = match backend {
-                Some(backend) => {
-                    writeln!(
-                        text,
-                        "  backend {} {}",
-                        backend.addr.into_ip(),
-                        backend.port
-                    )
+        if is(FrontendFlags::SOURCE_RANGES) {
+            let ranges = state.source_ranges.iter();
+            for range in ranges.filter(|range| range.range.service == frontend.service) {
+                let bits = range.bits - SourceRange::<A>::SERVICE_BITS;
+                let _ = writeln!(text, "  allow {}/{bits}", range.range.addr.into_ip());
+            }
+        }
+        write_slots(text, "backend", frontend.slots, state, slots);
+        if is(FrontendFlags::LOCAL) != is(FrontendFlags::EXTERNAL_LOCAL) {
+            match when_empty(frontend.external, FrontendFlags::EXTERNAL_LOCAL) {
+                "" => write_slots(text, "outside", frontend.external, state, slots),
+                empty => {
+                    let _ = writeln!(text, "  outside{empty}");
                 }
-                None => writeln!(text, "  backend missing"),
-            };
+            }
         }
         let resting = state.backends.values().filter(|backend| {
             backend.service == frontend.service && backend.flags == BackendFlags::LIVE
@@ -102,6 +112,25 @@ fn write_family<A: PlannedAddr>(
         for (ip, port) in resting {
             let _ = writeln!(text, "  resting {ip} {port}");
         }
+    }
+}
+
+fn write_slots<A: PlannedAddr>(
+    text: &mut String,
+    word: &str,
+    range: SlotRange,
+    state: &FamilyState<A>,
+    slots: &BTreeMap<u32, BackendId>,
+) {
+    for slot in range.base..range.base.saturating_add(range.count) {
+        let backend = slots.get(&slot).and_then(|id| state.backends.get(id));
+        let _ = match backend {
+            Some(backend) => {
+                let ip = backend.addr.into_ip();
+                writeln!(text, "  {word} {ip} {}", backend.port)
+            }
+            None => writeln!(text, "  {word} missing"),
+        };
     }
 }
 
@@ -119,24 +148,41 @@ fn check_family<A: PlannedAddr>(
         if !state.addresses.contains_key(&key.addr) {
             problems.push(format!("{name} has an address that is not looked at"));
         }
-        let range = frontend.slots;
-        if range.count > 0 {
-            blocks.insert((range, format!("service {}", frontend.service.0)));
+        let has = |flag| frontend.flags & flag != 0;
+        if has(FrontendFlags::SOURCE_RANGES) {
+            let mut ranges = state.source_ranges.iter();
+            if !ranges.any(|range| range.range.service == frontend.service) {
+                problems.push(format!("{name} lets nobody in"));
+            }
         }
-        for slot in range.base..range.base.saturating_add(range.count) {
-            let backend = slots.get(&slot).and_then(|id| state.backends.get(id));
-            let wanted = BackendFlags::LIVE | BackendFlags::SELECTED;
-            match backend {
-                None => problems.push(format!("{name}: slot {slot} names no backend")),
-                Some(backend) if backend.service != frontend.service => {
-                    problems.push(format!(
-                        "{name}: slot {slot} names another service's backend"
-                    ));
+        let ranges = [
+            (frontend.slots, has(FrontendFlags::LOCAL)),
+            (frontend.external, has(FrontendFlags::EXTERNAL_LOCAL)),
+        ];
+        for (range, is_local) in ranges {
+            let scope = if is_local {
+                BackendFlags::LOCAL
+            } else {
+                BackendFlags::CLUSTER
+            };
+            if range.count > 0 {
+                blocks.insert((range, format!("service {}", frontend.service.0)));
+            }
+            for slot in range.base..range.base.saturating_add(range.count) {
+                let backend = slots.get(&slot).and_then(|id| state.backends.get(id));
+                let wanted = BackendFlags::LIVE | scope;
+                match backend {
+                    None => problems.push(format!("{name}: slot {slot} names no backend")),
+                    Some(backend) if backend.service != frontend.service => {
+                        problems.push(format!(
+                            "{name}: slot {slot} names another service's backend"
+                        ));
+                    }
+                    Some(backend) if backend.flags & wanted != wanted => {
+                        problems.push(format!("{name}: slot {slot} names a backend that is dead"));
+                    }
+                    Some(_) => {}
                 }
-                Some(backend) if backend.flags & wanted != wanted => {
-                    problems.push(format!("{name}: slot {slot} names a backend that is dead"));
-                }
-                Some(_) => {}
             }
         }
     }
@@ -160,9 +206,14 @@ fn leaks_of<A: PlannedAddr>(leaks: &mut Vec<String>, state: &FamilyState<A>) {
             ));
         }
     }
+    for range in &state.source_ranges {
+        if !services.contains(&range.range.service) {
+            leaks.push(format!("a range of service {} is nobody's", range.range.service.0));
+        }
+    }
     let used: BTreeSet<A> = state.frontends.keys().map(|key| key.addr).collect();
     for (addr, address) in &state.addresses {
-        if address.kind == AddressKind::SERVICE && !used.contains(addr) {
+        if address.kind != AddressKind::NODE && !used.contains(addr) {
             leaks.push(format!("address {} has no frontend", addr.into_ip()));
         }
     }

@@ -1,24 +1,24 @@
 //! The writes that a port, a removal or an address needs, in an order that keeps the invariant.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::IpAddr,
 };
 
 use penstock_common::{
     Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Frontend, FrontendFlags,
-    FrontendKey, Proto, ServiceId, SlotRange, limits,
+    FrontendKey, Proto, ServiceId, SlotRange, SourcePrefix, limits,
 };
 
 use super::{
     blocks::Blocks,
-    side::{Held, PlannedAddr, PortState, Side},
+    side::{Held, PlannedAddr, PortState, Side, Uses},
 };
 use crate::{
     dataplane::{Change, FamilyChange},
     model::{
         object::{Family, ObjectName, Protocol},
-        port::{OnEmpty, Port},
+        port::{FrontendKind, Port, PortFrontend, Scope},
     },
 };
 
@@ -47,8 +47,10 @@ pub(super) enum Phase {
     PutBackends,
     PutSlots,
     PutAddresses,
+    PutSourceRanges,
     PutFrontends,
     DeleteFrontends,
+    DeleteSourceRanges,
     DeleteAddresses,
     TakeBackends,
 }
@@ -132,7 +134,13 @@ pub(super) fn plan_port<A: PlannedAddr>(
         .map(|state| state.backends.clone())
         .unwrap_or_default();
     let mut wanted = HashSet::with_capacity(port.backends.len());
-    let mut content = Vec::with_capacity(port.backends.len());
+    let mut in_cluster = Vec::with_capacity(port.backends.len());
+    let mut in_local = Vec::new();
+    let scopes: BTreeSet<Scope> = port
+        .frontends
+        .iter()
+        .flat_map(|frontend| [frontend.internal, frontend.external])
+        .collect();
     let mut own_steps = Vec::new();
     let mut new = Vec::new();
     for backend in &port.backends {
@@ -140,12 +148,10 @@ pub(super) fn plan_port<A: PlannedAddr>(
             continue;
         };
         let key = (addr, Be16::from_host(backend.port));
-        let selected = if backend.is_selected {
-            BackendFlags::SELECTED
-        } else {
-            0
-        };
-        let flags = BackendFlags::LIVE | selected;
+        let mut flags = BackendFlags::LIVE;
+        for scope in scopes.iter().filter(|scope| backend.is_in(**scope)) {
+            flags |= flag_of(*scope);
+        }
         let held = match known.get(&key) {
             Some(held) => *held,
             None => {
@@ -175,8 +181,11 @@ pub(super) fn plan_port<A: PlannedAddr>(
             own_steps.push(step(Phase::TakeBackends, put(flags)));
         }
         wanted.insert(key);
-        if backend.is_selected {
-            content.push(held.id);
+        for scope in scopes.iter().filter(|scope| backend.is_in(**scope)) {
+            match scope {
+                Scope::Cluster => in_cluster.push(held.id),
+                Scope::Local => in_local.push(held.id),
+            }
         }
     }
     plan.has_udp_change |= port.key.protocol == Protocol::Udp;
@@ -189,51 +198,81 @@ pub(super) fn plan_port<A: PlannedAddr>(
     }
 
     let state = side.port(id);
-    let is_empty = content.is_empty();
-    let range = match state.blocks.iter().find(|(_, held)| *held == content) {
-        _ if is_empty => SlotRange::default(),
-        Some((range, _)) => *range,
-        None => {
-            let count = content.len() as u32;
-            let Some(range) = blocks.allocate(count) else {
-                new.into_iter()
-                    .for_each(|id| side.backend_ids.release(id.0));
-                return Err(PlanError::NoSlots {
-                    wanted: count,
-                    free: blocks.free_slots(),
-                });
-            };
-            state.blocks.push((range, content.clone()));
-            plan.new_blocks.push((family, id, range));
-            let change = Change::PutSlots {
+    let mut new_blocks = Vec::new();
+    let mut block = |content: Vec<BackendId>| -> Result<SlotRange, PlanError> {
+        if content.is_empty() {
+            return Ok(SlotRange::default());
+        }
+        if let Some((range, _)) = state.blocks.iter().find(|(_, held)| *held == content) {
+            return Ok(*range);
+        }
+        let count = content.len() as u32;
+        let range = blocks.allocate(count).ok_or(PlanError::NoSlots {
+            wanted: count,
+            free: blocks.free_slots(),
+        })?;
+        state.blocks.push((range, content.clone()));
+        new_blocks.push(range);
+        own_steps.push(Step {
+            phase: Phase::PutSlots,
+            family,
+            service,
+            change: Change::PutSlots {
                 base: range.base,
                 backends: content,
-            };
-            own_steps.push(Step {
-                phase: Phase::PutSlots,
-                family,
-                service,
-                change,
-            });
-            range
+            },
+        });
+        Ok(range)
+    };
+    let ranges = block(in_cluster).and_then(|cluster| Ok((cluster, block(in_local)?)));
+    let (cluster, local) = match ranges {
+        Ok(ranges) => ranges,
+        Err(error) => {
+            for id in new {
+                side.backend_ids.release(id.0);
+            }
+            let state = side.port(id);
+            for range in new_blocks {
+                state.blocks.retain(|(held, _)| *held != range);
+                blocks.release(range);
+            }
+            return Err(error);
         }
     };
+    plan.new_blocks
+        .extend(new_blocks.into_iter().map(|range| (family, id, range)));
 
-    let drops = is_empty && port.on_empty == OnEmpty::Drop;
+    let state = side.port(id);
+    let source_ranges: BTreeSet<SourcePrefix<A>> = port
+        .source_ranges
+        .iter()
+        .filter_map(|range| Some(SourcePrefix::new(id, A::from_ip(range.network())?, range.prefix())))
+        .collect();
+    for range in source_ranges.difference(&state.source_ranges) {
+        let change = FamilyChange::PutSourceRange(*range);
+        own_steps.push(step(Phase::PutSourceRanges, change));
+    }
+    for range in state.source_ranges.difference(&source_ranges) {
+        let change = FamilyChange::DeleteSourceRange(*range);
+        own_steps.push(step(Phase::DeleteSourceRanges, change));
+    }
+
+    let of_scope = |scope| match scope {
+        Scope::Cluster => cluster,
+        Scope::Local => local,
+    };
     let mut keys = HashSet::with_capacity(port.frontends.len());
-    for (ip, number) in &port.frontends {
-        let Some(addr) = A::from_ip(*ip) else {
+    for wanted in &port.frontends {
+        let Some(addr) = A::from_ip(wanted.address) else {
             continue;
         };
-        let key = FrontendKey::new(addr, Be16::from_host(*number), proto(port.key.protocol));
+        let number = Be16::from_host(wanted.port);
+        let key = FrontendKey::new(addr, number, proto(port.key.protocol));
         let frontend = Frontend {
             service: id,
-            flags: if drops {
-                FrontendFlags::DROP_WHEN_EMPTY
-            } else {
-                0
-            },
-            slots: range,
+            flags: flags_of(port, wanted, local.count == 0),
+            slots: of_scope(wanted.internal),
+            external: of_scope(wanted.external),
             affinity_secs: port.affinity_secs,
             key_check: key.check(),
         };
@@ -257,6 +296,41 @@ pub(super) fn plan_port<A: PlannedAddr>(
     Ok(())
 }
 
+fn flag_of(scope: Scope) -> u32 {
+    match scope {
+        Scope::Cluster => BackendFlags::CLUSTER,
+        Scope::Local => BackendFlags::LOCAL,
+    }
+}
+
+/// [`FrontendFlags`] of a frontend.
+fn flags_of(port: &Port, frontend: &PortFrontend, nobody_is_local: bool) -> u32 {
+    let uses_local = frontend.internal == Scope::Local || frontend.external == Scope::Local;
+    let is_balancer = frontend.kind == FrontendKind::Balancer;
+    [
+        (
+            uses_local && nobody_is_local && port.has_endpoints,
+            FrontendFlags::DROP_WHEN_EMPTY,
+        ),
+        (
+            frontend.kind != FrontendKind::Cluster,
+            FrontendFlags::EXTERNAL,
+        ),
+        (frontend.internal == Scope::Local, FrontendFlags::LOCAL),
+        (
+            frontend.external == Scope::Local,
+            FrontendFlags::EXTERNAL_LOCAL,
+        ),
+        (
+            is_balancer && !port.source_ranges.is_empty(),
+            FrontendFlags::SOURCE_RANGES,
+        ),
+    ]
+    .into_iter()
+    .filter(|(is_set, _)| *is_set)
+    .fold(0, |flags, (_, flag)| flags | flag)
+}
+
 pub(super) fn take_all<A: PlannedAddr>(
     state: &PortState<A>,
     steps: &mut Vec<Step>,
@@ -270,6 +344,14 @@ pub(super) fn take_all<A: PlannedAddr>(
             family,
             service,
             change,
+        });
+    }
+    for range in &state.source_ranges {
+        steps.push(Step {
+            phase: Phase::DeleteSourceRanges,
+            family,
+            service,
+            change: A::change(FamilyChange::DeleteSourceRange(*range)),
         });
     }
     for ((addr, port), held) in &state.backends {
@@ -306,19 +388,22 @@ pub(super) fn plan_addresses<A: PlannedAddr>(
         Some(FamilyChange::DeleteFrontend(key)) => !puts.contains(&key),
         _ => true,
     });
-    let mut uses: HashMap<A, (i64, usize)> = HashMap::new();
+    // How addresses will be used, and on whose account.
+    let mut uses: HashMap<A, (Uses, usize)> = HashMap::new();
+    let held = |key: &FrontendKey<A>| -> Uses {
+        let port = side.owners.get(key).and_then(|id| side.ports.get(id));
+        let frontend = port.and_then(|port| port.frontends.get(key));
+        frontend.map_or(Uses::default(), |frontend| Uses::of(frontend.flags))
+    };
     for step in steps.iter() {
-        match view(&step.change) {
-            Some(FamilyChange::PutFrontend(key, _)) => {
-                let is_new = !side.owners.contains_key(&key);
-                let entry = uses.entry(key.addr).or_insert((0, step.service));
-                entry.0 += i64::from(is_new);
-            }
-            Some(FamilyChange::DeleteFrontend(key)) => {
-                uses.entry(key.addr).or_insert((0, step.service)).0 -= 1;
-            }
-            _ => {}
-        }
+        let (key, new) = match view(&step.change) {
+            Some(FamilyChange::PutFrontend(key, frontend)) => (key, Uses::of(frontend.flags)),
+            Some(FamilyChange::DeleteFrontend(key)) => (key, Uses::default()),
+            _ => continue,
+        };
+        let before = || (side.uses.get(&key.addr).copied().unwrap_or_default(), step.service);
+        let entry = uses.entry(key.addr).or_insert_with(before);
+        entry.0 = entry.0.plus(new).minus(held(&key));
     }
     let put = |addr: A, kind, service| Step {
         phase: Phase::PutAddresses,
@@ -334,18 +419,25 @@ pub(super) fn plan_addresses<A: PlannedAddr>(
     };
     if sweeps {
         // What an earlier agent left may lack addresses that nothing else touches.
-        for addr in side.uses.keys() {
-            uses.entry(*addr).or_insert((0, usize::MAX));
+        for (addr, now) in &side.uses {
+            uses.entry(*addr).or_insert((*now, usize::MAX));
         }
     }
-    for (addr, (change, service)) in &uses {
+    for (addr, (after, service)) in &uses {
         let is_node = nodes.contains(&addr.into_ip());
-        let after = i64::from(side.uses.get(addr).copied().unwrap_or(0)) + change;
         let kind = side.addresses.get(addr).map(|address| address.kind);
-        if after > 0 && !is_node && kind != Some(AddressKind::SERVICE) {
-            steps.push(put(*addr, AddressKind::SERVICE, *service));
-        } else if after <= 0 && !is_node && kind.is_some() {
-            steps.push(delete(*addr, *service));
+        let wanted = after.kind().map(|kind| {
+            if addr.into_ip().is_loopback() {
+                AddressKind::LOOPBACK
+            } else {
+                kind
+            }
+        });
+        match wanted {
+            _ if is_node => {}
+            Some(wanted) if kind != Some(wanted) => steps.push(put(*addr, wanted, *service)),
+            None if kind.is_some() => steps.push(delete(*addr, *service)),
+            _ => {}
         }
     }
     for addr in &side.idle {

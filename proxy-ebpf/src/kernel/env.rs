@@ -15,7 +15,7 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route,
-    Uplink, V4, V6, limits,
+    SourceRange, Uplink, V4, V6, limits,
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
@@ -151,28 +151,6 @@ macro_rules! field {
 
 impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
     #[inline(always)]
-    fn load(self) -> Flow<A> {
-        Flow {
-            state: field!(self, state),
-            seen_secs: field!(self, seen_secs),
-            service: field!(self, service),
-            backend_id: field!(self, backend_id),
-            backend_generation: field!(self, backend_generation),
-            client: field!(self, client),
-            frontend: field!(self, frontend),
-            backend: field!(self, backend),
-            source: field!(self, source),
-            client_port: field!(self, client_port),
-            frontend_port: field!(self, frontend_port),
-            backend_port: field!(self, backend_port),
-            source_port: field!(self, source_port),
-            flags: field!(self, flags),
-            proto: field!(self, proto),
-            pad: 0,
-        }
-    }
-
-    #[inline(always)]
     fn state(self) -> u32 {
         field!(self, state)
     }
@@ -189,6 +167,16 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
             let source = (field!(self, source), field!(self, source_port));
             FlowKey::new(direction, proto, backend, source)
         }
+    }
+
+    #[inline(always)]
+    fn flags(self) -> u16 {
+        field!(self, flags)
+    }
+
+    #[inline(always)]
+    fn backend(self) -> (BackendId, u32) {
+        (field!(self, backend_id), field!(self, backend_generation))
     }
 
     #[inline(always)]
@@ -281,7 +269,8 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
 
 macro_rules! family {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident) => {
+        $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $source_ranges:ident) => {
         impl<C: EbpfContext> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
 
@@ -374,6 +363,12 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn lets_in(&self, client: &SourceRange<$family>) -> bool {
+                let bits = (size_of::<SourceRange<$family>>() * 8) as u32;
+                $source_ranges.get(Key::new(bits, *client)).is_some()
+            }
+
+            #[inline(always)]
             fn fragment(&self, key: &FragmentKey<$family>) -> Option<FragmentPorts> {
                 $fragments.get_ptr(key).map(copy)
             }
@@ -387,5 +382,7 @@ macro_rules! family {
     };
 }
 
-family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4);
-family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6);
+family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+    SOURCE_RANGES4);
+family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+    SOURCE_RANGES6);

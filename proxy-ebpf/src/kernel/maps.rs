@@ -10,13 +10,14 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
     DatagramKey, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, Uplink, V4, V6, limits,
+    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, SourceRange, Uplink, V4, V6, limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident) => {
+        $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $source_ranges:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
             HashMap::pinned(limits::ADDRESSES, BPF_F_NO_PREALLOC);
@@ -42,13 +43,18 @@ macro_rules! family_maps {
         #[map]
         pub(crate) static $routes: LpmTrie<$family, Route> = LpmTrie::pinned(limits::ROUTES, 0);
         #[map]
+        pub(crate) static $source_ranges: LpmTrie<SourceRange<$family>, u32> =
+            LpmTrie::pinned(limits::SOURCE_RANGES, BPF_F_NO_PREALLOC);
+        #[map]
         pub(crate) static $fragments: LruHashMap<FragmentKey<$family>, FragmentPorts> =
             LruHashMap::pinned(limits::FRAGMENTS, 0);
     };
 }
 
-family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4);
-family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6);
+family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+    SOURCE_RANGES4);
+family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+    SOURCE_RANGES6);
 
 #[map]
 pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);

@@ -163,7 +163,7 @@ impl Kernel {
             let port = Be16::from_host(service.frontend.1);
             let key = FrontendKey::new(address, port, Proto(service.proto));
             let flags = if service.drops_when_empty {
-                FrontendFlags::DROP_WHEN_EMPTY
+                FrontendFlags::DROP_WHEN_EMPTY | FrontendFlags::LOCAL
             } else {
                 0
             };
@@ -175,6 +175,7 @@ impl Kernel {
                     service: id,
                     flags,
                     slots,
+                    external: slots,
                     affinity_secs,
                     key_check,
                 },

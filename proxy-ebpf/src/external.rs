@@ -1,0 +1,221 @@
+//! What comes from the outside for a service, and what a service answers there.
+//!
+//! A backend of this node sees the client; its reply passes one of this node's hooks anyway. To a
+//! backend elsewhere this node speaks with an address and port of its own, so that the reply comes
+//! back here. Packets whose source is this node's never meet the kernel's routing, which takes them
+//! for forged: they leave from the hook.
+
+use penstock_common::{
+    Addr, AddressKind, Counter, FlowFlags, FrontendKey, MASQUERADE_PORTS, NetworkFlags, RouteKind,
+};
+
+use crate::{
+    env::Maps,
+    family::{ETHERNET, Family},
+    flow, forward,
+    packet::Packet,
+    parse::{self, Segment},
+    pod::{self, Back, Verdict},
+    quoted,
+    select::{self, Origin},
+};
+
+/// Sorts a packet that came in by an interface to the outside.
+#[inline(always)]
+pub fn from_uplink<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(address) = maps.address(&dst) else {
+        return Ok(if forward::is_local::<F, M>(packet, maps, &dst) {
+            Verdict::Local
+        } else {
+            Verdict::Pass
+        });
+    };
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    Ok(match address.kind {
+        AddressKind::NODE => Verdict::Arrived,
+        AddressKind::SERVICE | AddressKind::EXTERNAL if header.proto == F::ICMP => Verdict::Icmp,
+        AddressKind::SERVICE | AddressKind::EXTERNAL if pod::is_translated(header.proto) => {
+            Verdict::Request
+        }
+        _ => Verdict::Pass,
+    })
+}
+
+/// A packet for this node's own address: a reply to whom it speaks for, or a request.
+#[inline(always)]
+pub fn arrived<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if pod::is_error::<F>(packet, &header) {
+        let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+        return Ok(flags.map_or(Verdict::Icmp, |_| Verdict::Forward));
+    }
+    Ok(match pod::reply::<F, M>(packet, maps, &header, addrs)? {
+        Back::Reply(_) => Verdict::Forward,
+        Back::Other => Verdict::Request,
+        Back::Foreign => Verdict::Pass,
+    })
+}
+
+/// A packet that leaves this node for the outside by the kernel's routes: a service's reply, perhaps.
+#[inline(always)]
+pub fn to_uplink<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if pod::is_error::<F>(packet, &header) {
+        quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+    } else if pod::is_translated(header.proto) {
+        pod::reply::<F, M>(packet, maps, &header, addrs)?;
+    }
+    Ok(Verdict::Pass)
+}
+
+/// A reply of a pod to somebody outside, who spoke to it through a service; any other packet begins
+/// a flow of the pod's own.
+#[inline(always)]
+pub fn answer<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let addrs = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    Ok(match pod::reply::<F, M>(packet, maps, &header, addrs)? {
+        Back::Reply(_) => Verdict::Leave,
+        Back::Other | Back::Foreign => Verdict::Open,
+    })
+}
+
+/// Makes the flow that a packet from the outside to a service begins.
+#[inline(always)]
+pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
+    let segment = forward::segment::<F, M>(packet, maps)?;
+    match open_flow::<F, M>(packet.ifindex(), maps, &segment) {
+        Ok(()) => Ok(Verdict::Opened),
+        Err(Counter::UndefinedPort) if !pod::owns_all_ports::<F, M>(maps, &segment.dst) => {
+            Ok(Verdict::Untouched)
+        }
+        Err(reason @ (Counter::NoEndpoints | Counter::UndefinedPort)) => {
+            maps.count(reason);
+            Ok(Verdict::Refuse(reason))
+        }
+        Err(reason) => Err(reason),
+    }
+}
+
+#[inline(always)]
+fn open_flow<F: Family, M: Maps<F>>(
+    ingress: u32,
+    maps: &M,
+    segment: &Segment<F::Addr>,
+) -> Result<(), Counter> {
+    let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
+    let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
+    // Pods of other nodes come this way too, where the network does not hide them.
+    let origin = if maps.route(&segment.src).is_some() {
+        Origin::Cluster
+    } else {
+        Origin::Outside
+    };
+    let chosen = select::backend(maps, &frontend, origin, segment.src)?;
+    let mut opening = flow::opening(maps, segment, &chosen);
+    opening.flags = FlowFlags::EXTERNAL;
+    opening.source = segment.src;
+    if let Some(source) = source::<F, M>(ingress, maps, segment, &chosen.backend.addr)? {
+        opening.source = source;
+        return flow::create::<F, M>(maps, opening, false, MASQUERADE_PORTS);
+    }
+    flow::create::<F, M>(maps, opening, true, MASQUERADE_PORTS)
+}
+
+/// This node's address for a backend elsewhere; `None` for one of this node.
+#[inline(always)]
+fn source<F: Family, M: Maps<F>>(
+    ingress: u32,
+    maps: &M,
+    segment: &Segment<F::Addr>,
+    backend: &F::Addr,
+) -> Result<Option<F::Addr>, Counter> {
+    let is_node = maps
+        .address(backend)
+        .is_some_and(|address| address.kind == AddressKind::NODE);
+    if is_node || maps.endpoint(backend).is_some() {
+        return Ok(None);
+    }
+    let is_behind_overlay = maps
+        .route(backend)
+        .is_some_and(|route| route.kind == RouteKind::OVERLAY);
+    let source = if is_behind_overlay {
+        let config = maps.config();
+        F::of(config.overlay4, config.overlay6)
+    } else {
+        let egress = maps
+            .egress(ingress, &segment.src, backend)
+            .ok_or(Counter::SourceNoAddress)?;
+        match maps.uplink(egress) {
+            Some(uplink) => F::of(uplink.addr4, uplink.addr6),
+            // Behind an interface of this node: a pod that somebody else connects.
+            None => return Ok(None),
+        }
+    };
+    if source.is_unspecified() {
+        return Err(Counter::SourceNoAddress);
+    }
+    Ok(Some(source))
+}
+
+/// Sends a translated packet to its receiver, whoever that is.
+#[inline(always)]
+pub fn onward<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some((src, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if forward::is_local::<F, M>(packet, maps, &dst) {
+        return Ok(Verdict::Local);
+    }
+    let is_node = |addr: &F::Addr| {
+        maps.address(addr)
+            .is_some_and(|address| address.kind == AddressKind::NODE)
+    };
+    if is_node(&dst) {
+        return Ok(Verdict::Pass);
+    }
+    let config = maps.config();
+    let route = maps.route(&dst);
+    let is_behind_overlay = config.network & NetworkFlags::FORWARD != 0
+        && route.is_some_and(|route| route.kind == RouteKind::OVERLAY);
+    if is_behind_overlay {
+        return match forward::enter_overlay::<F>(packet, &config)? {
+            Verdict::Pass if is_node(&src) => Err(Counter::TooLong),
+            verdict => Ok(verdict),
+        };
+    }
+    if maps.address(&src).is_some() {
+        return Ok(Verdict::Leave);
+    }
+    Ok(Verdict::Pass)
+}
