@@ -13,10 +13,12 @@ use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc, time::
 use penstock_agent::{
     dataplane::{Dataplane, faulty::Faulty, memory::Memory},
     model::{
+        node_ports::NodePorts,
         object::{
             Endpoint, EndpointPort, EndpointSlice, Event, Family, Kind, Node, Object, ObjectName,
             Protocol, Service, ServicePort, TrafficPolicy,
         },
+        port::HostPort,
         world::World,
     },
     reconcile::Reconciler,
@@ -33,6 +35,7 @@ enum Step {
         created: u8,
         local: bool,
         affinity: bool,
+        outside: Outside,
     },
     Slice {
         name: u8,
@@ -41,6 +44,10 @@ enum Step {
         endpoints: Vec<(u8, u8)>,
         port: u8,
     },
+    /// Pods with these host ports.
+    HostPorts(Vec<(u8, u8)>),
+    /// Node ports are served at other addresses.
+    NodePorts(u8, bool),
     DeleteService(u8),
     DeleteSlice(u8),
     Zone(u8),
@@ -57,14 +64,39 @@ enum Step {
     },
 }
 
+/// How a service is reached from outside.
+#[derive(Clone, Debug, Default)]
+struct Outside {
+    local: bool,
+    node_port: bool,
+    external_ip: Option<u8>,
+    balancer_ip: Option<u8>,
+    ranges: u8,
+}
+
+fn outside() -> impl Strategy<Value = Outside> {
+    let ip = || proptest::option::of(0..4u8);
+    (any::<bool>(), any::<bool>(), ip(), ip(), 0..3u8).prop_map(
+        |(local, node_port, external_ip, balancer_ip, ranges)| Outside {
+            local,
+            node_port,
+            external_ip,
+            balancer_ip,
+            ranges,
+        },
+    )
+}
+
 fn step() -> impl Strategy<Value = Step> {
     let endpoints = proptest::collection::vec((0..12u8, 0..32u8), 0..6);
     prop_oneof![
-        4 => (0..5u8, 0..6u8, 1..3u8, 0..3u8, any::<bool>(), any::<bool>()).prop_map(
-            |(name, ip, ports, created, local, affinity)| Step::Service {
-                name, ip, ports, created, local, affinity
+        4 => (0..5u8, 0..6u8, 1..3u8, 0..3u8, any::<bool>(), any::<bool>(), outside()).prop_map(
+            |(name, ip, ports, created, local, affinity, outside)| Step::Service {
+                name, ip, ports, created, local, affinity, outside
             }
         ),
+        1 => proptest::collection::vec((0..3u8, 0..3u8), 0..3).prop_map(Step::HostPorts),
+        1 => (0..3u8, any::<bool>()).prop_map(|(which, loopback)| Step::NodePorts(which, loopback)),
         6 => (0..8u8, 0..5u8, any::<bool>(), endpoints, 0..3u8).prop_map(
             |(name, service, v6, endpoints, port)| Step::Slice {
                 name, service, v6, endpoints, port
@@ -96,6 +128,61 @@ fn port_of(number: u8) -> (Arc<str>, Protocol, NonZeroU16) {
     )
 }
 
+fn policy(is_local: bool) -> TrafficPolicy {
+    if is_local {
+        TrafficPolicy::Local
+    } else {
+        TrafficPolicy::Cluster
+    }
+}
+
+fn ips(host: Option<u8>, network: &str) -> Vec<IpAddr> {
+    let ip = |host| format!("{network}{host}").parse().expect("an address");
+    host.map(ip).into_iter().collect()
+}
+
+/// What no source says.
+#[derive(Clone, Debug, Default)]
+struct Local {
+    host_ports: BTreeMap<ObjectName, Vec<HostPort>>,
+    node_ports: NodePorts,
+}
+
+impl Local {
+    fn change(&mut self, step: &Step) {
+        let ip = |text: &str| -> IpAddr { text.parse().expect("an address") };
+        match step {
+            Step::HostPorts(ports) => {
+                let ports = ports.iter().map(|(pod, port)| {
+                    let port = HostPort {
+                        ip: (port % 2 == 1).then(|| ip("172.18.0.2")),
+                        port: NonZeroU16::MIN.saturating_add(30_079 + u16::from(*port)),
+                        protocol: Protocol::Tcp,
+                        pod_ips: vec![ip(&format!("10.244.9.{pod}")), ip("fd00:244:9::1")],
+                        pod_port: NonZeroU16::MIN,
+                    };
+                    (name("pod", *pod), vec![port])
+                });
+                self.host_ports = ports.collect();
+            }
+            Step::NodePorts(which, loopback) => {
+                self.node_ports = NodePorts {
+                    which: ["primary", "10.0.0.0/8", "172.18.0.0/16"][usize::from(*which)]
+                        .parse()
+                        .expect("addresses"),
+                    loopback: *loopback,
+                };
+            }
+            _ => {}
+        }
+    }
+
+    fn tell(&self, world: &mut World) {
+        world.set_host_ports(self.host_ports.clone());
+        world.set_node_ports(self.node_ports.clone());
+    }
+}
+
 fn object(step: &Step) -> Option<Object> {
     Some(match step {
         Step::Service {
@@ -105,6 +192,7 @@ fn object(step: &Step) -> Option<Object> {
             created,
             local,
             affinity,
+            outside,
         } => Object::Service(Service {
             name: name("web", *number),
             created_secs: i64::from(*created),
@@ -119,15 +207,22 @@ fn object(step: &Step) -> Option<Object> {
                         name,
                         protocol,
                         port,
+                        node_port: outside
+                            .node_port
+                            .then(|| port.saturating_add(30_000 + u16::from(number % 2))),
                     }
                 })
                 .collect(),
             affinity_secs: affinity.then_some(60),
-            internal_policy: if *local {
-                TrafficPolicy::Local
-            } else {
-                TrafficPolicy::Cluster
-            },
+            internal_policy: policy(*local),
+            external_policy: policy(outside.local),
+            // 172.18.0.2 is the node's own.
+            external_ips: ips(outside.external_ip, "172.18.0."),
+            balancer_ips: ips(outside.balancer_ip, "192.0.2."),
+            source_ranges: (0..outside.ranges)
+                .map(|range| format!("10.{range}.0.0/16").parse().expect("a range"))
+                .collect(),
+            health_check_port: None,
         }),
         Step::Slice {
             name: number,
@@ -207,7 +302,7 @@ impl Truth {
     }
 }
 
-fn start<D: Dataplane>(dataplane: D, truth: &Truth) -> Reconciler<D> {
+fn start<D: Dataplane>(dataplane: D, truth: &Truth, local: &Local) -> Reconciler<D> {
     let mut reconciler =
         Reconciler::new(dataplane, World::new("here")).expect("memory can be read");
     for event in truth.events() {
@@ -216,6 +311,7 @@ fn start<D: Dataplane>(dataplane: D, truth: &Truth) -> Reconciler<D> {
             .apply(event)
             .expect("nothing was known before");
     }
+    local.tell(&mut reconciler.world);
     reconciler
 }
 
@@ -241,8 +337,9 @@ proptest! {
     #[test]
     fn any_history_ends_as_one_clean_start(steps in proptest::collection::vec(step(), 1..40)) {
         let mut truth = Truth::default();
+        let mut local = Local::default();
         let mut now = Duration::from_secs(1);
-        let mut reconciler = start(Faulty::default(), &truth);
+        let mut reconciler = start(Faulty::default(), &truth, &local);
         for step in &steps {
             now += Duration::from_millis(700);
             let event = match step {
@@ -263,6 +360,11 @@ proptest! {
                     }
                     None
                 }
+                Step::HostPorts(_) | Step::NodePorts(..) => {
+                    local.change(step);
+                    local.tell(&mut reconciler.world);
+                    None
+                }
                 Step::Fail { after, times } => {
                     reconciler.dataplane.fails_after = Some(usize::from(*after));
                     reconciler.dataplane.failures = usize::from(*times);
@@ -272,11 +374,11 @@ proptest! {
                     let mut dataplane = std::mem::take(&mut reconciler.dataplane);
                     dataplane.fails_after = Some(usize::from(*after));
                     dataplane.failures = usize::MAX;
-                    reconciler = start(dataplane, &truth);
+                    reconciler = start(dataplane, &truth, &local);
                     reconciler.step(now);
                     let mut dataplane = std::mem::take(&mut reconciler.dataplane);
                     dataplane.fails_after = None;
-                    reconciler = start(dataplane, &truth);
+                    reconciler = start(dataplane, &truth, &local);
                     None
                 }
                 other => object(other).map(|object| {
@@ -293,7 +395,7 @@ proptest! {
         reconciler.dataplane.fails_after = None;
         settle(&mut reconciler, &mut now);
         let state = reconciler.dataplane.inner.observed();
-        let mut clean = start(Memory::default(), &truth);
+        let mut clean = start(Memory::default(), &truth, &local);
         settle(&mut clean, &mut now);
         let has_services = truth.0.keys().any(|(kind, _)| *kind == Kind::Service);
         if has_services {
@@ -319,10 +421,12 @@ fn an_empty_list_removes_nothing() {
         created: 0,
         local: false,
         affinity: false,
+        outside: Outside::default(),
     };
+    let local = Local::default();
     let object = object(&service).expect("a service");
     truth.0.insert((object.kind(), object.name()), object);
-    let mut reconciler = start(Memory::default(), &truth);
+    let mut reconciler = start(Memory::default(), &truth, &local);
     reconciler.step(Duration::from_secs(1));
     let before = reconciler.dataplane.observed().canonical();
     assert!(
@@ -337,7 +441,7 @@ fn an_empty_list_removes_nothing() {
     assert_eq!(reconciler.dataplane.observed().canonical(), before);
     // Neither does an agent that starts and finds nothing.
     let memory = std::mem::take(&mut reconciler.dataplane);
-    let mut reconciler = start(memory, &Truth::default());
+    let mut reconciler = start(memory, &Truth::default(), &Local::default());
     reconciler.step(Duration::from_secs(3));
     assert_eq!(reconciler.dataplane.observed().canonical(), before);
 }
@@ -353,13 +457,14 @@ fn a_full_map_keeps_nobody_else_waiting() {
             created: 0,
             local: false,
             affinity: false,
+            outside: Outside::default(),
         };
         let object = object(&service).expect("a service");
         truth.0.insert((object.kind(), object.name()), object);
     }
     let mut memory = Memory::default();
     memory.frontends = 2;
-    let mut reconciler = start(memory, &truth);
+    let mut reconciler = start(memory, &truth, &Local::default());
     reconciler.step(Duration::from_secs(1));
     assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 2);
     assert_eq!(reconciler.errors().len(), 2);

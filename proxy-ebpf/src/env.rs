@@ -5,7 +5,8 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, SourceRange, Uplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, SourceRange,
+    Uplink,
 };
 
 use crate::family::Family;

@@ -242,7 +242,10 @@ pub fn deliver<F: Family, M: Maps<F>>(
 
 /// To another node.
 #[inline(always)]
-pub(crate) fn enter_overlay<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
+pub(crate) fn enter_overlay<F: Family>(
+    packet: &mut impl Packet,
+    config: &Config,
+) -> Result<Verdict, Counter> {
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
@@ -267,7 +270,11 @@ fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
 
 /// Whether a packet goes to a pod of this node at once.
 #[inline(always)]
-pub(crate) fn is_local<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M, dst: &F::Addr) -> bool {
+pub(crate) fn is_local<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    dst: &F::Addr,
+) -> bool {
     maps.endpoint(dst).is_some() && hops::<F>(packet).is_some()
 }
 

@@ -116,12 +116,10 @@ fn bound<F: Family>(
         return None;
     }
     let backend = maps.backend(affinity.backend)?;
-    backend
-        .is(affinity.generation, flags)
-        .then_some(Chosen {
-            id: affinity.backend,
-            backend,
-        })
+    backend.is(affinity.generation, flags).then_some(Chosen {
+        id: affinity.backend,
+        backend,
+    })
 }
 
 /// Any backend, each with equal chance.
@@ -131,9 +129,7 @@ fn random<F: Family>(
     service: ServiceId,
     slots: SlotRange,
 ) -> Result<Chosen<F::Addr>, Counter> {
-    let slot = slots
-        .base
-        .wrapping_add(slot_at(maps.random(), slots.count));
+    let slot = slots.base.wrapping_add(slot_at(maps.random(), slots.count));
     let id = maps.slot(slot).ok_or(Counter::BackendMissing)?;
     let backend = maps.backend(id).ok_or(Counter::BackendMissing)?;
     // A slot that names another service's backend can only be met while its block is recycled.

@@ -59,8 +59,14 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         cluster_ips,
         ports,
         affinity_secs: affinity(&spec)?,
-        internal_policy: policy("internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
-        external_policy: policy("externalTrafficPolicy", spec.external_traffic_policy.as_deref())?,
+        internal_policy: policy(
+            "internalTrafficPolicy",
+            spec.internal_traffic_policy.as_deref(),
+        )?,
+        external_policy: policy(
+            "externalTrafficPolicy",
+            spec.external_traffic_policy.as_deref(),
+        )?,
         external_ips: addresses("externalIPs", spec.external_ips.iter())?,
         balancer_ips: if is_balanced {
             balancer_ips(&status)?
@@ -158,11 +164,7 @@ fn cluster_ips(spec: &ServiceSpec) -> Result<Option<Vec<IpAddr>>, String> {
     Ok(Some(ips))
 }
 
-fn port(
-    raw: &RawPort,
-    has_node_port: bool,
-    names: &mut Interner,
-) -> Result<ServicePort, String> {
+fn port(raw: &RawPort, has_node_port: bool, names: &mut Interner) -> Result<ServicePort, String> {
     let name = raw.name.as_deref().unwrap_or_default();
     if !name.is_empty() {
         check_name("port name", name)?;

@@ -437,11 +437,7 @@ impl Follower {
             });
             wanted.insert(
                 host.cookie,
-                entry(
-                    NetnsFlags::HOST,
-                    addr4.or(host.addr4),
-                    addr6.or(host.addr6),
-                ),
+                entry(NetnsFlags::HOST, addr4.or(host.addr4), addr6.or(host.addr6)),
             );
         }
         if let Err(error) = self.replace_namespaces(&wanted) {

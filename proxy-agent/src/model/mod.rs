@@ -4,6 +4,7 @@
 //! [`endpoints`] picks endpoints as kube-proxy does; [`port::Port`] is the result.
 
 pub mod endpoints;
+pub mod node_ports;
 pub mod object;
 pub mod port;
 pub mod world;

@@ -165,7 +165,9 @@ impl HostPort {
     /// What tells it from the pod's other ports.
     pub fn label(&self) -> Arc<str> {
         match self.ip {
-            Some(ip) => std::net::SocketAddr::new(ip, self.port.get()).to_string().into(),
+            Some(ip) => std::net::SocketAddr::new(ip, self.port.get())
+                .to_string()
+                .into(),
             None => self.port.to_string().into(),
         }
     }

@@ -13,6 +13,7 @@ use std::{
 
 use super::{
     endpoints::{self, Place},
+    node_ports::NodePorts,
     object::{
         EndpointSlice, Event, ExcludedPod, Family, Kind, Node, Object, ObjectName, Protocol,
         Rejection, Service, ServicePort,
@@ -43,7 +44,8 @@ pub struct World {
     slices: HashMap<ObjectName, EndpointSlice>,
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
     claims: HashMap<Claimed, BTreeSet<Claim>>,
-    /// Where node ports are served.
+    node_ports: NodePorts,
+    /// Where that is.
     node_port_ips: BTreeSet<IpAddr>,
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
@@ -69,6 +71,7 @@ impl World {
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             claims: HashMap::new(),
+            node_ports: NodePorts::default(),
             node_port_ips: BTreeSet::new(),
             node_port_services: BTreeSet::new(),
             host_ports: BTreeMap::new(),
@@ -161,11 +164,25 @@ impl World {
         self.update_node_addresses();
     }
 
-    /// Sets the addresses at which node ports are served.
-    pub fn set_node_port_ips(&mut self, ips: BTreeSet<IpAddr>) {
+    /// Sets at which addresses of this node its ports are services'.
+    pub fn set_node_ports(&mut self, policy: NodePorts) {
+        self.node_ports = policy;
+        self.update_node_port_ips();
+    }
+
+    fn update_node_port_ips(&mut self) {
+        let own = self.node().map(|node| node.internal_ips.as_slice());
+        let all: Vec<IpAddr> = own
+            .unwrap_or_default()
+            .iter()
+            .chain(&self.detected)
+            .copied()
+            .collect();
+        let ips = self.node_ports.addresses(&all);
         if ips != self.node_port_ips {
             self.node_port_ips = ips;
             self.dirty.extend(self.node_port_services.iter().cloned());
+            self.dirty.extend(self.host_ports.keys().cloned());
         }
     }
 
@@ -173,7 +190,8 @@ impl World {
     pub fn set_host_ports(&mut self, host_ports: BTreeMap<ObjectName, Vec<HostPort>>) {
         self.awaits_host_ports = false;
         let old = std::mem::replace(&mut self.host_ports, host_ports);
-        let names: BTreeSet<ObjectName> = old.keys().chain(self.host_ports.keys()).cloned().collect();
+        let names: BTreeSet<ObjectName> =
+            old.keys().chain(self.host_ports.keys()).cloned().collect();
         for name in names {
             let (before, after) = (old.get(&name), self.host_ports.get(&name).cloned());
             if before == after.as_ref() {
@@ -195,6 +213,7 @@ impl World {
             .into_iter()
             .flat_map(|node| node.internal_ips.iter().copied());
         let addresses: BTreeSet<IpAddr> = self.detected.iter().copied().chain(own).collect();
+        self.update_node_port_ips();
         if addresses == self.node_addresses {
             return;
         }
@@ -280,23 +299,16 @@ impl World {
             FrontendKind::Cluster,
             (internal, internal),
         );
-        frontends.extend(at(
-            &service.balancer_ips,
-            FrontendKind::Balancer,
-            outside,
-        ));
-        frontends.extend(at(
-            &service.external_ips,
-            FrontendKind::ExternalIp,
-            outside,
-        ));
+        frontends.extend(at(&service.balancer_ips, FrontendKind::Balancer, outside));
+        frontends.extend(at(&service.external_ips, FrontendKind::ExternalIp, outside));
         frontends.retain(|frontend| {
             let claimed = Claimed {
                 ip: Some(frontend.address),
                 port: frontend.port,
                 protocol: port.protocol,
             };
-            self.refusal(&service.name, claimed, frontend.kind).is_none()
+            self.refusal(&service.name, claimed, frontend.kind)
+                .is_none()
         });
         if let Some(number) = port.node_port {
             let any = Claimed {
@@ -437,7 +449,9 @@ impl World {
 
     /// Why a service does not get a frontend that it claims.
     fn refusal(&self, name: &ObjectName, claimed: Claimed, kind: FrontendKind) -> Option<String> {
-        let is_own = claimed.ip.is_some_and(|ip| self.node_addresses.contains(&ip));
+        let is_own = claimed
+            .ip
+            .is_some_and(|ip| self.node_addresses.contains(&ip));
         if is_own && kind == FrontendKind::Cluster {
             return Some("is this node's own address; a service can't have it".to_owned());
         }
@@ -581,7 +595,10 @@ impl World {
     /// Marks who has the same port of every address: one address with a port of its own is not
     /// among them.
     fn touch_node_port(&mut self, claimed: Claimed) {
-        let any = Claimed { ip: None, ..claimed };
+        let any = Claimed {
+            ip: None,
+            ..claimed
+        };
         if claimed.ip.is_some()
             && let Some((_, owner)) = self.claims.get(&any).and_then(BTreeSet::first)
         {
@@ -648,7 +665,11 @@ fn claimed(port: &HostPort) -> Claimed {
 
 /// Everything that a service wants to be dialled at.
 fn claims(service: &Service) -> impl Iterator<Item = Claimed> + '_ {
-    let families: Vec<Family> = service.cluster_ips.iter().map(|ip| Family::of(*ip)).collect();
+    let families: Vec<Family> = service
+        .cluster_ips
+        .iter()
+        .map(|ip| Family::of(*ip))
+        .collect();
     let ips: BTreeSet<IpAddr> = service
         .cluster_ips
         .iter()

@@ -208,7 +208,10 @@ fn leaks_of<A: PlannedAddr>(leaks: &mut Vec<String>, state: &FamilyState<A>) {
     }
     for range in &state.source_ranges {
         if !services.contains(&range.range.service) {
-            leaks.push(format!("a range of service {} is nobody's", range.range.service.0));
+            leaks.push(format!(
+                "a range of service {} is nobody's",
+                range.range.service.0
+            ));
         }
     }
     let used: BTreeSet<A> = state.frontends.keys().map(|key| key.addr).collect();

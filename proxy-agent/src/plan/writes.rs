@@ -246,7 +246,13 @@ pub(super) fn plan_port<A: PlannedAddr>(
     let source_ranges: BTreeSet<SourcePrefix<A>> = port
         .source_ranges
         .iter()
-        .filter_map(|range| Some(SourcePrefix::new(id, A::from_ip(range.network())?, range.prefix())))
+        .filter_map(|range| {
+            Some(SourcePrefix::new(
+                id,
+                A::from_ip(range.network())?,
+                range.prefix(),
+            ))
+        })
         .collect();
     for range in source_ranges.difference(&state.source_ranges) {
         let change = FamilyChange::PutSourceRange(*range);
@@ -401,7 +407,12 @@ pub(super) fn plan_addresses<A: PlannedAddr>(
             Some(FamilyChange::DeleteFrontend(key)) => (key, Uses::default()),
             _ => continue,
         };
-        let before = || (side.uses.get(&key.addr).copied().unwrap_or_default(), step.service);
+        let before = || {
+            (
+                side.uses.get(&key.addr).copied().unwrap_or_default(),
+                step.service,
+            )
+        };
         let entry = uses.entry(key.addr).or_insert_with(before);
         entry.0 = entry.0.plus(new).minus(held(&key));
     }
