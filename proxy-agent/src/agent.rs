@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     attach::{
-        cgroup,
+        cgroup::{self, Attached, Fate},
         exclude::Exclusions,
         follow::{self, Follower, WireRequest, Wiring, lock},
         interface::PacketHooks,
@@ -113,7 +113,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     if options.is_tracing {
         traces::forward(&mut ebpf);
     }
-    cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
+    let attached = cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
     let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6))?;
     tracing::info!("socket hooks are on {}", options.cgroup.display());
 
@@ -150,12 +150,15 @@ pub async fn run(options: Options) -> Result<Ending> {
         network_state = Some(state);
         tokio::spawn(network.run());
     }
+    let detected = netns::own_addresses().context("reading this node's addresses")?;
+    let (own_addresses, mut addresses_seen) = tokio::sync::watch::channel(detected.clone());
     let follower = Follower::new(
         hooks,
         options.pod_interfaces,
         &pins,
         shared.node_addresses.clone(),
         shared.excluded.clone(),
+        own_addresses,
         wiring,
     )?;
     let interfaces = follower.status.clone();
@@ -166,13 +169,15 @@ pub async fn run(options: Options) -> Result<Ending> {
     let steer = steer_udp(&pins)?;
 
     let mut world = World::new(&options.node_name);
-    world.set_node_addresses(netns::own_addresses().context("reading this node's addresses")?);
+    world.set_node_addresses(detected);
     let mut agent = Agent {
         reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
         status,
         interfaces,
         shared,
         config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        attached,
+        has_cgroup: true,
         exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
         node_name: options.node_name,
         nodes,
@@ -181,6 +186,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         steer,
         started: Instant::now(),
         was_settled: false,
+        chosen: Vec::new(),
     };
     agent.update_node();
     // Sockets may have lost their backends while nobody was there.
@@ -201,11 +207,20 @@ pub async fn run(options: Options) -> Result<Ending> {
             }
             Some(query) = queries.recv() => agent.answer(query),
             () = changed(&mut agent.network) => agent.update_node(),
+            Ok(()) = addresses_seen.changed() => {
+                let addresses = addresses_seen.borrow_and_update().clone();
+                agent.reconciler.world.set_node_addresses(addresses);
+                agent.update_node();
+                agent.step();
+            }
             () = tokio::time::sleep(wait) => agent.step(),
             _ = cgroups.tick() => {
                 agent.look_for_cgroups();
                 if let Some(lost) = pinned.iter().find(|path| !path.exists()) {
                     return Ok(Ending::Lost(lost.clone()));
+                }
+                if agent.look_after_cgroup() == Fate::Replaced {
+                    return Ok(Ending::Lost(options.cgroup));
                 }
             }
             _ = terminate.recv() => break,
@@ -305,6 +320,9 @@ struct Agent {
     interfaces: Arc<Mutex<follow::Status>>,
     shared: Shared,
     config: Array<aya::maps::MapData, Config>,
+    attached: Attached,
+    /// Whether the cgroup that the socket hooks are on was there when last looked for.
+    has_cgroup: bool,
     exclusions: Exclusions,
     node_name: String,
     nodes: tokio::sync::watch::Sender<Arc<Vec<Node>>>,
@@ -313,6 +331,22 @@ struct Agent {
     steer: Arc<Notify>,
     started: Instant,
     was_settled: bool,
+    /// The addresses that stand for this node, one a family.
+    chosen: Vec<IpAddr>,
+}
+
+/// The address of a family that stands for this node: the first that its object names; without
+/// one the last choice for as long as the node has it, whatever addresses come and go beside it.
+fn choose(
+    family: Family,
+    named: &[IpAddr],
+    detected: &[IpAddr],
+    last: &[IpAddr],
+) -> Option<IpAddr> {
+    let is_kept = |ip: &&IpAddr| last.contains(ip);
+    let kept = detected.iter().filter(is_kept);
+    let mut all = named.iter().chain(kept).chain(detected);
+    all.find(|ip| Family::of(**ip) == family).copied()
 }
 
 impl Agent {
@@ -369,26 +403,24 @@ impl Agent {
     /// Tells programs and follower who this node is and who opted out.
     fn update_node(&mut self) {
         let world = &self.reconciler.world;
-        let own = world
+        let named = world
             .node()
             .map(|node| node.internal_ips.clone())
             .unwrap_or_default();
-        let mut addresses = own;
-        addresses.extend(world.node_addresses().iter().copied());
-        let first = |family| {
-            addresses
-                .iter()
-                .copied()
-                .find(|ip| Family::of(*ip) == family)
-        };
-        let node4 = match first(Family::V4) {
-            Some(IpAddr::V4(ip)) => V4::from(ip),
-            _ => V4::default(),
-        };
-        let node6 = match first(Family::V6) {
-            Some(IpAddr::V6(ip)) => V6::from(ip),
-            _ => V6::default(),
-        };
+        let detected: Vec<IpAddr> = world.node_addresses().iter().copied().collect();
+        self.chosen = [Family::V4, Family::V6]
+            .into_iter()
+            .filter_map(|family| choose(family, &named, &detected, &self.chosen))
+            .collect();
+        let (mut node4, mut node6) = (V4::default(), V6::default());
+        for address in &self.chosen {
+            match address {
+                IpAddr::V4(ip) => node4 = V4::from(*ip),
+                IpAddr::V6(ip) => node6 = V6::from(*ip),
+            }
+        }
+        let addresses = self.chosen.iter().chain(&named).chain(&detected);
+        let addresses = addresses.copied().collect();
         let excluded: HashSet<IpAddr> = world
             .excluded()
             .flat_map(|pod| pod.ips.iter().copied())
@@ -436,6 +468,16 @@ impl Agent {
             Ok(false) => {}
             Err(error) => tracing::warn!("excluding cgroups: {error}"),
         }
+    }
+
+    /// What became of the cgroup that the socket hooks are on.
+    fn look_after_cgroup(&mut self) -> Fate {
+        let fate = self.attached.fate();
+        if fate == Fate::Removed && self.has_cgroup {
+            tracing::error!("{}", self.attached.loss());
+        }
+        self.has_cgroup = fate != Fate::Removed;
+        fate
     }
 
     /// Tells the network who the nodes are, once that is known.
@@ -498,5 +540,26 @@ impl Agent {
             (Some(problem), false, _) => Answer::NotYet(problem.clone()),
             _ => Answer::NotYet("services and nodes are not known yet".to_owned()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_comes_does_not_become_the_nodes() {
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        let (own, other) = (ip("172.18.0.2"), ip("10.96.0.1"));
+        let first = choose(Family::V4, &[], &[own], &[]);
+        assert_eq!(first, Some(own));
+        assert_eq!(choose(Family::V4, &[], &[other, own], &[own]), Some(own));
+        // What is gone is not kept, and what the Node object says comes first.
+        assert_eq!(choose(Family::V4, &[], &[other], &[own]), Some(other));
+        assert_eq!(
+            choose(Family::V4, &[own], &[other, own], &[other]),
+            Some(own)
+        );
+        assert_eq!(choose(Family::V6, &[own], &[other], &[own]), None);
     }
 }
