@@ -30,7 +30,7 @@ use crate::{
     flows::Sweeper,
     ipc::{self, Query},
     model::{
-        object::{Event, Family, Kind, Node},
+        object::{Event, Family, Kind, Node, ObjectName},
         world::World,
     },
     network::{self, pods::Pods},
@@ -187,6 +187,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         started: Instant::now(),
         was_settled: false,
         chosen: Vec::new(),
+        told: BTreeSet::new(),
     };
     agent.update_node();
     // Sockets may have lost their backends while nobody was there.
@@ -219,9 +220,12 @@ pub async fn run(options: Options) -> Result<Ending> {
                 if let Some(lost) = pinned.iter().find(|path| !path.exists()) {
                     return Ok(Ending::Lost(lost.clone()));
                 }
-                if agent.look_after_cgroup() == Fate::Replaced {
+                let fate = agent.attached.fate();
+                if fate == Fate::Replaced {
                     return Ok(Ending::Lost(options.cgroup));
                 }
+                agent.has_cgroup = fate == Fate::Kept;
+                agent.tell_problems();
             }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -333,6 +337,28 @@ struct Agent {
     was_settled: bool,
     /// The addresses that stand for this node, one a family.
     chosen: Vec<IpAddr>,
+    /// Problems that the log knows.
+    told: BTreeSet<String>,
+}
+
+/// What an event settles, if it is believed.
+enum About {
+    /// An object is good or gone.
+    Object(Kind, ObjectName),
+    /// All objects of a kind are, but for some.
+    List(Kind, Vec<ObjectName>),
+    Nothing,
+}
+
+impl About {
+    fn of(event: &Event) -> Self {
+        match event {
+            Event::Applied(object) => Self::Object(object.kind(), object.name()),
+            Event::Deleted(kind, name) => Self::Object(*kind, name.clone()),
+            Event::Listed(kind, _, kept) => Self::List(*kind, kept.clone()),
+            Event::Rejected(_) | Event::Doubt(_) => Self::Nothing,
+        }
+    }
 }
 
 /// The address of a family that stands for this node: the first that its object names; without
@@ -354,22 +380,15 @@ impl Agent {
     fn take(&mut self, events: impl Iterator<Item = Event>) {
         let mut touches_node = false;
         for event in events {
-            let about = match &event {
-                Event::Applied(object) => Some((object.kind(), Some(object.name()))),
-                Event::Deleted(kind, name) => Some((*kind, Some(name.clone()))),
-                Event::Listed(kind, ..) => Some((*kind, None)),
-                Event::Rejected(_) | Event::Doubt(_) => None,
-            };
-            if let Some((kind, name)) = about {
+            let about = About::of(&event);
+            if let About::Object(kind, _) | About::List(kind, _) = &about {
                 touches_node |= matches!(kind, Kind::Node | Kind::Pod);
-                if let Some(name) = name {
-                    self.status.accept_object(kind, &name.to_string());
-                }
             }
-            if let Err(rejection) = self.reconciler.world.apply(event)
-                && self.status.reject(&rejection)
-            {
-                tracing::warn!("{}", report::in_words(&rejection));
+            match (self.reconciler.world.apply(event), about) {
+                (Err(rejection), _) => self.status.reject(&rejection),
+                (Ok(()), About::Object(kind, name)) => self.status.accept(kind, &name),
+                (Ok(()), About::List(kind, kept)) => self.status.accept_others(kind, &kept),
+                (Ok(()), About::Nothing) => {}
             }
         }
         if touches_node {
@@ -462,22 +481,36 @@ impl Agent {
         self.shared.changed.notify_one();
     }
 
+    /// What is wrong beside objects and services.
+    fn problems(&self) -> Vec<String> {
+        let loss = (!self.has_cgroup).then(|| self.attached.loss());
+        let unswept = self.reconciler.unswept().map(str::to_owned);
+        let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
+        problems.extend(lock(&self.interfaces).problems.iter().cloned());
+        if let Some(network) = &self.network {
+            problems.extend(network.borrow().rejections.iter().map(report::in_words));
+        }
+        problems
+    }
+
+    /// Logs problems that are new, and those that are over.
+    fn tell_problems(&mut self) {
+        let problems: BTreeSet<String> = self.problems().into_iter().collect();
+        for new in problems.difference(&self.told) {
+            tracing::warn!("{new}");
+        }
+        for over in self.told.difference(&problems) {
+            tracing::info!("no longer a problem: {over}");
+        }
+        self.told = problems;
+    }
+
     fn look_for_cgroups(&mut self) {
         match self.exclusions.look() {
             Ok(true) => self.update_node(),
             Ok(false) => {}
             Err(error) => tracing::warn!("excluding cgroups: {error}"),
         }
-    }
-
-    /// What became of the cgroup that the socket hooks are on.
-    fn look_after_cgroup(&mut self) -> Fate {
-        let fate = self.attached.fate();
-        if fate == Fate::Removed && self.has_cgroup {
-            tracing::error!("{}", self.attached.loss());
-        }
-        self.has_cgroup = fate != Fate::Removed;
-        fate
     }
 
     /// Tells the network who the nodes are, once that is known.
@@ -503,14 +536,16 @@ impl Agent {
                     .network
                     .as_ref()
                     .map(|network| network.borrow().clone());
-                let _ = answer.send(Report::of(
+                let mut report = Report::of(
                     &self.node_name,
                     &self.reconciler,
                     &self.status,
                     &lock(&self.interfaces),
                     network.as_ref(),
                     self.started.elapsed(),
-                ));
+                );
+                report.problems.extend(self.problems());
+                let _ = answer.send(report);
             }
             Query::Ready(answer) => {
                 let _ = answer.send(self.readiness());

@@ -174,7 +174,7 @@ impl From<&PortView> for Port {
         Self {
             service: view.key.service.to_string(),
             port: view.key.port.to_string(),
-            protocol: format!("{:?}", view.key.protocol).to_uppercase(),
+            protocol: view.key.protocol.to_string(),
             family: if view.key.family == Family::V4 {
                 "IPv4"
             } else {
@@ -216,23 +216,7 @@ pub fn state(flags: u32) -> &'static str {
 
 /// A rejection as a sentence.
 pub fn in_words(rejection: &Rejection) -> String {
-    let Rejection {
-        kind,
-        object,
-        origin,
-        reason,
-    } = rejection;
-    let name = if object.is_empty() {
-        kind.clone()
-    } else {
-        format!("{kind} {object}")
-    };
-    let text = if origin.is_empty() {
-        format!("{name}: {reason}")
-    } else {
-        format!("{origin}: {name}: {reason}")
-    };
-    harmless(&text)
+    harmless(&rejection.to_string())
 }
 
 impl Report {
@@ -248,7 +232,11 @@ impl Report {
         let world = &reconciler.world;
         let (services, endpoint_slices, endpoints) = world.sizes();
         let (backends_used, slots_used) = reconciler.used();
-        let mut problems: Vec<String> = status.rejections().iter().map(in_words).collect();
+        let (rejections, untold) = status.rejections();
+        let mut problems: Vec<String> = rejections.iter().map(in_words).collect();
+        if untold > 0 {
+            problems.push(format!("{untold} more problems like these"));
+        }
         problems.extend(world.conflicts().iter().map(in_words));
         problems.extend(
             reconciler
@@ -256,10 +244,7 @@ impl Report {
                 .iter()
                 .map(|(name, reason)| format!("Service {name} is not programmed: {reason}")),
         );
-        problems.extend(reconciler.unswept().map(str::to_owned));
-        problems.extend(interfaces.problems.iter().cloned());
         if let Some(network) = network {
-            problems.extend(network.rejections.iter().map(in_words));
             problems.extend(
                 network
                     .problem

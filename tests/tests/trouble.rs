@@ -9,6 +9,7 @@
 )]
 
 use std::{
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -255,5 +256,140 @@ fn killing_the_agent_disturbs_nobody() -> Result<()> {
     for field in ["services", "backends_used", "slots_used"] {
         assert_eq!(before[field], after[field], "{field}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_service_waits_for_its_address_while_that_is_the_nodes_own() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0].host;
+    let own = |verb| node.run("ip", &["address", verb, "10.96.0.10/32", "dev", "lo"]);
+    let service = frontends(10, 80)[0];
+    let is_refused = |agent: &Agent| {
+        eventually("the service is refused", || {
+            let status = agent.status()?;
+            anyhow::ensure!(status["problems"].to_string().contains("own address"), "{status}");
+            Ok(())
+        })
+    };
+    own("add")?;
+    let agent = scene.agent(&[])?;
+    is_refused(&agent)?;
+    for times in 1..=2 {
+        own("del")?;
+        eventually("the service is served", || {
+            scene.client.host.who_answers("tcp", &service.to_string())
+        })?;
+        all_answer(&scene.client.host, "tcp", service, &scene.names())?;
+        assert_eq!(agent.status()?["problems"], json!([]));
+        own("add")?;
+        is_refused(&agent)?;
+        let log = agent.log();
+        // Once at the start and once each time that it came back.
+        let refusals = log.matches("10.96.0.10 is this node's own address");
+        assert_eq!(refusals.count(), times + 1, "{log}");
+        let returns = log.matches("default/web gets every frontend that it wants again");
+        assert_eq!(returns.count(), times, "{log}");
+    }
+    Ok(())
+}
+
+/// Waits until the agent began anew in its process, and serves.
+fn began_anew(agent: &Agent, times: usize) -> Result<()> {
+    eventually("the agent began anew", || {
+        let log = agent.log();
+        anyhow::ensure!(log.matches("; beginning anew").count() == times, "{log}");
+        let status = agent.status()?;
+        anyhow::ensure!(status["pid"] == json!(agent.pid()), "{status}");
+        anyhow::ensure!(status["settled"] == json!(true), "{status}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_removed_from_under_the_agent_comes_back() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let [service, _] = frontends(10, 80);
+    let node = &scene.nodes[0];
+    let hosts = [&scene.client.host, &scene.client.host.without_socket_hooks()];
+    // Somebody removes one hook, then every pin.
+    std::fs::remove_file(link(&node.bpffs, "connect4")?)?;
+    began_anew(&agent, 1)?;
+    let removed = node.cli("cleanup", &["--force"])?;
+    assert_eq!(removed.code, 0, "{removed:?}");
+    began_anew(&agent, 2)?;
+    agent.wait_for_pods(2)?;
+    for host in hosts {
+        all_answer(host, "tcp", service, &scene.names())?;
+    }
+    Ok(())
+}
+
+/// The pin of a link, whatever the version of the maps.
+fn link(bpffs: &Path, name: &str) -> Result<PathBuf> {
+    let versions = std::fs::read_dir(bpffs)?;
+    let mut links = versions.map(|version| Ok(version?.path().join("links").join(name)));
+    let found: Option<Result<PathBuf>> = links.find(|path: &Result<PathBuf>| {
+        path.as_ref().is_ok_and(|path| path.exists())
+    });
+    found.unwrap_or_else(|| anyhow::bail!("{name} is not pinned under {}", bpffs.display()))
+}
+
+#[test]
+fn a_cgroup_that_was_made_anew_gets_its_hooks() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    // The second node has no process of its own yet, in whose cgroup it would stay.
+    let node = &scene.nodes[1];
+    std::fs::copy(scene.nodes[0].manifests.join("all.json"), node.manifests.join("all.json"))?;
+    let agent = Agent::start(node, &Source::Manifests, &[])?;
+    let service = frontends(11, 80)[0];
+    let answers = || node.host.who_answers("tcp", &service.to_string());
+    assert_eq!(answers()?, scene.client.host.name);
+    let removed = node.with_cgroup_removed(|| {
+        eventually("the loss is told", || {
+            let status = agent.status()?;
+            anyhow::ensure!(status["problems"].to_string().contains("was removed"), "{status}");
+            Ok(())
+        })
+    });
+    removed?;
+    began_anew(&agent, 1)?;
+    assert_eq!(answers()?, scene.client.host.name);
+    assert_eq!(agent.status()?["problems"], json!([]));
+    Ok(())
+}
+
+#[test]
+fn only_one_agent_writes_the_same_maps() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let before = agent.show("services")?;
+    let mut other = scene.nodes[0].clone();
+    other.run_dir = scene.testbed.folder().join("other");
+    let refused = Agent::start(&other, &Source::Manifests, &[]);
+    let reason = format!("{:#}", refused.err().expect("a second agent"));
+    assert!(reason.contains("another agent uses"), "{reason}");
+    // Neither does cleanup, which finds no agent to ask at the other's place.
+    let cleanup = other.cli("cleanup", &[])?;
+    assert_eq!(cleanup.code, 1, "{cleanup:?}");
+    assert!(cleanup.errors.contains("an agent uses"), "{cleanup:?}");
+    assert_eq!(agent.show("services")?, before);
     Ok(())
 }

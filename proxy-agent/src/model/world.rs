@@ -204,19 +204,30 @@ impl World {
             .claims
             .iter()
             .flat_map(|(frontend, claims)| claims.iter().map(move |claim| (frontend, claim)))
-            .filter_map(|(frontend, (_, name))| {
-                let (ip, port, protocol) = frontend;
-                let reason = self.refusal(name, *frontend)?;
-                Some(Rejection {
-                    kind: "Service".to_owned(),
-                    object: name.to_string(),
-                    origin: String::new(),
-                    reason: format!("{protocol:?} port {port} of {ip} {reason}"),
-                })
-            })
+            .filter_map(|(frontend, (_, name))| self.conflict(name, *frontend))
             .collect();
         conflicts.sort_by(|a, b| (&a.object, &a.reason).cmp(&(&b.object, &b.reason)));
         conflicts
+    }
+
+    /// The frontends that one service wants and does not get.
+    pub fn conflicts_of(&self, name: &ObjectName) -> Vec<Rejection> {
+        let service = self.services.get(name);
+        let wanted = service.into_iter().flat_map(frontends);
+        wanted
+            .filter_map(|frontend| self.conflict(name, frontend))
+            .collect()
+    }
+
+    fn conflict(&self, name: &ObjectName, frontend: Frontend) -> Option<Rejection> {
+        let (ip, port, protocol) = frontend;
+        let reason = self.refusal(name, frontend)?;
+        Some(Rejection {
+            kind: "Service".to_owned(),
+            object: name.to_string(),
+            origin: String::new(),
+            reason: format!("{protocol} port {port} of {ip} {reason}"),
+        })
     }
 
     /// Why a service does not get a frontend that it claims.
