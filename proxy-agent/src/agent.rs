@@ -13,10 +13,7 @@ use aya::maps::{Array, Map};
 use glob::Pattern;
 use penstock_cni::agent::Answer;
 use penstock_common::{Config, NetworkFlags, V4, V6};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::{Notify, mpsc},
-};
+use tokio::sync::{Notify, mpsc};
 
 use crate::{
     attach::{
@@ -36,6 +33,7 @@ use crate::{
     network::{self, pods::Pods},
     reconcile::Reconciler,
     report::{self, Report},
+    signals::Signals,
     traces,
     udp::Resteer,
     watch::{self, Scope},
@@ -99,6 +97,7 @@ pub enum Ending {
 
 /// Runs until told to stop. Traffic goes on afterwards.
 pub async fn run(options: Options) -> Result<Ending> {
+    let mut signals = Signals::new()?;
     let listener = ipc::listen(&options.run_dir)?;
     let version = kernel_version().context("this kernel does not say its version")?;
     anyhow::ensure!(
@@ -193,8 +192,6 @@ pub async fn run(options: Options) -> Result<Ending> {
     // Sockets may have lost their backends while nobody was there.
     agent.steer.notify_one();
 
-    let mut terminate = signal(SignalKind::terminate()).context("handling SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("handling SIGINT")?;
     let pinned = pins.list();
     let mut cgroups = tokio::time::interval(LOOK_FOR_CGROUPS);
     let mut batch = Vec::with_capacity(256);
@@ -227,11 +224,11 @@ pub async fn run(options: Options) -> Result<Ending> {
                 agent.has_cgroup = fate == Fate::Kept;
                 agent.tell_problems();
             }
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            () = signals.stop() => break,
         }
     }
     tracing::info!("stopping; the kernel goes on serving");
+    ipc::leave(&options.run_dir);
     Ok(Ending::Told)
 }
 

@@ -120,10 +120,10 @@ pub struct Interface {
 /// A port of a service in one family.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Port {
-    /// namespace/name.
-    pub service: String,
-    /// The port's name.
-    pub port: String,
+    /// namespace/name; nothing where no agent is there to know it.
+    pub service: Option<String>,
+    /// The port's name; nothing likewise.
+    pub port: Option<String>,
     /// TCP, UDP or SCTP.
     pub protocol: String,
     /// IPv4 or IPv6.
@@ -172,8 +172,8 @@ impl From<&PortView> for Port {
             OnEmpty::Reject
         };
         Self {
-            service: view.key.service.to_string(),
-            port: view.key.port.to_string(),
+            service: Some(view.key.service.to_string()),
+            port: Some(view.key.port.to_string()),
             protocol: view.key.protocol.to_string(),
             family: if view.key.family == Family::V4 {
                 "IPv4"

@@ -95,7 +95,8 @@ fn write(directory: &Path, numbers: &[u8]) {
 async fn served(folder: &Path) -> Memory {
     write(folder, &[1, 2]);
     let mut run = Run::start(folder, Memory::default());
-    run.until("both are served", |run| run.serves(&[1, 2])).await;
+    run.until("both are served", |run| run.serves(&[1, 2]))
+        .await;
     run.reconciler.dataplane
 }
 
@@ -106,7 +107,9 @@ async fn a_manifest_that_cant_be_read_at_the_start_keeps_what_an_earlier_agent_l
     let breakings: [(&str, Breaking); 5] = [
         ("garbage", |path| fs::write(path, "\t{{{").unwrap()),
         ("empty", |path| fs::write(path, "").unwrap()),
-        ("no text at all", |path| fs::write(path, [0xff; 64]).unwrap()),
+        ("no text at all", |path| {
+            fs::write(path, [0xff; 64]).unwrap()
+        }),
         ("a dangling link", |path| {
             fs::remove_file(path).unwrap();
             symlink("/nowhere/at/all", path).unwrap();
@@ -146,8 +149,10 @@ async fn files_that_vanish_leave_no_problem() {
             let text = if number % 2 == 0 { "{{{" } else { "kind: A" };
             fs::write(name, text).unwrap();
         }
-        run.until("something is told", |run| run.status.rejections().0.len() > 9)
-            .await;
+        run.until("something is told", |run| {
+            run.status.rejections().0.len() > 9
+        })
+        .await;
         for name in &names {
             fs::remove_file(name).unwrap();
         }
@@ -156,7 +161,8 @@ async fn files_that_vanish_leave_no_problem() {
         .await;
     // One file more shows that all before it was looked at.
     write(folder.path(), &[2]);
-    run.until("both are served", |run| run.serves(&[1, 2])).await;
+    run.until("both are served", |run| run.serves(&[1, 2]))
+        .await;
     assert_eq!(run.problems(), Vec::<String>::new());
 }
 
@@ -168,7 +174,8 @@ async fn a_swapped_folder_is_followed() {
     write(&root.join("two/manifests"), &[1, 2]);
     symlink("one", root.join("current")).unwrap();
     let mut run = Run::start(&root.join("current/manifests"), Memory::default());
-    run.until("the first is served", |run| run.serves(&[1])).await;
+    run.until("the first is served", |run| run.serves(&[1]))
+        .await;
     symlink("two", root.join("next")).unwrap();
     fs::rename(root.join("next"), root.join("current")).unwrap();
     run.until("the second is served", |run| run.serves(&[1, 2]))

@@ -197,7 +197,10 @@ struct Truth(BTreeMap<(Kind, ObjectName), Object>, Vec<IpAddr>);
 /// The addresses that a step gives the node.
 fn addresses(bits: u8) -> Vec<IpAddr> {
     let all = ["10.96.0.0", "10.96.0.1", "fd00:96::0", "192.0.2.1"];
-    let given = all.iter().enumerate().filter(|(bit, _)| bits >> bit & 1 != 0);
+    let given = all
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| bits >> bit & 1 != 0);
     given
         .map(|(_, ip)| ip.parse().expect("an address"))
         .collect()

@@ -56,10 +56,19 @@ impl Status {
         let old = inner.files.remove(file).unwrap_or_default();
         let is_in = |all: &[Rejection]| all.iter().map(shown).collect::<HashSet<String>>();
         let (before, after) = (is_in(&old.told), is_in(&problems));
-        for new in problems.iter().map(shown).filter(|text| !before.contains(text)) {
+        for new in problems
+            .iter()
+            .map(shown)
+            .filter(|text| !before.contains(text))
+        {
             tracing::warn!("{new}");
         }
-        for gone in old.told.iter().map(shown).filter(|text| !after.contains(text)) {
+        for gone in old
+            .told
+            .iter()
+            .map(shown)
+            .filter(|text| !after.contains(text))
+        {
             over(&gone);
         }
         if more > 0 && more != old.more {
@@ -89,7 +98,10 @@ impl Status {
         if inner.objects.is_empty() {
             return;
         }
-        if let Some(old) = inner.objects.remove(&(kind.to_string(), object.to_string())) {
+        if let Some(old) = inner
+            .objects
+            .remove(&(kind.to_string(), object.to_string()))
+        {
             over(&shown(&old));
         }
     }
