@@ -361,7 +361,12 @@ fn a_full_map_keeps_nobody_else_waiting() {
     let mut reconciler = start(memory, &truth);
     reconciler.step(Duration::from_secs(1));
     assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 2);
-    assert_eq!(reconciler.errors().len(), 2);
+    let errors = reconciler.errors();
+    assert_eq!(errors.len(), 2);
+    for reason in errors.values() {
+        let full = "the kernel's table of 262144 IPv4 frontends is full";
+        assert!(reason.starts_with(full), "{reason}");
+    }
     reconciler.dataplane.frontends = 10;
     let mut now = Duration::from_secs(1);
     settle(&mut reconciler, &mut now);
