@@ -449,3 +449,26 @@ fn a_service_is_served_while_its_address_is_not_the_nodes_own() {
     assert_eq!(canonical, served.canonical());
     assert_eq!(reconciler.world.conflicts(), Vec::new());
 }
+
+#[test]
+fn an_address_that_was_the_nodes_for_a_moment_is_the_services_again() {
+    let truth = services(1..3);
+    let own: IpAddr = "10.96.0.1".parse().expect("an address");
+    // Wherever writing stopped while it was the node's.
+    for after in 0..8 {
+        let mut now = Duration::from_secs(1);
+        let mut reconciler = start(Faulty::default(), &truth);
+        settle(&mut reconciler, &mut now);
+        let served = reconciler.dataplane.inner.observed().canonical();
+        reconciler.dataplane.fails_after = Some(after);
+        reconciler.dataplane.failures = 1;
+        reconciler.world.set_node_addresses(vec![own]);
+        now += Duration::from_millis(700);
+        reconciler.step(now);
+        reconciler.world.set_node_addresses(Vec::new());
+        reconciler.dataplane.fails_after = None;
+        settle(&mut reconciler, &mut now);
+        let canonical = reconciler.dataplane.inner.observed().canonical();
+        assert_eq!(canonical, served, "after {after} writes");
+    }
+}
