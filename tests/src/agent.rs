@@ -23,21 +23,30 @@ pub enum Source {
     Kubeconfig(PathBuf),
 }
 
-/// A program of this workspace, from the folder that this one runs from or the one beside it.
+/// A program of this workspace: the newest of those that cargo built, or one beside this program.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let target = own
         .ancestors()
         .find(|path| path.ends_with("debug") || path.ends_with("release"))
-        .and_then(Path::parent)
-        .context("this program is in no target directory")?;
-    ["release", "debug"]
-        .iter()
-        .map(|profile| target.join(profile).join(name))
+        .and_then(Path::parent);
+    let built = ["release", "debug"].map(|profile| Some(target?.join(profile)));
+    let beside = own.parent().map(Path::to_path_buf);
+    built
+        .into_iter()
+        .chain([beside])
+        .flatten()
+        .map(|folder| folder.join(name))
         .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
         .max()
         .map(|(_, path)| path)
-        .with_context(|| format!("{name} is not built: cargo build --release --bins"))
+        .with_context(|| {
+            format!(
+                "this needs the program {name} beside {}; `cargo build --bins` builds all of them \
+                 into one folder",
+                own.display()
+            )
+        })
 }
 
 /// A node's agent.
