@@ -13,14 +13,11 @@ use aya::maps::{Array, Map};
 use glob::Pattern;
 use penstock_cni::agent::Answer;
 use penstock_common::{Config, NetworkFlags, V4, V6};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::{Notify, mpsc},
-};
+use tokio::sync::{Notify, mpsc};
 
 use crate::{
     attach::{
-        cgroup,
+        cgroup::{self, Attached, Fate},
         exclude::Exclusions,
         follow::{self, Follower, WireRequest, Wiring, lock},
         interface::PacketHooks,
@@ -30,12 +27,13 @@ use crate::{
     flows::Sweeper,
     ipc::{self, Query},
     model::{
-        object::{Event, Family, Kind, Node},
+        object::{Event, Family, Kind, Node, ObjectName},
         world::World,
     },
     network::{self, pods::Pods},
     reconcile::Reconciler,
     report::{self, Report},
+    signals::Signals,
     traces,
     udp::Resteer,
     watch::{self, Scope},
@@ -99,6 +97,7 @@ pub enum Ending {
 
 /// Runs until told to stop. Traffic goes on afterwards.
 pub async fn run(options: Options) -> Result<Ending> {
+    let mut signals = Signals::new()?;
     let listener = ipc::listen(&options.run_dir)?;
     let version = kernel_version().context("this kernel does not say its version")?;
     anyhow::ensure!(
@@ -113,7 +112,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     if options.is_tracing {
         traces::forward(&mut ebpf);
     }
-    cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
+    let attached = cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
     let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6))?;
     tracing::info!("socket hooks are on {}", options.cgroup.display());
 
@@ -150,12 +149,15 @@ pub async fn run(options: Options) -> Result<Ending> {
         network_state = Some(state);
         tokio::spawn(network.run());
     }
+    let detected = netns::own_addresses().context("reading this node's addresses")?;
+    let (own_addresses, mut addresses_seen) = tokio::sync::watch::channel(detected.clone());
     let follower = Follower::new(
         hooks,
         options.pod_interfaces,
         &pins,
         shared.node_addresses.clone(),
         shared.excluded.clone(),
+        own_addresses,
         wiring,
     )?;
     let interfaces = follower.status.clone();
@@ -166,13 +168,15 @@ pub async fn run(options: Options) -> Result<Ending> {
     let steer = steer_udp(&pins)?;
 
     let mut world = World::new(&options.node_name);
-    world.set_node_addresses(netns::own_addresses().context("reading this node's addresses")?);
+    world.set_node_addresses(detected);
     let mut agent = Agent {
         reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
         status,
         interfaces,
         shared,
         config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        attached,
+        has_cgroup: true,
         exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
         node_name: options.node_name,
         nodes,
@@ -181,13 +185,13 @@ pub async fn run(options: Options) -> Result<Ending> {
         steer,
         started: Instant::now(),
         was_settled: false,
+        chosen: Vec::new(),
+        told: BTreeSet::new(),
     };
     agent.update_node();
     // Sockets may have lost their backends while nobody was there.
     agent.steer.notify_one();
 
-    let mut terminate = signal(SignalKind::terminate()).context("handling SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("handling SIGINT")?;
     let pinned = pins.list();
     let mut cgroups = tokio::time::interval(LOOK_FOR_CGROUPS);
     let mut batch = Vec::with_capacity(256);
@@ -201,18 +205,30 @@ pub async fn run(options: Options) -> Result<Ending> {
             }
             Some(query) = queries.recv() => agent.answer(query),
             () = changed(&mut agent.network) => agent.update_node(),
+            Ok(()) = addresses_seen.changed() => {
+                let addresses = addresses_seen.borrow_and_update().clone();
+                agent.reconciler.world.set_node_addresses(addresses);
+                agent.update_node();
+                agent.step();
+            }
             () = tokio::time::sleep(wait) => agent.step(),
             _ = cgroups.tick() => {
                 agent.look_for_cgroups();
                 if let Some(lost) = pinned.iter().find(|path| !path.exists()) {
                     return Ok(Ending::Lost(lost.clone()));
                 }
+                let fate = agent.attached.fate();
+                if fate == Fate::Replaced {
+                    return Ok(Ending::Lost(options.cgroup));
+                }
+                agent.has_cgroup = fate == Fate::Kept;
+                agent.tell_problems();
             }
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            () = signals.stop() => break,
         }
     }
     tracing::info!("stopping; the kernel goes on serving");
+    ipc::leave(&options.run_dir);
     Ok(Ending::Told)
 }
 
@@ -305,6 +321,9 @@ struct Agent {
     interfaces: Arc<Mutex<follow::Status>>,
     shared: Shared,
     config: Array<aya::maps::MapData, Config>,
+    attached: Attached,
+    /// Whether the cgroup that the socket hooks are on was there when last looked for.
+    has_cgroup: bool,
     exclusions: Exclusions,
     node_name: String,
     nodes: tokio::sync::watch::Sender<Arc<Vec<Node>>>,
@@ -313,6 +332,44 @@ struct Agent {
     steer: Arc<Notify>,
     started: Instant,
     was_settled: bool,
+    /// The addresses that stand for this node, one a family.
+    chosen: Vec<IpAddr>,
+    /// Problems that the log knows.
+    told: BTreeSet<String>,
+}
+
+/// What an event settles, if it is believed.
+enum About {
+    /// An object is good or gone.
+    Object(Kind, ObjectName),
+    /// All objects of a kind are, but for some.
+    List(Kind, Vec<ObjectName>),
+    Nothing,
+}
+
+impl About {
+    fn of(event: &Event) -> Self {
+        match event {
+            Event::Applied(object) => Self::Object(object.kind(), object.name()),
+            Event::Deleted(kind, name) => Self::Object(*kind, name.clone()),
+            Event::Listed(kind, _, kept) => Self::List(*kind, kept.clone()),
+            Event::Rejected(_) | Event::Doubt(_) => Self::Nothing,
+        }
+    }
+}
+
+/// The address of a family that stands for this node: the first that its object names; without
+/// one the last choice for as long as the node has it, whatever addresses come and go beside it.
+fn choose(
+    family: Family,
+    named: &[IpAddr],
+    detected: &[IpAddr],
+    last: &[IpAddr],
+) -> Option<IpAddr> {
+    let is_kept = |ip: &&IpAddr| last.contains(ip);
+    let kept = detected.iter().filter(is_kept);
+    let mut all = named.iter().chain(kept).chain(detected);
+    all.find(|ip| Family::of(**ip) == family).copied()
 }
 
 impl Agent {
@@ -320,22 +377,15 @@ impl Agent {
     fn take(&mut self, events: impl Iterator<Item = Event>) {
         let mut touches_node = false;
         for event in events {
-            let about = match &event {
-                Event::Applied(object) => Some((object.kind(), Some(object.name()))),
-                Event::Deleted(kind, name) => Some((*kind, Some(name.clone()))),
-                Event::Listed(kind, ..) => Some((*kind, None)),
-                Event::Rejected(_) | Event::Doubt(_) => None,
-            };
-            if let Some((kind, name)) = about {
+            let about = About::of(&event);
+            if let About::Object(kind, _) | About::List(kind, _) = &about {
                 touches_node |= matches!(kind, Kind::Node | Kind::Pod);
-                if let Some(name) = name {
-                    self.status.accept_object(kind, &name.to_string());
-                }
             }
-            if let Err(rejection) = self.reconciler.world.apply(event)
-                && self.status.reject(&rejection)
-            {
-                tracing::warn!("{}", report::in_words(&rejection));
+            match (self.reconciler.world.apply(event), about) {
+                (Err(rejection), _) => self.status.reject(&rejection),
+                (Ok(()), About::Object(kind, name)) => self.status.accept(kind, &name),
+                (Ok(()), About::List(kind, kept)) => self.status.accept_others(kind, &kept),
+                (Ok(()), About::Nothing) => {}
             }
         }
         if touches_node {
@@ -369,26 +419,24 @@ impl Agent {
     /// Tells programs and follower who this node is and who opted out.
     fn update_node(&mut self) {
         let world = &self.reconciler.world;
-        let own = world
+        let named = world
             .node()
             .map(|node| node.internal_ips.clone())
             .unwrap_or_default();
-        let mut addresses = own;
-        addresses.extend(world.node_addresses().iter().copied());
-        let first = |family| {
-            addresses
-                .iter()
-                .copied()
-                .find(|ip| Family::of(*ip) == family)
-        };
-        let node4 = match first(Family::V4) {
-            Some(IpAddr::V4(ip)) => V4::from(ip),
-            _ => V4::default(),
-        };
-        let node6 = match first(Family::V6) {
-            Some(IpAddr::V6(ip)) => V6::from(ip),
-            _ => V6::default(),
-        };
+        let detected: Vec<IpAddr> = world.node_addresses().iter().copied().collect();
+        self.chosen = [Family::V4, Family::V6]
+            .into_iter()
+            .filter_map(|family| choose(family, &named, &detected, &self.chosen))
+            .collect();
+        let (mut node4, mut node6) = (V4::default(), V6::default());
+        for address in &self.chosen {
+            match address {
+                IpAddr::V4(ip) => node4 = V4::from(*ip),
+                IpAddr::V6(ip) => node6 = V6::from(*ip),
+            }
+        }
+        let addresses = self.chosen.iter().chain(&named).chain(&detected);
+        let addresses = addresses.copied().collect();
         let excluded: HashSet<IpAddr> = world
             .excluded()
             .flat_map(|pod| pod.ips.iter().copied())
@@ -430,6 +478,30 @@ impl Agent {
         self.shared.changed.notify_one();
     }
 
+    /// What is wrong beside objects and services.
+    fn problems(&self) -> Vec<String> {
+        let loss = (!self.has_cgroup).then(|| self.attached.loss());
+        let unswept = self.reconciler.unswept().map(str::to_owned);
+        let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
+        problems.extend(lock(&self.interfaces).problems.iter().cloned());
+        if let Some(network) = &self.network {
+            problems.extend(network.borrow().rejections.iter().map(report::in_words));
+        }
+        problems
+    }
+
+    /// Logs problems that are new, and those that are over.
+    fn tell_problems(&mut self) {
+        let problems: BTreeSet<String> = self.problems().into_iter().collect();
+        for new in problems.difference(&self.told) {
+            tracing::warn!("{new}");
+        }
+        for over in self.told.difference(&problems) {
+            tracing::info!("no longer a problem: {over}");
+        }
+        self.told = problems;
+    }
+
     fn look_for_cgroups(&mut self) {
         match self.exclusions.look() {
             Ok(true) => self.update_node(),
@@ -461,14 +533,16 @@ impl Agent {
                     .network
                     .as_ref()
                     .map(|network| network.borrow().clone());
-                let _ = answer.send(Report::of(
+                let mut report = Report::of(
                     &self.node_name,
                     &self.reconciler,
                     &self.status,
                     &lock(&self.interfaces),
                     network.as_ref(),
                     self.started.elapsed(),
-                ));
+                );
+                report.problems.extend(self.problems());
+                let _ = answer.send(report);
             }
             Query::Ready(answer) => {
                 let _ = answer.send(self.readiness());
@@ -498,5 +572,26 @@ impl Agent {
             (Some(problem), false, _) => Answer::NotYet(problem.clone()),
             _ => Answer::NotYet("services and nodes are not known yet".to_owned()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_comes_does_not_become_the_nodes() {
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        let (own, other) = (ip("172.18.0.2"), ip("10.96.0.1"));
+        let first = choose(Family::V4, &[], &[own], &[]);
+        assert_eq!(first, Some(own));
+        assert_eq!(choose(Family::V4, &[], &[other, own], &[own]), Some(own));
+        // What is gone is not kept, and what the Node object says comes first.
+        assert_eq!(choose(Family::V4, &[], &[other], &[own]), Some(other));
+        assert_eq!(
+            choose(Family::V4, &[own], &[other, own], &[other]),
+            Some(own)
+        );
+        assert_eq!(choose(Family::V6, &[own], &[other], &[own]), None);
     }
 }

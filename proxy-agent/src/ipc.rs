@@ -111,26 +111,63 @@ fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).unwrap_or_default()
 }
 
+/// How long an agent may take to answer.
+const ANSWERING: Duration = Duration::from_secs(5);
+/// How soon to knock again where too many others do.
+const KNOCK: Duration = Duration::from_millis(50);
+
 /// The report of the agent whose run directory this is; `None` if none is running.
 pub async fn fetch(run_dir: &Path) -> Result<Option<Report>> {
     let path = socket_path(run_dir);
-    let Ok(mut stream) = UnixStream::connect(&path).await else {
-        return Ok(None);
+    let shown = path.display();
+    let json = match tokio::time::timeout(ANSWERING, exchange(&path)).await {
+        Err(_) => bail!(
+            "the agent at {shown} does not answer within {} s: it hangs, was stopped (SIGSTOP), or \
+             the node is overloaded; traffic goes on. Look at its log, and restart it if it does \
+             not come back",
+            ANSWERING.as_secs()
+        ),
+        Ok(Err(error)) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => return Ok(None),
+            io::ErrorKind::PermissionDenied => {
+                bail!("permission to ask the agent at {shown} is denied; run this as root")
+            }
+            _ => return Err(error).with_context(|| format!("asking the agent at {shown}")),
+        },
+        Ok(Ok(json)) => json,
+    };
+    anyhow::ensure!(
+        !json.is_empty(),
+        "the agent at {shown} ended before it answered"
+    );
+    serde_json::from_slice(&json)
+        .map(Some)
+        .with_context(|| format!("the agent at {shown} answered with something else"))
+}
+
+/// Asks for the report; the answer as it came.
+async fn exchange(path: &Path) -> io::Result<Vec<u8>> {
+    let mut stream = loop {
+        match UnixStream::connect(path).await {
+            // Others wait to be let in, and the queue is full.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                tokio::time::sleep(KNOCK).await;
+            }
+            connected => break connected?,
+        }
     };
     let mut question = json(&Request::Report);
     question.push(b'\n');
+    stream.write_all(&question).await?;
     let mut json = Vec::new();
-    let exchange = async {
-        stream.write_all(&question).await?;
-        stream.read_to_end(&mut json).await
-    };
-    tokio::time::timeout(Duration::from_secs(10), exchange)
-        .await
-        .with_context(|| format!("the agent at {} does not answer", path.display()))??;
-    serde_json::from_slice(&json).map(Some).with_context(|| {
-        format!(
-            "the agent at {} answered with something else",
-            path.display()
-        )
-    })
+    stream.read_to_end(&mut json).await?;
+    Ok(json)
+}
+
+/// Takes the socket away: nobody will answer there.
+pub fn leave(run_dir: &Path) {
+    let path = socket_path(run_dir);
+    if let Err(error) = fs::remove_file(&path) {
+        tracing::debug!("removing {}: {error}", path.display());
+    }
 }

@@ -17,6 +17,7 @@ pub mod network;
 pub mod plan;
 pub mod reconcile;
 pub mod report;
+pub mod signals;
 pub mod traces;
 pub mod udp;
 pub mod watch;

@@ -17,12 +17,12 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(cli::run(cli)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // One line: what failed, and each cause.
-            eprintln!("penstock: {}", penstock_agent::words::chain(error.as_ref()));
-            ExitCode::FAILURE
-        }
-    }
+    let ended = runtime.block_on(cli::run(cli));
+    // A thread that waits for a file or a process must not keep this one from ending.
+    runtime.shutdown_background();
+    ended.unwrap_or_else(|error| {
+        // One line: what failed, and each cause.
+        eprintln!("penstock: {}", penstock_agent::words::chain(error.as_ref()));
+        ExitCode::FAILURE
+    })
 }

@@ -48,6 +48,8 @@ pub struct Reconciler<D> {
     pub world: World,
     planner: Planner,
     retries: HashMap<ObjectName, Retry>,
+    /// What was said of services that do not get every frontend that they want.
+    conflicts: HashMap<ObjectName, String>,
     has_swept: bool,
     /// When to try writes again that belong to no service.
     pending: Option<Duration>,
@@ -62,6 +64,7 @@ impl<D: Dataplane> Reconciler<D> {
             world,
             planner,
             retries: HashMap::new(),
+            conflicts: HashMap::new(),
             has_swept: false,
             pending: None,
         })
@@ -78,6 +81,7 @@ impl<D: Dataplane> Reconciler<D> {
             return outcome;
         }
         let mut names: BTreeSet<ObjectName> = self.world.take_dirty().into_iter().collect();
+        self.tell_conflicts(&names);
         names.extend(self.due(now));
         self.planner
             .set_node_addresses(self.world.node_addresses().iter().copied());
@@ -163,6 +167,27 @@ impl<D: Dataplane> Reconciler<D> {
             rest.retain(|name| !failed.contains(name));
         }
         (rest, applied, plan.has_udp_change)
+    }
+
+    /// Says which of these services do not get what they want, and which do again.
+    fn tell_conflicts(&mut self, names: &BTreeSet<ObjectName>) {
+        for name in names {
+            let conflicts = self.world.conflicts_of(name);
+            let Some((first, others)) = conflicts.split_first() else {
+                if self.conflicts.remove(name).is_some() {
+                    tracing::info!("service {name} gets every frontend that it wants again");
+                }
+                continue;
+            };
+            let text = match others.len() {
+                0 => first.to_string(),
+                count => format!("{first} (and {count} more of its frontends)"),
+            };
+            if self.conflicts.get(name) != Some(&text) {
+                tracing::warn!("{text}");
+                self.conflicts.insert(name.clone(), text);
+            }
+        }
     }
 
     fn due(&self, now: Duration) -> Vec<ObjectName> {

@@ -117,10 +117,10 @@ pub struct Interface {
 /// A port of a service in one family.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Port {
-    /// namespace/name.
-    pub service: String,
-    /// The port's name.
-    pub port: String,
+    /// namespace/name; nothing where no agent is there to know it.
+    pub service: Option<String>,
+    /// The port's name; nothing likewise.
+    pub port: Option<String>,
     /// TCP, UDP or SCTP.
     pub protocol: String,
     /// IPv4 or IPv6.
@@ -131,14 +131,9 @@ pub struct Port {
     pub frontends: Vec<String>,
     /// Seconds of session affinity, 0 without.
     pub affinity_secs: u32,
-    /// internalTrafficPolicy.
-    #[serde(default)]
-    pub internal_policy: String,
-    /// externalTrafficPolicy, where it has addresses for clients outside.
-    #[serde(default)]
-    pub external_policy: Option<String>,
-    /// What a client meets where there is no backend.
-    pub on_empty: String,
+    /// Who may serve whom.
+    #[serde(flatten)]
+    pub policies: Policies,
     /// Who serves.
     pub backends: Vec<Backend>,
 }
@@ -168,17 +163,12 @@ impl From<&PortView> for Port {
             .first()
             .map(|(.., frontend)| *frontend)
             .unwrap_or_default();
-        let drops = first.flags & FrontendFlags::DROP_WHEN_EMPTY != 0;
-        let is_local = |flag| {
-            let mut frontends = view.frontends.iter();
-            frontends.any(|(.., frontend)| frontend.flags & flag != 0)
-        };
-        let policy = |is_local| if is_local { "Local" } else { "Cluster" }.to_owned();
-        let has_external = is_local(FrontendFlags::EXTERNAL);
+        let frontends = view.frontends.iter();
+        let flags = frontends.fold(0, |flags, (.., frontend)| flags | frontend.flags);
         Self {
-            service: view.key.service.to_string(),
-            port: view.key.port.to_string(),
-            protocol: format!("{:?}", view.key.protocol).to_uppercase(),
+            service: Some(view.key.service.to_string()),
+            port: Some(view.key.port.to_string()),
+            protocol: view.key.protocol.to_string(),
             family: if view.key.family == Family::V4 {
                 "IPv4"
             } else {
@@ -192,14 +182,7 @@ impl From<&PortView> for Port {
                 .map(|(ip, port, _)| endpoint(*ip, *port))
                 .collect(),
             affinity_secs: first.affinity_secs,
-            internal_policy: policy(is_local(FrontendFlags::LOCAL)),
-            external_policy: has_external.then(|| policy(is_local(FrontendFlags::EXTERNAL_LOCAL))),
-            on_empty: if drops {
-                "dropped: no endpoint on this node"
-            } else {
-                "rejected: no endpoint"
-            }
-            .to_owned(),
+            policies: Policies::of(flags),
             backends: view
                 .backends
                 .iter()
@@ -210,6 +193,42 @@ impl From<&PortView> for Port {
                     state: state(*flags).to_owned(),
                 })
                 .collect(),
+        }
+    }
+}
+
+/// Who may serve whom.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Policies {
+    /// internalTrafficPolicy.
+    pub internal_policy: String,
+    /// externalTrafficPolicy, where there are addresses for clients outside.
+    pub external_policy: Option<String>,
+    /// What a client meets where there is no backend.
+    pub on_empty: String,
+}
+
+impl Policies {
+    /// What all flags ([`FrontendFlags`]) of a port's frontends together say.
+    pub fn of(flags: u32) -> Self {
+        let policy = |flag| {
+            if flags & flag == 0 {
+                "Cluster"
+            } else {
+                "Local"
+            }
+        };
+        let has_external = flags & FrontendFlags::EXTERNAL != 0;
+        let external = has_external.then(|| policy(FrontendFlags::EXTERNAL_LOCAL).to_owned());
+        let on_empty = if flags & FrontendFlags::DROP_WHEN_EMPTY == 0 {
+            "rejected: no endpoint"
+        } else {
+            "dropped: no endpoint on this node"
+        };
+        Self {
+            internal_policy: policy(FrontendFlags::LOCAL).to_owned(),
+            external_policy: external,
+            on_empty: on_empty.to_owned(),
         }
     }
 }
@@ -227,23 +246,7 @@ pub fn state(flags: u32) -> &'static str {
 
 /// A rejection as a sentence.
 pub fn in_words(rejection: &Rejection) -> String {
-    let Rejection {
-        kind,
-        object,
-        origin,
-        reason,
-    } = rejection;
-    let name = if object.is_empty() {
-        kind.clone()
-    } else {
-        format!("{kind} {object}")
-    };
-    let text = if origin.is_empty() {
-        format!("{name}: {reason}")
-    } else {
-        format!("{origin}: {name}: {reason}")
-    };
-    harmless(&text)
+    harmless(&rejection.to_string())
 }
 
 impl Report {
@@ -259,7 +262,11 @@ impl Report {
         let world = &reconciler.world;
         let (services, endpoint_slices, endpoints) = world.sizes();
         let (backends_used, slots_used) = reconciler.used();
-        let mut problems: Vec<String> = status.rejections().iter().map(in_words).collect();
+        let (rejections, untold) = status.rejections();
+        let mut problems: Vec<String> = rejections.iter().map(in_words).collect();
+        if untold > 0 {
+            problems.push(format!("{untold} more problems like these"));
+        }
         problems.extend(world.conflicts().iter().map(in_words));
         problems.extend(
             reconciler
@@ -267,10 +274,7 @@ impl Report {
                 .iter()
                 .map(|(name, reason)| format!("Service {name} is not programmed: {reason}")),
         );
-        problems.extend(reconciler.unswept().map(str::to_owned));
-        problems.extend(interfaces.problems.iter().cloned());
         if let Some(network) = network {
-            problems.extend(network.rejections.iter().map(in_words));
             problems.extend(
                 network
                     .problem

@@ -72,6 +72,119 @@ fn a_broken_document_harms_no_other() {
     assert!(errors[0].origin.contains("document 3"), "{:?}", errors[0]);
 }
 
+/// What is wrong with a document.
+fn refusals(text: &str, is_json: bool) -> Vec<String> {
+    let decoded = Decoder::default().manifest(text, is_json, "test");
+    let errors = decoded.into_iter().filter_map(Result::err);
+    errors.map(|rejection| rejection.to_string()).collect()
+}
+
+fn service(spec: &str) -> String {
+    format!(
+        r#"{{"apiVersion": "v1", "kind": "Service", "metadata": {{"name": "a"}}, "spec": {spec}}}"#
+    )
+}
+
+#[test]
+fn what_is_refused_is_said_in_plain_words() {
+    let cases = [
+        ("\"text\"", "expected an object"),
+        (
+            &service(r#"{"ports": [{"port": "web"}]}"#),
+            "expected a whole number",
+        ),
+        (&service(r#"{"ports": {}}"#), "expected a list"),
+        (&service(r#"{"ports": [7]}"#), "expected a port"),
+        (&service("[1]"), "expected a string"),
+        (
+            &service(
+                r#"{"clusterIP": "10.0.0.1", "ports": [{"name": "a", "port": 1}, {"name": "b", "port": 1}]}"#,
+            ),
+            "two ports are TCP 1",
+        ),
+        (
+            &service(r#"{"clusterIP": "10.0.0.2", "clusterIPs": ["10.0.0.1"]}"#),
+            "is not the first of clusterIPs",
+        ),
+        (
+            &service(r#"{"clusterIP": "10.0.0.1", "clusterIP": "10.0.0.2"}"#),
+            "\"clusterIP\" is there twice",
+        ),
+        (
+            &service(r#"{"selector": {"a": "b", "a": "c"}}"#),
+            "\"a\" is there twice",
+        ),
+        (
+            r#"{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "labels": {"x": "1", "x": "2"}}}"#,
+            "\"x\" is there twice",
+        ),
+        (
+            r#"{"apiVersion": "v1", "apiVersion": "v2", "kind": "Pod"}"#,
+            "apiVersion",
+        ),
+        (
+            r#"{"apiVersion": "v1", "kind": "Service", "metadata": 7}"#,
+            "expected an object",
+        ),
+    ];
+    for (text, reason) in cases {
+        for is_json in [true, false] {
+            let found = refusals(text, is_json);
+            let [found] = found.as_slice() else {
+                panic!("{text}: {found:?}");
+            };
+            let is_said = found.contains(reason) || !is_json && found.contains("duplicate");
+            assert!(is_said, "{text}: {found}");
+            for leak in [
+                "struct", "i64", "Tcp", "sequence", "Raw", "usize", "Options",
+            ] {
+                assert!(!found.contains(leak), "{text}: {found}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_document_is_judged_by_its_size_and_depth() {
+    // More nodes than a decoder takes by itself.
+    let many = "1, ".repeat(1_000_001);
+    let text = format!("apiVersion: v1\nkind: ConfigMap\ndata: [{many}]\n---\n{GOOD}");
+    let decoded = Decoder::default().manifest(&text, false, "test");
+    assert_eq!(decoded.len(), 3);
+    assert!(decoded.iter().all(Result::is_ok), "{decoded:?}");
+    // Ten lines that mean ten to the tenth power of text.
+    let mut bomb =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  a0: &a0 [x]\n".to_owned();
+    for level in 1..10 {
+        let aliases = format!("*a{}, ", level - 1).repeat(10);
+        bomb.push_str(&format!("  a{level}: &a{level} [{aliases}]\n"));
+    }
+    assert_eq!(refusals(&bomb, false).len(), 1);
+    let deep = format!("a: {}{}", "[".repeat(10_000), "]".repeat(10_000));
+    assert_eq!(refusals(&deep, false).len(), 1);
+    let deep = format!(r#"{{"a": {}{}}}"#, "[".repeat(10_000), "]".repeat(10_000));
+    assert_eq!(refusals(&deep, true).len(), 1);
+}
+
+#[test]
+fn a_service_with_very_many_ports_is_decoded_at_once() {
+    let ports: Vec<String> = (1..=40_000)
+        .map(|port| format!(r#"{{"name": "p{port}", "port": {port}}}"#))
+        .collect();
+    let text = service(&format!(
+        r#"{{"clusterIP": "10.0.0.1", "ports": [{}]}}"#,
+        ports.join(",")
+    ));
+    let started = std::time::Instant::now();
+    let decoded = Decoder::default().manifest(&text, true, "test");
+    assert!(
+        matches!(decoded.as_slice(), [Ok(Decoded::Object(Object::Service(service)))] if service.ports.len() == 40_000)
+    );
+    // Comparing each with each takes half a minute without optimization.
+    let took = started.elapsed();
+    assert!(took < std::time::Duration::from_secs(3), "{took:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -51,6 +51,8 @@ enum Step {
     DeleteService(u8),
     DeleteSlice(u8),
     Zone(u8),
+    /// This node has these services' addresses, one a bit.
+    Addresses(u8),
     /// A list that holds everything again.
     Relist,
     /// The next writes fail.
@@ -105,6 +107,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..5u8).prop_map(Step::DeleteService),
         2 => (0..8u8).prop_map(Step::DeleteSlice),
         1 => (0..3u8).prop_map(Step::Zone),
+        2 => (0..16u8).prop_map(Step::Addresses),
         1 => Just(Step::Relist),
         2 => (0..12u8, 1..3u8).prop_map(|(after, times)| Step::Fail { after, times }),
         2 => (0..12u8).prop_map(|after| Step::Crash { after }),
@@ -284,7 +287,19 @@ fn object(step: &Step) -> Option<Object> {
 
 /// The objects as they are after some steps.
 #[derive(Clone, Default)]
-struct Truth(BTreeMap<(Kind, ObjectName), Object>);
+struct Truth(BTreeMap<(Kind, ObjectName), Object>, Vec<IpAddr>);
+
+/// The addresses that a step gives the node.
+fn addresses(bits: u8) -> Vec<IpAddr> {
+    let all = ["10.96.0.0", "10.96.0.1", "fd00:96::0", "192.0.2.1"];
+    let given = all
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| bits >> bit & 1 != 0);
+    given
+        .map(|(_, ip)| ip.parse().expect("an address"))
+        .collect()
+}
 
 impl Truth {
     fn events(&self) -> Vec<Event> {
@@ -305,6 +320,7 @@ impl Truth {
 fn start<D: Dataplane>(dataplane: D, truth: &Truth, local: &Local) -> Reconciler<D> {
     let mut reconciler =
         Reconciler::new(dataplane, World::new("here")).expect("memory can be read");
+    reconciler.world.set_node_addresses(truth.1.clone());
     for event in truth.events() {
         reconciler
             .world
@@ -352,6 +368,11 @@ proptest! {
                     let name = name("slice", *number);
                     truth.0.remove(&(Kind::EndpointSlice, name.clone()));
                     Some(Event::Deleted(Kind::EndpointSlice, name))
+                }
+                Step::Addresses(bits) => {
+                    truth.1 = addresses(*bits);
+                    reconciler.world.set_node_addresses(truth.1.clone());
+                    None
                 }
                 Step::Relist => {
                     for event in truth.events() {
@@ -413,20 +434,8 @@ proptest! {
 
 #[test]
 fn an_empty_list_removes_nothing() {
-    let mut truth = Truth::default();
-    let service = Step::Service {
-        name: 1,
-        ip: 1,
-        ports: 1,
-        created: 0,
-        local: false,
-        affinity: false,
-        outside: Outside::default(),
-    };
-    let local = Local::default();
-    let object = object(&service).expect("a service");
-    truth.0.insert((object.kind(), object.name()), object);
-    let mut reconciler = start(Memory::default(), &truth, &local);
+    let truth = services(1..2);
+    let mut reconciler = start(Memory::default(), &truth, &Local::default());
     reconciler.step(Duration::from_secs(1));
     let before = reconciler.dataplane.observed().canonical();
     assert!(
@@ -448,11 +457,32 @@ fn an_empty_list_removes_nothing() {
 
 #[test]
 fn a_full_map_keeps_nobody_else_waiting() {
+    let truth = services(0..4);
+    let mut memory = Memory::default();
+    memory.frontends = 2;
+    let mut reconciler = start(memory, &truth, &Local::default());
+    reconciler.step(Duration::from_secs(1));
+    assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 2);
+    let errors = reconciler.errors();
+    assert_eq!(errors.len(), 2);
+    for reason in errors.values() {
+        let full = "the kernel's table of 262144 IPv4 frontends is full";
+        assert!(reason.starts_with(full), "{reason}");
+    }
+    reconciler.dataplane.frontends = 10;
+    let mut now = Duration::from_secs(1);
+    settle(&mut reconciler, &mut now);
+    assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 4);
+    assert!(reconciler.is_settled());
+}
+
+/// Services with one port each, at 10.96.0.`number`.
+fn services(numbers: std::ops::Range<u8>) -> Truth {
     let mut truth = Truth::default();
-    for name in 0..4 {
+    for number in numbers {
         let service = Step::Service {
-            name,
-            ip: name,
+            name: number,
+            ip: number,
             ports: 1,
             created: 0,
             local: false,
@@ -462,15 +492,86 @@ fn a_full_map_keeps_nobody_else_waiting() {
         let object = object(&service).expect("a service");
         truth.0.insert((object.kind(), object.name()), object);
     }
-    let mut memory = Memory::default();
-    memory.frontends = 2;
-    let mut reconciler = start(memory, &truth, &Local::default());
+    truth
+}
+
+#[test]
+fn an_address_that_an_earlier_agent_did_not_write_is_written() {
+    let truth = services(0..3);
+    let mut reconciler = start(Memory::default(), &truth, &Local::default());
     reconciler.step(Duration::from_secs(1));
-    assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 2);
-    assert_eq!(reconciler.errors().len(), 2);
-    reconciler.dataplane.frontends = 10;
-    let mut now = Duration::from_secs(1);
-    settle(&mut reconciler, &mut now);
-    assert_eq!(reconciler.dataplane.state.v4.frontends.len(), 4);
-    assert!(reconciler.is_settled());
+    let whole = reconciler.dataplane.observed();
+    for lost in whole.v4.addresses.keys() {
+        let mut memory = reconciler.dataplane.clone();
+        memory.state.v4.addresses.remove(lost);
+        memory.state.v6.addresses.clear();
+        let mut next = start(memory, &truth, &Local::default());
+        next.step(Duration::from_secs(2));
+        assert_eq!(next.dataplane.observed(), whole, "without {lost:?}");
+    }
+}
+
+#[test]
+fn what_could_not_be_read_keeps_what_an_earlier_agent_left() {
+    let mut reconciler = start(Memory::default(), &services(0..3), &Local::default());
+    reconciler.step(Duration::from_secs(1));
+    let before = reconciler.dataplane.observed();
+    // The next agent can read but one of them, and knows that there may be more.
+    let memory = std::mem::take(&mut reconciler.dataplane);
+    let mut next = start(memory, &services(0..1), &Local::default());
+    let doubt = |is_doubtful| Event::Doubt(is_doubtful);
+    next.world.apply(doubt(true)).expect("a good event");
+    next.step(Duration::from_secs(2));
+    assert_eq!(next.dataplane.observed(), before);
+    assert!(next.unswept().is_some());
+    // Once all can be read, what is not among it goes.
+    next.world.apply(doubt(false)).expect("a good event");
+    next.step(Duration::from_secs(3));
+    assert_eq!(next.dataplane.observed().v4.frontends.len(), 1);
+    assert_eq!(next.unswept(), None);
+}
+
+#[test]
+fn a_service_is_served_while_its_address_is_not_the_nodes_own() {
+    let truth = services(1..3);
+    let mut reconciler = start(Memory::default(), &truth, &Local::default());
+    reconciler.step(Duration::from_secs(1));
+    let served = reconciler.dataplane.observed();
+    assert_eq!(reconciler.world.conflicts(), Vec::new());
+    let own: IpAddr = "10.96.0.1".parse().expect("an address");
+    reconciler.world.set_node_addresses(vec![own]);
+    reconciler.step(Duration::from_secs(2));
+    let refused = reconciler.dataplane.observed().canonical();
+    assert!(!refused.contains("frontend 10.96.0.1 "), "{refused}");
+    assert!(refused.contains("address 10.96.0.1 node"), "{refused}");
+    assert!(refused.contains("frontend 10.96.0.2 80 TCP"), "{refused}");
+    assert_eq!(reconciler.world.conflicts().len(), 1);
+    reconciler.world.set_node_addresses(Vec::new());
+    reconciler.step(Duration::from_secs(4));
+    let canonical = reconciler.dataplane.observed().canonical();
+    assert_eq!(canonical, served.canonical());
+    assert_eq!(reconciler.world.conflicts(), Vec::new());
+}
+
+#[test]
+fn an_address_that_was_the_nodes_for_a_moment_is_the_services_again() {
+    let truth = services(1..3);
+    let own: IpAddr = "10.96.0.1".parse().expect("an address");
+    // Wherever writing stopped while it was the node's.
+    for after in 0..8 {
+        let mut now = Duration::from_secs(1);
+        let mut reconciler = start(Faulty::default(), &truth, &Local::default());
+        settle(&mut reconciler, &mut now);
+        let served = reconciler.dataplane.inner.observed().canonical();
+        reconciler.dataplane.fails_after = Some(after);
+        reconciler.dataplane.failures = 1;
+        reconciler.world.set_node_addresses(vec![own]);
+        now += Duration::from_millis(700);
+        reconciler.step(now);
+        reconciler.world.set_node_addresses(Vec::new());
+        reconciler.dataplane.fails_after = None;
+        settle(&mut reconciler, &mut now);
+        let canonical = reconciler.dataplane.inner.observed().canonical();
+        assert_eq!(canonical, served, "after {after} writes");
+    }
 }

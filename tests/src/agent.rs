@@ -23,21 +23,30 @@ pub enum Source {
     Kubeconfig(PathBuf),
 }
 
-/// A program of this workspace, from the folder that this one runs from or the one beside it.
+/// A program of this workspace: the newest of those that cargo built, or one beside this program.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let target = own
         .ancestors()
         .find(|path| path.ends_with("debug") || path.ends_with("release"))
-        .and_then(Path::parent)
-        .context("this program is in no target directory")?;
-    ["release", "debug"]
-        .iter()
-        .map(|profile| target.join(profile).join(name))
+        .and_then(Path::parent);
+    let built = ["release", "debug"].map(|profile| Some(target?.join(profile)));
+    let beside = own.parent().map(Path::to_path_buf);
+    built
+        .into_iter()
+        .chain([beside])
+        .flatten()
+        .map(|folder| folder.join(name))
         .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
         .max()
         .map(|(_, path)| path)
-        .with_context(|| format!("{name} is not built: cargo build --release --bins"))
+        .with_context(|| {
+            format!(
+                "this needs the program {name} beside {}; `cargo build --bins` builds all of them \
+                 into one folder",
+                own.display()
+            )
+        })
 }
 
 /// A node's agent.
@@ -90,13 +99,17 @@ impl Agent {
 
     /// Waits until the kernel holds all that is wanted.
     pub fn wait_until_settled(&mut self) -> Result<()> {
-        eventually("the agent serves", || {
-            anyhow::ensure!(self.process.is_running(), "the agent ended: {}", self.log());
+        let is_running = eventually("the agent serves", || {
+            if !self.process.is_running() {
+                return Ok(false);
+            }
             let status = self.status()?;
             let is_settled = status.get("settled").and_then(Value::as_bool) == Some(true);
             anyhow::ensure!(is_settled, "{status}\n{}", self.log());
-            Ok(())
-        })
+            Ok(true)
+        })?;
+        anyhow::ensure!(is_running, "the agent ended: {}", self.log());
+        Ok(())
     }
 
     /// Waits until all pods' interfaces have their hooks and their namespaces are known.
@@ -165,6 +178,16 @@ impl Agent {
         self.process.kill();
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.process.is_running()
+    }
+
     /// Starts it again after [`Self::kill`].
     pub fn restart(&mut self) -> Result<()> {
         self.process = spawn(
@@ -211,13 +234,38 @@ fn spawn(
     Process::start_logging(command, log)
 }
 
+/// What a command said, and how it ended.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// Its exit code; -1 if a signal ended it.
+    pub code: i32,
+    /// What it printed.
+    pub output: String,
+    /// What it complained about.
+    pub errors: String,
+}
+
+impl Node {
+    /// `penstock COMMAND OPTIONS` on this node, whether its agent runs or not.
+    pub fn penstock(&self, command: &str, options: &[&str]) -> Result<Said> {
+        let mut process = Command::new(binary("penstock")?);
+        process.arg(command).args(options);
+        process.arg("--bpffs").arg(&self.bpffs);
+        process.arg("--run-dir").arg(&self.run_dir);
+        let output = process.output().with_context(|| format!("{process:?}"))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Said {
+            code: output.status.code().unwrap_or(-1),
+            output: text(&output.stdout),
+            errors: text(&output.stderr),
+        })
+    }
+}
+
 /// `penstock COMMAND -o json` on a node, whether its agent runs or not.
 pub(crate) fn show(node: &Node, command: &str) -> Result<Value> {
-    let mut process = Command::new(binary("penstock")?);
-    process
-        .args([command, "-o", "json", "--bpffs"])
-        .arg(&node.bpffs);
-    process.arg("--run-dir").arg(&node.run_dir);
-    let text = process::run(process)?;
-    serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
+    let said = node.penstock(command, &["-o", "json"])?;
+    // `status` says with its code what it says in its JSON.
+    anyhow::ensure!(said.code == 0 || command == "status", "{said:?}");
+    serde_json::from_str(&said.output).with_context(|| format!("{said:?} has no JSON"))
 }

@@ -136,10 +136,15 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        nix::sys::signal::kill(pid, signal).with_context(|| format!("{signal}"))
+    }
+
     /// Asks it to end (SIGTERM) and waits until it has.
     pub fn stop(&mut self) -> Result<()> {
-        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).context("SIGTERM")?;
+        self.signal(nix::sys::signal::Signal::SIGTERM)?;
         self.child.wait().context("waiting")?;
         Ok(())
     }

@@ -8,6 +8,7 @@ mod endpoint_slice;
 mod intern;
 mod raw;
 mod service;
+mod unique;
 
 use std::net::IpAddr;
 
@@ -67,7 +68,7 @@ impl Decoder {
             kind: kind.to_string(),
             object: name_in(json),
             origin: origin.to_owned(),
-            reason: format!("can't be decoded: {error}"),
+            reason: format!("can't be decoded: {}", plain(&error.to_string())),
         })?;
         self.typed(kind, raw, origin)
     }
@@ -85,7 +86,7 @@ impl Decoder {
             kind: "document".to_owned(),
             object: String::new(),
             origin,
-            reason: format!("is no Kubernetes object: {}", cut_lines(&error.to_string())),
+            reason: format!("is no Kubernetes object: {}", plain(&error.to_string())),
         };
         let mut found = Vec::new();
         if is_json {
@@ -101,7 +102,7 @@ impl Decoder {
         }
         for (number, (line, document)) in documents(text).into_iter().enumerate() {
             let origin = format!("{} (from line {line})", origin_of(file, number));
-            found.push(match serde_saphyr::from_str::<Raw>(document) {
+            found.push(match yaml(document) {
                 Ok(raw) => self.raw(raw, &origin),
                 Err(error) => Err(refused(origin, &error)),
             });
@@ -173,6 +174,20 @@ impl Decoder {
             reason,
         })
     }
+}
+
+/// An object in YAML. A file's size bounds what is in it, so nothing is counted but what aliases
+/// and depth could make of little text.
+fn yaml(document: &str) -> Result<Raw, serde_saphyr::Error> {
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_events: usize::MAX,
+            max_nodes: usize::MAX,
+            max_total_scalar_bytes: usize::MAX,
+        },
+        with_snippet: false,
+    };
+    serde_saphyr::from_str_with_options(document, options)
 }
 
 /// A namespaced object's name.
@@ -327,14 +342,28 @@ fn documents(text: &str) -> Vec<(usize, &str)> {
     found
 }
 
-/// A message on one line, short enough to read.
-fn cut_lines(message: &str) -> String {
-    let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    if line.len() <= 240 {
-        line
-    } else {
-        format!("{}…", line.chars().take(240).collect::<String>())
+/// A decoder's message in an operator's words, on one line, short enough to read.
+fn plain(message: &str) -> String {
+    const WORDS: [(&str, &str); 10] = [
+        (", set DuplicateKeyPolicy in Options if acceptable", ""),
+        ("duplicate mapping key", "duplicate key"),
+        ("expected mapping start", "expected an object"),
+        ("expected sequence start", "expected a list"),
+        ("expected i64", "expected a whole number"),
+        ("a sequence", "a list"),
+        ("type: sequence", "type: list"),
+        ("type: map", "type: object"),
+        ("a map", "an object"),
+        ("unit value", "nothing"),
+    ];
+    let mut line = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    for (theirs, ours) in WORDS {
+        line = line.replace(theirs, ours);
     }
+    if line.chars().nth(240).is_none() {
+        return line;
+    }
+    format!("{}…", line.chars().take(240).collect::<String>())
 }
 
 /// The elements of a list in a value, if there is one.

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use super::unique;
+
 /// Takes an explicit `null` for an absent field.
 fn nullable<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
@@ -16,7 +18,7 @@ where
 
 /// Any object. Fields of kinds that are not ours are not looked into.
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "an object")]
 pub(super) struct Raw {
     #[serde(default)]
     pub(super) api_version: Option<String>,
@@ -24,9 +26,9 @@ pub(super) struct Raw {
     pub(super) kind: Option<String>,
     #[serde(default, deserialize_with = "nullable")]
     pub(super) metadata: Metadata,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "unique::value")]
     pub(super) spec: Option<Value>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "unique::value")]
     pub(super) status: Option<Value>,
     #[serde(default)]
     pub(super) items: Option<Vec<Raw>>,
@@ -40,7 +42,7 @@ pub(super) struct Raw {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "an object")]
 pub(super) struct Metadata {
     #[serde(default)]
     pub(super) name: Option<String>,
@@ -50,7 +52,7 @@ pub(super) struct Metadata {
     pub(super) uid: Option<String>,
     #[serde(default)]
     pub(super) creation_timestamp: Option<String>,
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(default, deserialize_with = "unique::texts")]
     pub(super) labels: HashMap<String, String>,
 }
 
@@ -61,7 +63,7 @@ impl Metadata {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "an endpoint")]
 pub(super) struct Endpoint {
     #[serde(default, deserialize_with = "nullable")]
     pub(super) addresses: Vec<String>,
@@ -74,6 +76,7 @@ pub(super) struct Endpoint {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(expecting = "conditions")]
 pub(super) struct Conditions {
     #[serde(default)]
     pub(super) ready: Option<bool>,
@@ -84,7 +87,7 @@ pub(super) struct Conditions {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "hints")]
 pub(super) struct Hints {
     #[serde(default, deserialize_with = "nullable")]
     pub(super) for_zones: Vec<Hint>,
@@ -93,11 +96,13 @@ pub(super) struct Hints {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a hint")]
 pub(super) struct Hint {
     pub(super) name: String,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a port")]
 pub(super) struct EndpointPort {
     #[serde(default)]
     pub(super) name: Option<String>,
@@ -109,7 +114,7 @@ pub(super) struct EndpointPort {
 
 /// A Service's `spec`.
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "a Service's spec")]
 pub(super) struct ServiceSpec {
     #[serde(rename = "type", default)]
     pub(super) kind: Option<String>,
@@ -159,7 +164,7 @@ pub(super) struct Ingress {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "a port")]
 pub(super) struct ServicePort {
     #[serde(default)]
     pub(super) name: Option<String>,
@@ -171,13 +176,14 @@ pub(super) struct ServicePort {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a configuration")]
 pub(super) struct SessionAffinityConfig {
     #[serde(rename = "clientIP", default)]
     pub(super) client_ip: Option<ClientIpConfig>,
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "a configuration")]
 pub(super) struct ClientIpConfig {
     #[serde(default)]
     pub(super) timeout_seconds: Option<i64>,

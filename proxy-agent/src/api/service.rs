@@ -1,11 +1,15 @@
 //! Services.
 
-use std::{collections::BTreeSet, net::IpAddr, num::NonZeroU16};
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    num::NonZeroU16,
+};
 
 use ipnetwork::IpNetwork;
 
 use super::{
-    Decoded, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut, object_name,
+    Decoded, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut, object_name, plain,
     raw::{Raw, ServicePort as RawPort, ServiceSpec, ServiceStatus},
     usable_ip,
 };
@@ -21,7 +25,7 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
     let name = object_name(&raw.metadata, Kind::Service, names)?;
     let spec: ServiceSpec = match raw.spec {
         Some(spec) => serde_json::from_value(spec)
-            .map_err(|error| format!("spec can't be decoded: {error}"))?,
+            .map_err(|error| format!("spec can't be decoded: {}", plain(&error.to_string())))?,
         None => return Err("has no spec".to_owned()),
     };
     let labels = &raw.metadata.labels;
@@ -39,17 +43,14 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
     let is_balanced = spec.kind.as_deref() == Some("LoadBalancer");
     let has_node_ports = is_balanced || spec.kind.as_deref() == Some("NodePort");
     let mut ports: Vec<ServicePort> = Vec::with_capacity(spec.ports.len());
+    let (mut port_names, mut numbers) = (HashSet::new(), HashSet::new());
     for raw in &spec.ports {
         let port = port(raw, has_node_ports, names)?;
-        if ports.iter().any(|known| known.name == port.name) {
+        if !port_names.insert(port.name.clone()) {
             return Err(format!("two ports are called {:?}", cut(&port.name)));
         }
-        let number = (port.port, port.protocol);
-        if ports
-            .iter()
-            .any(|known| (known.port, known.protocol) == number)
-        {
-            return Err(format!("two ports are {:?} {}", port.protocol, port.port));
+        if !numbers.insert((port.port, port.protocol)) {
+            return Err(format!("two ports are {} {}", port.protocol, port.port));
         }
         ports.push(port);
     }
@@ -143,6 +144,16 @@ fn cluster_ips(spec: &ServiceSpec) -> Result<Option<Vec<IpAddr>>, String> {
         None | Some("ClusterIP" | "NodePort" | "LoadBalancer") => {}
         Some("ExternalName") => return Ok(None),
         Some(other) => return Err(format!("type {:?} is unknown", cut(other))),
+    }
+    // As the API server demands (ValidateServiceClusterIPsRelatedFields).
+    if let (Some(single), Some(first)) = (&spec.cluster_ip, spec.cluster_ips.first())
+        && !single.is_empty()
+        && single != first
+    {
+        let (single, first) = (cut(single), cut(first));
+        return Err(format!(
+            "clusterIP {single:?} is not the first of clusterIPs, {first:?}"
+        ));
     }
     let single = spec.cluster_ip.iter().cloned().collect();
     let texts = if spec.cluster_ips.is_empty() {

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     os::{fd::AsFd, unix::fs::MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya::{
@@ -34,8 +34,47 @@ pub const HOOKS: [&str; 9] = [
 /// The magic number of cgroup2 (include/uapi/linux/magic.h).
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
 
+/// The cgroup that the hooks are on.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    path: PathBuf,
+    id: u64,
+}
+
+/// What became of a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is there.
+    Kept,
+    /// It was removed, and the hooks with it.
+    Removed,
+    /// Another one has its name.
+    Replaced,
+}
+
+impl Attached {
+    /// What to say of its removal.
+    pub fn loss(&self) -> String {
+        format!(
+            "the cgroup {} was removed; no socket is translated until it is there again",
+            self.path.display()
+        )
+    }
+
+    /// What became of it.
+    pub fn fate(&self) -> Fate {
+        match std::fs::metadata(&self.path) {
+            Ok(metadata) if metadata.ino() == self.id => Fate::Kept,
+            Ok(_) => Fate::Replaced,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Fate::Removed,
+            // What can't be told is left alone.
+            Err(_) => Fate::Kept,
+        }
+    }
+}
+
 /// Puts all socket hooks on the cgroup `path`, replacing those of an earlier agent in place.
-pub fn attach(ebpf: &mut Ebpf, pins: &Pins, path: &Path) -> Result<(), AttachError> {
+pub fn attach(ebpf: &mut Ebpf, pins: &Pins, path: &Path) -> Result<Attached, AttachError> {
     let open = |source| AttachError::OpenCgroup {
         path: path.to_path_buf(),
         source,
@@ -53,7 +92,10 @@ pub fn attach(ebpf: &mut Ebpf, pins: &Pins, path: &Path) -> Result<(), AttachErr
     for name in HOOKS {
         hook(ebpf, pins, name, &cgroup, id, path)?;
     }
-    Ok(())
+    Ok(Attached {
+        path: path.to_path_buf(),
+        id,
+    })
 }
 
 fn hook(
@@ -131,5 +173,30 @@ fn attach_new(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramErr
             program.take_link(id)?.try_into().map_err(unexpected)
         }
         _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_was_removed_and_made_anew_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::create_dir(&path).unwrap();
+        let id = std::fs::metadata(&path).unwrap().ino();
+        let attached = Attached {
+            path: path.clone(),
+            id,
+        };
+        assert_eq!(attached.fate(), Fate::Kept);
+        // Both exist at once, so that the new one's number is another.
+        let other = folder.path().join("b");
+        std::fs::create_dir(&other).unwrap();
+        std::fs::remove_dir(&path).unwrap();
+        assert_eq!(attached.fate(), Fate::Removed);
+        std::fs::rename(&other, &path).unwrap();
+        assert_eq!(attached.fate(), Fate::Replaced);
     }
 }

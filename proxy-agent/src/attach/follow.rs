@@ -1,7 +1,8 @@
-//! Follows the node's interfaces: hooks on those that match, namespaces behind them known.
+//! Follows the node's interfaces and addresses: hooks on interfaces that match, namespaces behind
+//! them known, and the addresses that no service may have because they are this node's.
 //!
-//! Driven by rtnetlink's link group; after an overrun, and once in a while, everything is listed
-//! anew, so that a missed message costs time and nothing else. An interface that can't be attached
+//! Driven by rtnetlink's groups of links and addresses; after an overrun, and once in a while,
+//! everything is listed anew, so that a missed message costs time and nothing else. An interface that can't be attached
 //! is reported and tried again, and does not keep the others waiting.
 
 use std::{
@@ -26,7 +27,7 @@ use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection, packet_route::link::LinkAttribute,
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     interface::{PacketHooks, Role},
@@ -79,6 +80,13 @@ pub struct Status {
 /// Addresses whose namespaces opted out of socket translation.
 pub type Excluded = Arc<Mutex<HashSet<IpAddr>>>;
 
+/// What is followed: links come and go, and so do this node's addresses.
+const GROUPS: [MulticastGroup; 3] = [
+    MulticastGroup::Link,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv6Ifaddr,
+];
+
 /// Interfaces by index: name, namespace and role.
 type Present = BTreeMap<u32, (String, Option<i32>, Role)>;
 
@@ -119,6 +127,7 @@ pub struct Follower {
     namespaces: MapData,
     node_addresses: Arc<Mutex<Vec<IpAddr>>>,
     excluded: Excluded,
+    own_addresses: watch::Sender<Vec<IpAddr>>,
     known: HashMap<u64, Netns>,
     wiring: Option<Wiring>,
     /// Shared with the command line.
@@ -126,13 +135,14 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// A follower that has not looked yet.
+    /// A follower that has not looked yet; it tells `own_addresses` which addresses this node has.
     pub fn new(
         hooks: PacketHooks,
         patterns: Vec<Pattern>,
         pins: &Pins,
         node_addresses: Arc<Mutex<Vec<IpAddr>>>,
         excluded: Excluded,
+        own_addresses: watch::Sender<Vec<IpAddr>>,
         wiring: Option<Wiring>,
     ) -> Result<Self, PinError> {
         Ok(Self {
@@ -141,6 +151,7 @@ impl Follower {
             namespaces: pins.map("NETNS")?,
             node_addresses,
             excluded,
+            own_addresses,
             known: HashMap::new(),
             wiring,
             status: Arc::default(),
@@ -158,7 +169,7 @@ impl Follower {
     }
 
     async fn follow(&mut self, changed: &tokio::sync::Notify) -> io::Result<()> {
-        let (connection, handle, mut messages) = new_multicast_connection(&[MulticastGroup::Link])?;
+        let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
         let connection = tokio::spawn(connection);
         let result = loop {
             let is_settled = match self.look(&handle).await {
@@ -189,8 +200,21 @@ impl Follower {
         result
     }
 
+    /// Tells which addresses this node has, if they are others than before.
+    fn tell_addresses(&self) {
+        match netns::own_addresses() {
+            Ok(addresses) => drop(self.own_addresses.send_if_modified(|known| {
+                let is_new = *known != addresses;
+                *known = addresses;
+                is_new
+            })),
+            Err(error) => tracing::warn!("reading this node's addresses: {error}"),
+        }
+    }
+
     /// Looks at all interfaces; whether nothing is left to wait for.
     async fn look(&mut self, handle: &Handle) -> Result<bool, rtnetlink::Error> {
+        self.tell_addresses();
         let mut present: Present = BTreeMap::new();
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await? {

@@ -4,22 +4,18 @@ use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 
-use super::CleanupArgs;
-use crate::{attach::interface, ipc};
+use super::{CleanupArgs, Place};
+use crate::{
+    attach::interface,
+    dataplane::pins::{PinError, Pins},
+    ipc,
+};
 
 /// Removes all pins under the bpffs folder; a program that nothing refers to is gone with them.
 pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
     let place = &args.place;
-    let running = ipc::fetch(&place.run_dir).await.unwrap_or_default();
-    if let Some(agent) = running
-        && !args.force
-    {
-        bail!(
-            "the agent of node {} (process {}) is running and would put everything back; stop it \
-             first, or pass --force",
-            agent.node,
-            agent.pid
-        );
+    if !args.force {
+        refuse_beside_an_agent(place).await?;
     }
     let filters = interface::remove_filters();
     let pins = remove(&place.bpffs)?;
@@ -30,6 +26,37 @@ pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
             "removed {pins} pins under {} and {filters} filters",
             place.bpffs.display()
         );
+    }
+    Ok(())
+}
+
+/// What a running agent does about a cleanup.
+const UNDONE: &str = "would put everything back within a second";
+
+/// Fails if an agent is running.
+async fn refuse_beside_an_agent(place: &Place) -> Result<()> {
+    if let Some(agent) = ipc::fetch(&place.run_dir).await? {
+        bail!(
+            "the agent of node {} (process {}) is running and {UNDONE}; stop it first, or pass \
+             --force",
+            agent.node,
+            agent.pid
+        );
+    }
+    // One may be there that another run directory leads to.
+    for version in fs::read_dir(&place.bpffs).into_iter().flatten().flatten() {
+        let path = version.path();
+        if matches!(
+            Pins::within(path.clone()).lock(),
+            Err(PinError::Busy { .. })
+        ) {
+            bail!(
+                "an agent uses {} and {UNDONE}; it does not answer at {}: stop it first, pass its \
+                 --run-dir, or pass --force",
+                path.display(),
+                place.run_dir.display()
+            );
+        }
     }
     Ok(())
 }

@@ -1,9 +1,13 @@
 //! The operator's command line.
 
 mod cleanup;
+mod pinned;
 mod show;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -29,7 +33,9 @@ pub struct Cli {
 enum Command {
     /// Serve this node's pods and processes until stopped; traffic goes on afterwards.
     Agent(Box<AgentArgs>),
-    /// How the agent is doing.
+    /// How the agent is doing: 0 if it serves, 1 if not or if there is none.
+    ///
+    /// It serves once every first list has arrived; what it could not do yet is among the problems.
     Status(Look),
     /// The services that the kernel serves.
     Services(Look),
@@ -252,14 +258,14 @@ impl LogLevel {
 }
 
 /// Does what the command line says.
-pub async fn run(cli: Cli) -> Result<()> {
+pub async fn run(cli: Cli) -> Result<ExitCode> {
     if !matches!(cli.command, Command::Agent(_)) {
         // As other tools: `penstock services | head` ends with its reader.
         crate::attach::end_with_readers();
     }
     match cli.command {
+        Command::Status(look) => return show::status(&look).await,
         Command::Agent(args) => run_agent(*args).await,
-        Command::Status(look) => show::status(&look).await,
         Command::Services(look) => show::services(&look).await,
         Command::Backends(look) => show::backends(&look).await,
         Command::Pods(look) => show::pods(&look).await,
@@ -267,6 +273,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Drops(look) => show::drops(&look),
         Command::Cleanup(args) => cleanup::run(&args).await,
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 async fn run_agent(args: AgentArgs) -> Result<()> {

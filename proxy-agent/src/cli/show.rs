@@ -1,11 +1,13 @@
 //! What there is to see, as text for a person or JSON for a program.
 
-use anyhow::{Context, Result};
+use std::{io::ErrorKind, process::ExitCode};
+
+use anyhow::{Context, Result, bail};
 use aya::maps::{Map, PerCpuArray};
-use penstock_common::{BackendFlags, Counter};
+use penstock_common::Counter;
 use serde::Serialize;
 
-use super::{Look, Output};
+use super::{Look, Output, pinned};
 use crate::{
     dataplane::{Dataplane, bpf::Bpf, pins::Pins},
     ipc,
@@ -49,23 +51,52 @@ async fn agent(look: &Look) -> Result<Option<Report>> {
     ipc::fetch(&look.place.run_dir).await
 }
 
-pub(super) async fn status(look: &Look) -> Result<()> {
+/// The pins, if anything is pinned.
+fn installed(look: &Look) -> Result<Option<Pins>> {
+    let pins = Pins::at(&look.place.bpffs);
+    match pins.is_there() {
+        Ok(is_there) => Ok(is_there.then_some(pins)),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => bail!(
+            "permission to read {} is denied; run this as root",
+            pins.root().display()
+        ),
+        Err(error) => Err(error).with_context(|| format!("reading {}", pins.root().display())),
+    }
+}
+
+/// The pins, without which there is nothing to see.
+fn pins(look: &Look) -> Result<Pins> {
+    installed(look)?.with_context(|| {
+        format!(
+            "nothing is installed: there is no {}; start an agent, or pass its --bpffs",
+            Pins::at(&look.place.bpffs).root().display()
+        )
+    })
+}
+
+pub(super) async fn status(look: &Look) -> Result<ExitCode> {
     let Some(mut report) = agent(look).await? else {
-        let pins = Pins::at(&look.place.bpffs);
-        let serves = pins.root().exists();
+        let pins = installed(look)?;
         if look.output == Output::Json {
-            return json(
-                &serde_json::json!({ "running": false, "synced": false, "pinned": serves }),
-            );
+            json(
+                &serde_json::json!({ "running": false, "synced": false, "pinned": pins.is_some() }),
+            )?;
+            return Ok(ExitCode::FAILURE);
         }
         println!("no agent answers at {}", look.place.run_dir.display());
-        if serves {
-            println!(
+        match pins {
+            Some(pins) => println!(
                 "the kernel goes on serving what is pinned under {}",
                 pins.root().display()
-            );
+            ),
+            None => println!("nothing is installed"),
         }
-        return Ok(());
+        return Ok(ExitCode::FAILURE);
+    };
+    let code = if report.synced {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     };
     if look.output == Output::Json {
         report.ports.clear();
@@ -74,7 +105,7 @@ pub(super) async fn status(look: &Look) -> Result<()> {
             object.remove("ports");
             object.insert("running".to_owned(), true.into());
         }
-        return json(&value);
+        return json(&value).map(|()| code);
     }
     let word = match (report.synced, report.settled) {
         (true, true) => "serving".to_owned(),
@@ -135,7 +166,7 @@ pub(super) async fn status(look: &Look) -> Result<()> {
             println!("  {problem}");
         }
     }
-    Ok(())
+    Ok(code)
 }
 
 /// The report of a running agent, without which there is nothing to see.
@@ -194,50 +225,59 @@ pub(super) async fn nodes(look: &Look) -> Result<()> {
     Ok(())
 }
 
-pub(super) async fn services(look: &Look) -> Result<()> {
-    let Some(report) = agent(look).await? else {
-        return pinned_services(look);
-    };
-    if look.output == Output::Json {
-        return json(&report.ports);
+/// The ports that are served: the agent's, with their names, or the kernel's.
+async fn ports(look: &Look) -> Result<Vec<report::Port>> {
+    if let Some(report) = agent(look).await? {
+        return Ok(report.ports);
     }
-    let rows: Vec<Vec<String>> = report
-        .ports
-        .iter()
-        .map(|port| {
-            let active = port
-                .backends
-                .iter()
-                .filter(|backend| backend.state == "active")
-                .count();
-            let resting = port.backends.len() - active;
-            let mut backends = match active {
-                0 => port.on_empty.clone(),
-                1 => "1 backend".to_owned(),
-                _ => format!("{active} backends"),
-            };
-            if resting > 0 {
-                backends = format!("{backends}, {resting} resting");
-            }
-            let affinity = match port.affinity_secs {
-                0 => "-".to_owned(),
-                seconds => format!("{seconds} s"),
-            };
-            let name = if port.port.is_empty() {
-                "-"
-            } else {
-                &port.port
-            };
-            vec![
-                port.service.clone(),
-                name.to_owned(),
-                port.protocol.clone(),
-                port.frontends.join(" "),
-                affinity,
-                backends,
-            ]
-        })
-        .collect();
+    let ports = pinned::ports(&Bpf::open(&pins(look)?)?.observe()?);
+    if look.output == Output::Text {
+        println!("no agent is running; this is what the kernel serves, which knows no names:");
+    }
+    Ok(ports)
+}
+
+/// A name in a table.
+fn cell(name: Option<&str>) -> String {
+    name.filter(|name| !name.is_empty())
+        .unwrap_or("-")
+        .to_owned()
+}
+
+pub(super) async fn services(look: &Look) -> Result<()> {
+    let ports = ports(look).await?;
+    if look.output == Output::Json {
+        return json(&ports);
+    }
+    let row = |port: &report::Port| {
+        let active = port
+            .backends
+            .iter()
+            .filter(|backend| backend.state == "active")
+            .count();
+        let resting = port.backends.len() - active;
+        let mut backends = match active {
+            0 => port.policies.on_empty.clone(),
+            1 => "1 backend".to_owned(),
+            _ => format!("{active} backends"),
+        };
+        if resting > 0 {
+            backends = format!("{backends}, {resting} resting");
+        }
+        let affinity = match port.affinity_secs {
+            0 => "-".to_owned(),
+            seconds => format!("{seconds} s"),
+        };
+        vec![
+            cell(port.service.as_deref()),
+            cell(port.port.as_deref()),
+            port.protocol.clone(),
+            port.frontends.join(" "),
+            affinity,
+            backends,
+        ]
+    };
+    let rows: Vec<Vec<String>> = ports.iter().map(row).collect();
     if rows.is_empty() {
         println!("no services");
     } else {
@@ -256,75 +296,21 @@ pub(super) async fn services(look: &Look) -> Result<()> {
     Ok(())
 }
 
-/// Without an agent there are no names, but the kernel knows what it serves.
-fn pinned_services(look: &Look) -> Result<()> {
-    let state = Bpf::open(&Pins::at(&look.place.bpffs))?.observe()?;
-    if look.output == Output::Json {
-        return json(&state.canonical().lines().collect::<Vec<_>>());
-    }
-    println!("no agent is running; this is what the kernel serves:");
-    print!("{}", state.canonical());
-    Ok(())
-}
-
 pub(super) async fn backends(look: &Look) -> Result<()> {
-    let Some(report) = agent(look).await? else {
-        let state = Bpf::open(&Pins::at(&look.place.bpffs))?.observe()?;
-        let is_live = |flags: u32| flags & BackendFlags::LIVE != 0;
-        let v4 = state
-            .v4
-            .backends
-            .values()
-            .filter(|backend| is_live(backend.flags))
-            .map(|backend| {
-                (
-                    backend.service.0,
-                    format!("{}:{}", backend.addr, backend.port),
-                    backend.flags,
-                )
-            });
-        let v6 = state
-            .v6
-            .backends
-            .values()
-            .filter(|backend| is_live(backend.flags))
-            .map(|backend| {
-                (
-                    backend.service.0,
-                    format!("[{}]:{}", backend.addr, backend.port),
-                    backend.flags,
-                )
-            });
-        let rows: Vec<Vec<String>> = v4
-            .chain(v6)
-            .map(|(service, address, flags)| {
-                vec![
-                    service.to_string(),
-                    address,
-                    report::state(flags).to_owned(),
-                ]
-            })
-            .collect();
-        if look.output == Output::Json {
-            return json(&rows);
-        }
-        table(&["SERVICE ID", "BACKEND", "STATE"], &rows);
-        return Ok(());
-    };
     #[derive(Serialize)]
     struct Row<'a> {
-        service: &'a str,
-        port: &'a str,
+        service: Option<&'a str>,
+        port: Option<&'a str>,
         protocol: &'a str,
         backend: &'a report::Backend,
     }
-    let rows: Vec<Row<'_>> = report
-        .ports
+    let ports = ports(look).await?;
+    let rows: Vec<Row<'_>> = ports
         .iter()
         .flat_map(|port| {
             port.backends.iter().map(|backend| Row {
-                service: &port.service,
-                port: &port.port,
+                service: port.service.as_deref(),
+                port: port.port.as_deref(),
                 protocol: &port.protocol,
                 backend,
             })
@@ -337,8 +323,8 @@ pub(super) async fn backends(look: &Look) -> Result<()> {
         .iter()
         .map(|row| {
             vec![
-                row.service.to_owned(),
-                if row.port.is_empty() { "-" } else { row.port }.to_owned(),
+                cell(row.service),
+                cell(row.port),
                 row.protocol.to_owned(),
                 row.backend.address.clone(),
                 row.backend.state.clone(),
@@ -367,7 +353,7 @@ struct Count {
 }
 
 pub(super) fn drops(look: &Look) -> Result<()> {
-    let map = Pins::at(&look.place.bpffs).map("COUNTERS")?;
+    let map = pins(look)?.map("COUNTERS")?;
     let map: PerCpuArray<_, u64> =
         PerCpuArray::try_from(Map::PerCpuArray(map)).context("map COUNTERS")?;
     let counts: Result<Vec<Count>> = Counter::ALL

@@ -33,8 +33,8 @@ impl Memory {
     /// Makes one change, whatever else it is part of.
     pub fn write(&mut self, change: &Change) -> Result<(), MapError> {
         match change {
-            Change::V4(change) => write(&mut self.state.v4, change, self.frontends)?,
-            Change::V6(change) => write(&mut self.state.v6, change, self.frontends)?,
+            Change::V4(change) => write(&mut self.state.v4, "FRONTENDS4", change, self.frontends)?,
+            Change::V6(change) => write(&mut self.state.v6, "FRONTENDS6", change, self.frontends)?,
             Change::PutSlots { base, backends } => {
                 self.slots.extend((*base..).zip(backends.iter().copied()));
             }
@@ -58,6 +58,7 @@ impl Memory {
 
 fn write<A: Addr + Ord>(
     state: &mut FamilyState<A>,
+    map: &'static str,
     change: &FamilyChange<A>,
     room: usize,
 ) -> Result<(), MapError> {
@@ -68,7 +69,7 @@ fn write<A: Addr + Ord>(
         FamilyChange::PutFrontend(key, frontend) => {
             if state.frontends.len() >= room && !state.frontends.contains_key(&key) {
                 return Err(MapError {
-                    map: "FRONTENDS",
+                    map,
                     operation: "writing",
                     source: io::Error::from_raw_os_error(libc::E2BIG),
                 });

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use penstock_common::{
     Addr, Address, Backend, BackendId, Frontend, FrontendKey, SlotRange, SourcePrefix, V4, V6,
+    limits,
 };
 
 /// The service maps of one address family.
@@ -105,16 +106,54 @@ pub struct ApplyError {
 }
 
 /// A map operation failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{operation} on map {map}: {source}")]
+#[derive(Debug)]
 pub struct MapError {
     /// The map's name.
     pub map: &'static str,
     /// What was tried.
     pub operation: &'static str,
     /// The kernel's answer; `E2BIG` from a hash map means that it is full.
-    #[source]
     pub source: std::io::Error,
+}
+
+impl std::error::Error for MapError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        // For a full table the kernel's words say something else.
+        self.full().is_none().then_some(&self.source)
+    }
+}
+
+impl std::fmt::Display for MapError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            map,
+            operation,
+            source,
+        } = self;
+        match self.full() {
+            Some((count, what)) => write!(
+                f,
+                "the kernel's table of {count} {what} is full ({map}); remove services to make room"
+            ),
+            None => write!(f, "{operation} on map {map}: {source}"),
+        }
+    }
+}
+
+impl MapError {
+    /// How many of what the map holds, if it is full.
+    fn full(&self) -> Option<(u32, &'static str)> {
+        if self.source.raw_os_error() != Some(libc::E2BIG) {
+            return None;
+        }
+        match self.map {
+            "FRONTENDS4" => Some((limits::FRONTENDS, "IPv4 frontends")),
+            "FRONTENDS6" => Some((limits::FRONTENDS, "IPv6 frontends")),
+            "ADDRESSES4" => Some((limits::ADDRESSES, "IPv4 service addresses")),
+            "ADDRESSES6" => Some((limits::ADDRESSES, "IPv6 service addresses")),
+            _ => None,
+        }
+    }
 }
 
 /// The service maps, wherever they are.

@@ -17,6 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 use penstock_common::ABI_VERSION;
 
 use super::OBJECT;
+use crate::words::chain;
 
 /// A folder of pins.
 #[derive(Clone, Debug)]
@@ -56,7 +57,7 @@ pub enum PinError {
         path: PathBuf,
     },
     /// A pinned map can't be opened.
-    #[error("opening the pinned map {path}: {source}; is an agent of this version running?")]
+    #[error("opening the pinned map {path}: {}", chain(source))]
     Map {
         /// The pin.
         path: PathBuf,
@@ -164,6 +165,16 @@ impl Pins {
         Self {
             root: bpffs.join(format!("v{ABI_VERSION}")),
         }
+    }
+
+    /// The pins in a folder, of whatever version.
+    pub fn within(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// Whether there is anything of this version.
+    pub fn is_there(&self) -> io::Result<bool> {
+        self.root.try_exists()
     }
 
     /// Keeps other agents off these pins for as long as the result lives.

@@ -54,6 +54,16 @@ pub enum Protocol {
     Sctp,
 }
 
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
 /// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
@@ -282,4 +292,23 @@ pub struct Rejection {
     pub origin: String,
     /// What is wrong, and what would be right.
     pub reason: String,
+}
+
+impl fmt::Display for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            kind,
+            object,
+            origin,
+            reason,
+        } = self;
+        if !origin.is_empty() {
+            write!(f, "{origin}: ")?;
+        }
+        if object.is_empty() {
+            write!(f, "{kind}: {reason}")
+        } else {
+            write!(f, "{kind} {object}: {reason}")
+        }
+    }
 }

@@ -414,37 +414,43 @@ impl World {
             .claims
             .iter()
             .flat_map(|(claimed, claims)| claims.iter().map(move |claim| (claimed, claim)))
-            .filter_map(|(claimed, (_, name))| {
-                let Claimed { ip, port, protocol } = claimed;
-                let is_cluster = ip.is_some_and(|ip| {
-                    let service = self.services.get(name);
-                    service.is_some_and(|service| service.cluster_ips.contains(&ip))
-                });
-                let kind = match (is_cluster, ip) {
-                    (true, _) => FrontendKind::Cluster,
-                    (false, Some(_)) => FrontendKind::ExternalIp,
-                    (false, None) => FrontendKind::NodePort,
-                };
-                let reason = self.refusal(name, *claimed, kind)?;
-                let place = match ip {
-                    Some(ip) => format!("port {port} of {ip}"),
-                    None => format!("port {port} of this node"),
-                };
-                let kind = if self.services.contains_key(name) {
-                    "Service"
-                } else {
-                    "Pod"
-                };
-                Some(Rejection {
-                    kind: kind.to_owned(),
-                    object: name.to_string(),
-                    origin: String::new(),
-                    reason: format!("{protocol:?} {place} {reason}"),
-                })
-            })
+            .filter_map(|(claimed, (_, name))| self.conflict(name, *claimed))
             .collect();
         conflicts.sort_by(|a, b| (&a.object, &a.reason).cmp(&(&b.object, &b.reason)));
         conflicts
+    }
+
+    /// The frontends that one service wants and does not get.
+    pub fn conflicts_of(&self, name: &ObjectName) -> Vec<Rejection> {
+        let service = self.services.get(name);
+        let wanted = service.into_iter().flat_map(claims);
+        wanted
+            .filter_map(|claimed| self.conflict(name, claimed))
+            .collect()
+    }
+
+    fn conflict(&self, name: &ObjectName, claimed: Claimed) -> Option<Rejection> {
+        let Claimed { ip, port, protocol } = claimed;
+        let service = self.services.get(name);
+        let is_cluster =
+            ip.is_some_and(|ip| service.is_some_and(|service| service.cluster_ips.contains(&ip)));
+        let kind = match (is_cluster, ip) {
+            (true, _) => FrontendKind::Cluster,
+            (false, Some(_)) => FrontendKind::ExternalIp,
+            (false, None) => FrontendKind::NodePort,
+        };
+        let reason = self.refusal(name, claimed, kind)?;
+        let place = match ip {
+            Some(ip) => format!("port {port} of {ip}"),
+            None => format!("port {port} of this node"),
+        };
+        let kind = if service.is_some() { "Service" } else { "Pod" };
+        Some(Rejection {
+            kind: kind.to_owned(),
+            object: name.to_string(),
+            origin: String::new(),
+            reason: format!("{protocol} {place} {reason}"),
+        })
     }
 
     /// Why a service does not get a frontend that it claims.

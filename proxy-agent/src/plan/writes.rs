@@ -428,8 +428,9 @@ pub(super) fn plan_addresses<A: PlannedAddr>(
         service,
         change: A::change(FamilyChange::DeleteAddress(addr)),
     };
-    if sweeps {
-        // What an earlier agent left may lack addresses that nothing else touches.
+    if all {
+        // What an earlier agent left may lack addresses that nothing else touches, and an address
+        // may be the node's no longer before its frontends were taken away.
         for (addr, now) in &side.uses {
             uses.entry(*addr).or_insert((*now, usize::MAX));
         }

@@ -7,14 +7,16 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use futures::StreamExt;
-use inotify::{Inotify, WatchMask};
 use tokio::sync::mpsc::Sender;
 
-use super::Status;
+use super::{
+    Status,
+    directory::{Told, Watched},
+};
 use crate::{
     api::{Decoded, Decoder},
     model::object::{Event, Kind, Object, ObjectName, Rejection},
@@ -24,6 +26,8 @@ use crate::{
 const RESCAN: Duration = Duration::from_secs(10);
 /// How soon to look for a directory that vanished.
 const RETRY: Duration = Duration::from_millis(500);
+/// After how long it is said which file is still being read.
+const SLOW: Duration = Duration::from_secs(2);
 
 type Key = (Kind, ObjectName);
 
@@ -37,7 +41,7 @@ struct Known {
     keys: BTreeSet<Key>,
 }
 
-/// A directory.
+/// A directory and what its files said.
 pub struct Manifests {
     directory: PathBuf,
     decoder: Decoder,
@@ -48,6 +52,8 @@ pub struct Manifests {
     has_listed: bool,
     /// Files that could not be read, or not all of them.
     bad: BTreeSet<PathBuf>,
+    /// The file that is being read.
+    reading: Arc<Mutex<Option<PathBuf>>>,
 }
 
 /// What a look at the directory found.
@@ -69,119 +75,98 @@ impl Manifests {
             status,
             has_listed: false,
             bad: BTreeSet::new(),
+            reading: Arc::default(),
         }
     }
 
     /// Sends events until nobody listens.
     pub async fn run(mut self, events: Sender<Event>) {
         loop {
-            let watched = Self::watch(&self.directory);
-            let mut stream = match watched {
-                Ok(stream) => stream,
-                Err(error) => {
-                    self.report(&format!("can't be watched: {error}"));
-                    if !self.look(&events).await {
-                        return;
-                    }
-                    tokio::time::sleep(RETRY).await;
-                    continue;
-                }
-            };
-            if !self.look(&events).await {
-                return;
+            let watched = Watched::new(&self.directory);
+            if let Err(error) = &watched {
+                self.report(&format!("can't be watched: {error}"));
             }
+            match self.look_aside(&events).await {
+                Some(looked) => self = looked,
+                None => return,
+            }
+            let Ok(mut watched) = watched else {
+                tokio::time::sleep(RETRY).await;
+                continue;
+            };
             loop {
-                let told = tokio::time::timeout(RESCAN, stream.next()).await;
-                if !self.look(&events).await {
-                    return;
-                }
-                // A directory that was deleted or moved must be watched anew.
-                if !matches!(told, Err(_) | Ok(Some(Ok(_)))) || self.is_replaced(&told) {
+                let told = watched.wait(RESCAN).await;
+                if told == Told::Replaced {
                     break;
+                }
+                match self.look_aside(&events).await {
+                    Some(looked) => self = looked,
+                    None => return,
                 }
             }
         }
     }
 
-    fn watch(
-        directory: &Path,
-    ) -> io::Result<impl futures::Stream<Item = io::Result<inotify::EventOwned>> + use<>> {
-        let inotify = Inotify::init()?;
-        let mask = WatchMask::CLOSE_WRITE
-            | WatchMask::CREATE
-            | WatchMask::DELETE
-            | WatchMask::MOVE
-            | WatchMask::DELETE_SELF
-            | WatchMask::MOVE_SELF
-            | WatchMask::ONLYDIR;
-        inotify.watches().add(directory, mask)?;
-        inotify.into_event_stream(vec![0; 65_536])
-    }
-
-    fn is_replaced(
-        &self,
-        told: &Result<Option<io::Result<inotify::EventOwned>>, tokio::time::error::Elapsed>,
-    ) -> bool {
-        use inotify::EventMask;
-        let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;
-        matches!(told, Ok(Some(Ok(event))) if event.mask.intersects(gone))
+    /// Looks on a thread that may wait for files as long as it takes, and sends what changed;
+    /// nothing once nobody listens.
+    async fn look_aside(mut self, events: &Sender<Event>) -> Option<Self> {
+        let (status, reading) = (self.status.clone(), self.reading.clone());
+        let mut looking = tokio::task::spawn_blocking(move || {
+            let found = self.look();
+            (self, found)
+        });
+        let mut said = None;
+        let (looked, found) = loop {
+            match tokio::time::timeout(SLOW, &mut looking).await {
+                Ok(done) => break done.ok()?,
+                Err(_) => say_slow(&status, &reading, &mut said),
+            }
+        };
+        for event in found {
+            events.send(event).await.ok()?;
+        }
+        (!events.is_closed()).then_some(looked)
     }
 
     fn report(&self, reason: &str) {
+        let shown = self.directory.display().to_string();
         let rejection = Rejection {
             kind: "directory".to_owned(),
             object: String::new(),
-            origin: self.directory.display().to_string(),
+            origin: shown.clone(),
             reason: format!("{reason}; what is known stays as it is"),
         };
+        self.set_state(&format!("{shown}: {reason}"));
+        self.status.set_file(&shown, vec![rejection]);
+    }
+
+    fn set_state(&self, state: &str) {
         for kind in Kind::ALL {
-            self.status
-                .set(kind, format!("{}: {reason}", self.directory.display()));
-        }
-        if self.status.reject(&rejection) {
-            tracing::warn!("{}: {}", rejection.origin, rejection.reason);
+            self.status.set(kind, state);
         }
     }
 
-    /// Looks at the directory and sends what changed; false once nobody listens.
-    async fn look(&mut self, events: &Sender<Event>) -> bool {
+    /// Looks at the directory; what changed.
+    fn look(&mut self) -> Vec<Event> {
         let paths = match self.paths() {
             Ok(paths) => paths,
             Err(error) => {
                 self.report(&format!("can't be read: {error}"));
-                return !events.is_closed();
+                return Vec::new();
             }
         };
         if paths.is_empty() && self.files.values().any(|known| !known.keys.is_empty()) {
             self.report("is empty all of a sudden");
-            return !events.is_closed();
+            return Vec::new();
         }
         let found = self.scan(&paths);
-        if events
-            .send(Event::Doubt(!self.bad.is_empty()))
-            .await
-            .is_err()
-        {
-            return false;
-        }
-        self.status
-            .accept_directory(&self.directory.display().to_string());
-        for rejection in found.rejections {
-            if events.send(Event::Rejected(rejection)).await.is_err() {
-                return false;
-            }
-        }
-        for kind in Kind::ALL {
-            self.status
-                .set(kind, format!("watching {}", self.directory.display()));
-        }
+        let shown = self.directory.display().to_string();
+        self.status.set_file(&shown, Vec::new());
+        self.set_state(&format!("watching {shown}"));
+        let mut events = vec![Event::Doubt(!self.bad.is_empty())];
         if self.has_listed {
-            for event in found.events {
-                if events.send(event).await.is_err() {
-                    return false;
-                }
-            }
-            return !events.is_closed();
+            events.extend(found.events);
+            return events;
         }
         self.has_listed = true;
         let mut objects: HashMap<Kind, Vec<Object>> = HashMap::new();
@@ -190,19 +175,12 @@ impl Manifests {
                 objects.entry(object.kind()).or_default().push(object);
             }
         }
-        for kind in Kind::ALL {
+        events.extend(Kind::ALL.into_iter().map(|kind| {
             let listed = objects.remove(&kind).unwrap_or_default();
             let kept = found.kept.iter().filter(|(of, _)| *of == kind);
-            let kept = kept.map(|(_, name)| name.clone()).collect();
-            if events
-                .send(Event::Listed(kind, listed, kept))
-                .await
-                .is_err()
-            {
-                return false;
-            }
-        }
-        true
+            Event::Listed(kind, listed, kept.map(|(_, name)| name.clone()).collect())
+        }));
+        events
     }
 
     /// The manifests in the directory.
@@ -235,7 +213,8 @@ impl Manifests {
         for path in gone {
             let known = self.files.remove(&path).unwrap_or_default();
             self.bad.remove(&path);
-            self.status.accept(&path.display().to_string());
+            self.status
+                .set_file(&path.display().to_string(), Vec::new());
             self.release(&path, known.keys, &mut found, &mut to_read);
         }
         for path in paths {
@@ -246,9 +225,11 @@ impl Manifests {
             }
         }
         while let Some(path) = to_read.pop_first() {
+            *lock(&self.reading) = Some(path.clone());
             let more = self.read(&path, &mut found);
             to_read.extend(more);
         }
+        *lock(&self.reading) = None;
         found
     }
 
@@ -283,35 +264,46 @@ impl Manifests {
     fn read(&mut self, path: &Path, found: &mut Found) -> BTreeSet<PathBuf> {
         let shown = path.display().to_string();
         let stamp = stamp(path);
+        let is_first = !self.has_listed;
+        let known = self.files.get(path);
+        let has_said = known.is_some_and(|known| !known.keys.is_empty());
         let text = match content(path) {
-            Ok(text) => text,
-            Err(error) => {
+            Ok(text) if text.trim().is_empty() && (has_said || is_first) => {
+                Err("is empty; what it said before holds (delete it to take that back)".to_owned())
+            }
+            Ok(text) => Ok(text),
+            // It was deleted after it was listed, and the next look will find it gone.
+            Err(_) if fs::symlink_metadata(path).is_err() => return BTreeSet::new(),
+            Err(error) => Err(format!("can't be read: {error}")),
+        };
+        let before = found.rejections.len();
+        let to_read = match text {
+            Ok(text) => self.decode(path, &text, stamp, found),
+            Err(reason) => {
                 self.bad.insert(path.to_path_buf());
                 self.files.entry(path.to_path_buf()).or_default().stamp = stamp;
-                found
-                    .rejections
-                    .push(unreadable(&shown, &format!("can't be read: {error}")));
-                return BTreeSet::new();
+                found.rejections.push(unreadable(&shown, &reason));
+                BTreeSet::new()
             }
         };
-        let is_known = self
-            .files
-            .get(path)
-            .is_some_and(|known| !known.keys.is_empty());
-        if text.trim().is_empty() && (is_known || !self.has_listed) {
-            let reason = "is empty; what it said before holds (delete it to take that back)";
-            self.bad.insert(path.to_path_buf());
-            found.rejections.push(unreadable(&shown, reason));
-            self.files.entry(path.to_path_buf()).or_default().stamp = stamp;
-            return BTreeSet::new();
-        }
-        self.status.accept(&shown);
+        let problems = found.rejections.get(before..).unwrap_or_default();
+        self.status.set_file(&shown, problems.to_vec());
+        to_read
+    }
+
+    /// Decodes a file. Returns files that must be read because this one no longer has something.
+    fn decode(
+        &mut self,
+        path: &Path,
+        text: &str,
+        stamp: Option<Stamp>,
+        found: &mut Found,
+    ) -> BTreeSet<PathBuf> {
+        let shown = path.display().to_string();
         let is_json = shown.to_ascii_lowercase().ends_with(".json");
-        let decoded = self.decoder.manifest(&text, is_json, &shown);
-        drop(text);
         let mut keys = BTreeSet::new();
         let mut has_errors = false;
-        for result in flatten(decoded) {
+        for result in flatten(self.decoder.manifest(text, is_json, &shown)) {
             match result {
                 Ok(decoded) => self.take(path, decoded, &mut keys, found),
                 Err(rejection) => {
@@ -364,6 +356,26 @@ impl Manifests {
             _ => found.events.extend(decoded.into_event()),
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Says that a file takes long, once a file.
+fn say_slow(status: &Status, reading: &Mutex<Option<PathBuf>>, said: &mut Option<PathBuf>) {
+    let Some(path) = lock(reading).clone() else {
+        return;
+    };
+    if said.as_ref() == Some(&path) {
+        return;
+    }
+    let state = format!("still reading {}", path.display());
+    tracing::warn!("{state}; what is known stays as it is until then");
+    for kind in Kind::ALL {
+        status.set(kind, &state);
+    }
+    *said = Some(path);
 }
 
 /// Lists' items in the lists' place.

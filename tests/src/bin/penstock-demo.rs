@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::IsTerminal,
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -49,7 +50,17 @@ impl Stage {
 /// Set in the process that plays; the other one cleans up behind it.
 const PLAYER: &str = "PENSTOCK_DEMO_PLAYER";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match perform() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("penstock-demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform() -> Result<()> {
     let cli = Cli::parse();
     let interrupts: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     if std::env::var_os(PLAYER).is_some() {
@@ -79,6 +90,9 @@ fn play(cli: &Cli) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "the demo makes network namespaces and loads programs: run it as root"
     );
+    for needed in ["penstock", "penstock-traffic"] {
+        penstock_testbed::binary(needed)?;
+    }
     let started = Instant::now();
     let mut testbed = Testbed::new()?;
     let nodes = [testbed.node()?, testbed.node()?];
@@ -231,16 +245,7 @@ fn play(cli: &Cli) -> Result<()> {
     follow(&stage, first)?;
 
     heading("6. What the kernel counted");
-    for count in agent.show("drops")?.as_array().into_iter().flatten() {
-        if count.get("count").and_then(Value::as_u64).unwrap_or(0) > 0 {
-            println!(
-                "  {:24} {:>8}  {}",
-                word(count, "name"),
-                count.get("count").cloned().unwrap_or_default(),
-                word(count, "meaning")
-            );
-        }
-    }
+    counters(&agent.show("drops")?);
     if cli.stay {
         heading("Look around, in another terminal; Enter here takes everything down");
         let node = first;
@@ -273,6 +278,21 @@ fn play(cli: &Cli) -> Result<()> {
         "  `cargo xtask demo -- --stay` keeps it up to look around; README.md goes on from here."
     );
     Ok(())
+}
+
+/// What was counted: first what clients were refused or lost, then what was done for them.
+fn counters(counts: &Value) {
+    for (title, is_drop) in [("refused or dropped", true), ("done", false)] {
+        println!("  {title:24} {:>8}  meaning", "count");
+        let counts = counts.as_array().into_iter().flatten();
+        for count in counts.filter(|count| count.get("dropped") == Some(&is_drop.into())) {
+            let (name, meaning) = (word(count, "name"), word(count, "meaning"));
+            let count = count.get("count").and_then(Value::as_u64).unwrap_or(0);
+            if count > 0 {
+                println!("    {name:22} {count:>8}  {meaning}");
+            }
+        }
+    }
 }
 
 /// Three services: two backends, the client itself, nobody.

@@ -197,11 +197,12 @@ impl Watcher {
     }
 
     async fn send_list(&self, collected: Collected) -> Result<(), Stop> {
+        self.send(Event::Listed(self.kind, collected.objects, collected.kept))
+            .await?;
         for rejection in collected.rejections {
             self.send(Event::Rejected(rejection)).await?;
         }
-        self.send(Event::Listed(self.kind, collected.objects, collected.kept))
-            .await
+        Ok(())
     }
 
     async fn send(&self, event: Event) -> Result<(), Stop> {

@@ -1,0 +1,295 @@
+//! The agent as an operator meets it: what it says, what it survives, what it does when asked.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+use penstock_testbed::{
+    Agent, Lease, Scene, Source, all_answer, eventually, frontends, require_kernel,
+};
+use serde_json::{Value, json};
+
+#[test]
+fn a_service_waits_for_its_address_while_that_is_the_nodes_own() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0].host;
+    let own = |verb| node.run("ip", &["address", verb, "10.96.0.10/32", "dev", "lo"]);
+    let service = frontends(10, 80)[0];
+    let is_refused = |agent: &Agent| {
+        eventually("the service is refused", || {
+            let status = agent.status()?;
+            anyhow::ensure!(
+                status["problems"].to_string().contains("own address"),
+                "{status}"
+            );
+            Ok(())
+        })
+    };
+    own("add")?;
+    let agent = scene.agent(&[])?;
+    is_refused(&agent)?;
+    for times in 1..=2 {
+        own("del")?;
+        eventually("the service is served", || {
+            scene.client.host.who_answers("tcp", &service.to_string())
+        })?;
+        all_answer(&scene.client.host, "tcp", service, &scene.names())?;
+        assert_eq!(agent.status()?["problems"], json!([]));
+        own("add")?;
+        is_refused(&agent)?;
+        let log = agent.log();
+        // Once at the start and once each time that it came back.
+        let refusals = log.matches("10.96.0.10 is this node's own address");
+        assert_eq!(refusals.count(), times + 1, "{log}");
+        let returns = log.matches("default/web gets every frontend that it wants again");
+        assert_eq!(returns.count(), times, "{log}");
+    }
+    Ok(())
+}
+
+/// Waits until the agent began anew in its process, and serves.
+fn began_anew(agent: &Agent, times: usize) -> Result<()> {
+    eventually("the agent began anew", || {
+        let log = agent.log();
+        anyhow::ensure!(log.matches("; beginning anew").count() == times, "{log}");
+        let status = agent.status()?;
+        anyhow::ensure!(status["pid"] == json!(agent.pid()), "{status}");
+        anyhow::ensure!(status["settled"] == json!(true), "{status}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_removed_from_under_the_agent_comes_back() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let [service, _] = frontends(10, 80);
+    let node = &scene.nodes[0];
+    let hosts = [
+        &scene.client.host,
+        &scene.client.host.without_socket_hooks(),
+    ];
+    // Somebody removes one hook, then every pin.
+    std::fs::remove_file(link(&node.bpffs, "connect4")?)?;
+    began_anew(&agent, 1)?;
+    let removed = node.penstock("cleanup", &["--force"])?;
+    assert_eq!(removed.code, 0, "{removed:?}");
+    began_anew(&agent, 2)?;
+    agent.wait_for_pods(2)?;
+    for host in hosts {
+        all_answer(host, "tcp", service, &scene.names())?;
+    }
+    Ok(())
+}
+
+/// The pin of a link, whatever the version of the maps.
+fn link(bpffs: &Path, name: &str) -> Result<PathBuf> {
+    let versions = std::fs::read_dir(bpffs)?;
+    let mut links = versions.map(|version| Ok(version?.path().join("links").join(name)));
+    let found: Option<Result<PathBuf>> =
+        links.find(|path: &Result<PathBuf>| path.as_ref().is_ok_and(|path| path.exists()));
+    found.unwrap_or_else(|| anyhow::bail!("{name} is not pinned under {}", bpffs.display()))
+}
+
+#[test]
+fn a_cgroup_that_was_made_anew_gets_its_hooks() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut scene = Scene::new()?;
+    scene.manifests()?;
+    // A node without pods: nobody keeps its cgroup.
+    let node = scene.testbed.node()?;
+    let manifest = "all.json";
+    std::fs::copy(
+        scene.nodes[0].manifests.join(manifest),
+        node.manifests.join(manifest),
+    )?;
+    let agent = Agent::start(&node, &Source::Manifests, &[])?;
+    let service = frontends(11, 80)[0].to_string();
+    assert_eq!(
+        node.host.who_answers("tcp", &service)?,
+        scene.client.host.name
+    );
+    std::fs::remove_dir(&node.cgroup)?;
+    eventually("the loss is told", || {
+        let status = agent.status()?;
+        anyhow::ensure!(
+            status["problems"].to_string().contains("was removed"),
+            "{status}"
+        );
+        Ok(())
+    })?;
+    std::fs::create_dir(&node.cgroup)?;
+    began_anew(&agent, 1)?;
+    assert_eq!(
+        node.host.who_answers("tcp", &service)?,
+        scene.client.host.name
+    );
+    assert_eq!(agent.status()?["problems"], json!([]));
+    Ok(())
+}
+
+#[test]
+fn only_one_agent_writes_the_same_maps() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let before = agent.show("services")?;
+    let mut other = scene.nodes[0].clone();
+    other.run_dir = scene.testbed.folder().join("other");
+    let refused = Agent::start(&other, &Source::Manifests, &[]);
+    let reason = format!("{:#}", refused.err().expect("a second agent"));
+    assert!(reason.contains("another agent uses"), "{reason}");
+    // Neither does cleanup, which finds no agent to ask at the other's place.
+    let cleanup = other.penstock("cleanup", &[])?;
+    assert_eq!(cleanup.code, 1, "{cleanup:?}");
+    assert!(cleanup.errors.contains("an agent uses"), "{cleanup:?}");
+    assert_eq!(agent.show("services")?, before);
+    Ok(())
+}
+
+#[test]
+fn a_file_that_takes_long_keeps_nobody_waiting() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let mut agent = scene.agent(&[])?;
+    // Held before the agent can know it, and then put among its manifests.
+    let aside = scene.testbed.folder().join("slow.yaml");
+    std::fs::write(&aside, "# nothing\n")?;
+    let lease = Lease::take(&aside)?;
+    std::fs::rename(&aside, scene.nodes[0].manifests.join("slow.yaml"))?;
+    eventually("the agent waits for the file", || {
+        let status = agent.status()?;
+        anyhow::ensure!(lease.is_wanted(), "{status}");
+        anyhow::ensure!(
+            status["sources"].to_string().contains("still reading"),
+            "{status}"
+        );
+        Ok(())
+    })?;
+    agent.signal(Signal::SIGTERM)?;
+    let asked = Instant::now();
+    eventually("the agent ended", || {
+        anyhow::ensure!(!agent.is_running(), "{}", agent.log());
+        Ok(())
+    })?;
+    assert!(asked.elapsed() < Duration::from_secs(5));
+    drop(lease);
+    let socket = scene.nodes[0].run_dir.join("agent.sock");
+    assert!(!socket.exists(), "the socket is gone with the agent");
+    agent.restart()
+}
+
+#[test]
+fn an_agent_that_hangs_is_said_to() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let node = &scene.nodes[0];
+    agent.signal(Signal::SIGSTOP)?;
+    std::thread::scope(|scope| {
+        let commands = ["status", "services", "backends", "pods", "nodes", "cleanup"];
+        let asking = commands.map(|command| {
+            let ask = || (Instant::now(), node.penstock(command, &[]), Instant::now());
+            (command, scope.spawn(ask))
+        });
+        for (command, asking) in asking {
+            let (began, said, ended) = asking.join().expect("no panic");
+            let said = said.expect("it runs");
+            let text = format!("{command}: {said:?}");
+            assert_eq!(said.code, 1, "{text}");
+            assert!(said.errors.contains("does not answer within 5 s"), "{text}");
+            assert!(ended - began < Duration::from_secs(10), "{text}");
+        }
+    });
+    assert_eq!(node.penstock("drops", &[])?.code, 0);
+    agent.signal(Signal::SIGCONT)?;
+    assert_eq!(node.penstock("status", &[])?.code, 0);
+    Ok(())
+}
+
+#[test]
+fn commands_say_whether_an_agent_serves() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0];
+    let views = ["services", "backends"];
+    for command in ["services", "backends", "drops"] {
+        let said = node.penstock(command, &[])?;
+        assert_eq!(said.code, 1, "{said:?}");
+        assert!(
+            said.errors.starts_with("penstock: nothing is installed"),
+            "{said:?}"
+        );
+    }
+    assert_eq!(node.penstock("status", &[])?.code, 1);
+    let mut agent = scene.agent(&[])?;
+    assert_eq!(node.penstock("status", &[])?.code, 0);
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
+        agent.signal(signal)?;
+        eventually("the signal is told", || {
+            let log = agent.log();
+            anyhow::ensure!(log.contains(&format!("ignoring {signal}")), "{log}");
+            Ok(())
+        })?;
+    }
+    let before = views.map(|view| agent.show(view));
+    agent.kill();
+    let status = node.penstock("status", &["-o", "json"])?;
+    assert_eq!(status.code, 1);
+    let status: Value = serde_json::from_str(&status.output)?;
+    assert_eq!(
+        status,
+        json!({ "running": false, "synced": false, "pinned": true })
+    );
+    // Who knows no names says so, and all else as the agent did.
+    for (view, before) in views.into_iter().zip(before) {
+        let mut before = before?;
+        let rows = before.as_array_mut().expect("a list");
+        for row in rows.iter_mut() {
+            row["service"] = Value::Null;
+            row["port"] = Value::Null;
+        }
+        let mut after = agent.show(view)?;
+        for value in [&mut before, &mut after] {
+            value
+                .as_array_mut()
+                .expect("a list")
+                .sort_by_key(Value::to_string);
+        }
+        assert_eq!(after, before, "{view}");
+    }
+    agent.restart()
+}
