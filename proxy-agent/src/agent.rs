@@ -493,7 +493,10 @@ impl Agent {
             );
         };
         let network = network.borrow();
-        match (&network.problem, network.is_ready, self.was_settled) {
+        // Who asks is answered between two steps: what is known has been written, or is being tried
+        // again, which need not keep a pod waiting that does not use it.
+        let is_synced = self.reconciler.world.is_synced();
+        match (&network.problem, network.is_ready, is_synced) {
             (_, true, true) => Answer::Done,
             (Some(problem), false, _) => Answer::NotYet(problem.clone()),
             _ => Answer::NotYet("services and nodes are not known yet".to_owned()),

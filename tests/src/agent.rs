@@ -84,8 +84,26 @@ impl Agent {
             log,
             place,
         };
-        agent.wait_until_settled()?;
+        agent.wait_until_serving()?;
         Ok(agent)
+    }
+
+    /// Waits until it has begun its work: pods can be given a network where that is its task, and
+    /// else the kernel holds all that is wanted.
+    fn wait_until_serving(&mut self) -> Result<()> {
+        if self.extra.iter().any(|text| text == "--network") {
+            return self.wait_for_network();
+        }
+        self.wait_until_settled()
+    }
+
+    /// Waits until pods can be given a network.
+    fn wait_for_network(&mut self) -> Result<()> {
+        eventually("the node has a network for pods", || {
+            anyhow::ensure!(self.process.is_running(), "the agent ended: {}", self.log());
+            let answer = || self.node.plugin()?.status();
+            answer().with_context(|| self.log())
+        })
     }
 
     /// Waits until the kernel holds all that is wanted.
@@ -174,7 +192,7 @@ impl Agent {
             &self.log,
             &self.place,
         )?;
-        self.wait_until_settled()
+        self.wait_until_serving()
     }
 }
 

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cgroup,
     host::Host,
+    plugin::Container,
     process::{self, Place},
 };
 
@@ -46,6 +47,7 @@ pub struct Node {
     pub pod_interfaces: String,
     prefix: String,
     pods: std::sync::Arc<AtomicU32>,
+    pod_ranges: (String, String),
 }
 
 /// A pod: a namespace behind a veth pair.
@@ -179,7 +181,12 @@ impl Testbed {
         )
     }
 
-    fn host(&self, namespace: &str, ips: (&str, &str), cgroup: Option<PathBuf>) -> Result<Host> {
+    pub(crate) fn host(
+        &self,
+        namespace: &str,
+        ips: (&str, &str),
+        cgroup: Option<PathBuf>,
+    ) -> Result<Host> {
         Ok(Host {
             name: namespace.to_owned(),
             ip4: ips.0.parse().context("an address")?,
@@ -192,8 +199,27 @@ impl Testbed {
         })
     }
 
-    /// One more node.
+    /// One more node, with routes to the others' pods.
     pub fn node(&mut self) -> Result<Node> {
+        let node = self.bare_node()?;
+        let namespace = &node.host.name;
+        for (other, other_number) in &self.routes {
+            let routes = |number: u8| {
+                let via = 10 + number;
+                format!(
+                    "route add 10.244.{number}.0/24 via 172.31.0.{via}\n\
+                     route add fd00:244:{number}::/64 via fd00:31::{via}\n"
+                )
+            };
+            ip(Some(other), &routes(node.number))?;
+            ip(Some(namespace), &routes(*other_number))?;
+        }
+        self.routes.push((namespace.clone(), node.number));
+        Ok(node)
+    }
+
+    /// One more node, without any routes.
+    pub(crate) fn bare_node(&mut self) -> Result<Node> {
         self.nodes += 1;
         let number = self.nodes;
         let name = format!("n{number}");
@@ -216,7 +242,7 @@ impl Testbed {
                  net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0",
             ],
         )?;
-        let node = Node {
+        Ok(Node {
             host,
             number,
             cgroup,
@@ -226,27 +252,35 @@ impl Testbed {
             pod_interfaces: "pk*".to_owned(),
             prefix: self.prefix.clone(),
             pods: std::sync::Arc::default(),
-        };
-        for (other, other_number) in &self.routes {
-            let routes = |number: u8| {
-                let via = 10 + number;
-                format!(
-                    "route add 10.244.{number}.0/24 via 172.31.0.{via}\n\
-                     route add fd00:244:{number}::/64 via fd00:31::{via}\n"
-                )
-            };
-            ip(Some(other), &routes(number))?;
-            ip(Some(&namespace), &routes(*other_number))?;
-        }
-        self.routes.push((namespace, number));
-        Ok(node)
+            pod_ranges: (
+                format!("10.244.{number}.0/24"),
+                format!("fd00:244:{number}::/64"),
+            ),
+        })
+    }
+
+    /// A namespace and a cgroup for a pod of a node's, which has no link yet.
+    pub(crate) fn container(&mut self, node: &Node) -> Result<(Container, PathBuf)> {
+        let number = 1 + node.pods.fetch_add(1, Ordering::Relaxed);
+        let namespace = self.namespace(&format!("n{}p{number}", node.number))?;
+        let cgroup = node.cgroup.join(format!("pod{number}"));
+        fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
+        Ok((Container::named(&namespace), cgroup))
+    }
+
+    /// Removes a namespace before the testbed goes.
+    pub(crate) fn remove_namespace(&mut self, name: &str) -> Result<()> {
+        ip(None, &format!("netns del {name}\n"))?;
+        self.namespaces.retain(|other| other != name);
+        Ok(())
     }
 
     /// One more pod on a node.
     pub fn pod(&mut self, node: &Node) -> Result<Pod> {
-        let number = 1 + node.pods.fetch_add(1, Ordering::Relaxed);
+        let (container, cgroup) = self.container(node)?;
+        let namespace = container.id;
+        let number = node.pods.load(Ordering::Relaxed);
         anyhow::ensure!(number < 250, "a node has room for 249 pods");
-        let namespace = self.namespace(&format!("n{}p{number}", node.number))?;
         let interface = format!("pk{number}");
         let (ip4, ip6) = (
             format!("10.244.{}.{number}", node.number),
@@ -289,8 +323,6 @@ impl Testbed {
                  route add default via fe80::1 dev eth0\n"
             ),
         )?;
-        let cgroup = node.cgroup.join(format!("pod{number}"));
-        fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
         Ok(Pod {
             host: self.host(&namespace, (&ip4, &ip6), Some(cgroup))?,
             interface,
@@ -315,13 +347,16 @@ impl Node {
         format!("node{}", self.number)
     }
 
-    /// The ranges of its pods' addresses, which the other nodes have routes to.
+    /// The ranges of its pods' addresses.
     pub fn pod_ranges(&self) -> (String, String) {
-        let number = self.number;
-        (
-            format!("10.244.{number}.0/24"),
-            format!("fd00:244:{number}::/64"),
-        )
+        self.pod_ranges.clone()
+    }
+
+    /// The same node with other ranges.
+    #[must_use]
+    pub fn with_pod_ranges(mut self, v4: &str, v6: &str) -> Self {
+        self.pod_ranges = (v4.to_owned(), v6.to_owned());
+        self
     }
 
     /// Runs a program in its namespace, outside its cgroup.
