@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     process::{self, Place},
@@ -25,7 +25,7 @@ pub struct Plugin {
     place: Place,
     folder: PathBuf,
     program: PathBuf,
-    network: Value,
+    network: Map<String, Value>,
 }
 
 /// The plugin said no.
@@ -74,16 +74,16 @@ impl Node {
             .with_context(|| format!("{} is no JSON", path.display()))?;
         let mut network = list
             .pointer("/plugins/0")
+            .and_then(Value::as_object)
             .cloned()
             .with_context(|| format!("{} names no plugin", path.display()))?;
         let kind = network.get("type").and_then(Value::as_str);
         let folder = self.cni_bin_dir();
         let program = folder.join(kind.context("a plugin has no type")?);
         for field in ["cniVersion", "name"] {
-            network[field] = list
-                .get(field)
-                .cloned()
-                .with_context(|| format!("{} has no {field}", path.display()))?;
+            let value = list.get(field).cloned();
+            let value = value.with_context(|| format!("{} has no {field}", path.display()))?;
+            network.insert(field.to_owned(), value);
         }
         Ok(Plugin {
             place: self.place(),
@@ -124,7 +124,7 @@ impl Plugin {
         let mut network = self.network.clone();
         if command == "STATUS" {
             // The first version of the specification that has it.
-            network["cniVersion"] = "1.1.0".into();
+            network.insert("cniVersion".to_owned(), "1.1.0".into());
         }
         if let Some(container) = container {
             process
@@ -138,14 +138,17 @@ impl Plugin {
                         container.id
                     ),
                 );
-            network["runtimeConfig"] = json!({ "portMappings": port_mappings(container) });
+            network.insert(
+                "runtimeConfig".to_owned(),
+                json!({ "portMappings": port_mappings(container) }),
+            );
         }
         let mut child = process
             .spawn()
             .with_context(|| format!("starting {}", self.program.display()))?;
         let mut stdin = child.stdin.take().context("no pipe")?;
         stdin
-            .write_all(network.to_string().as_bytes())
+            .write_all(Value::Object(network).to_string().as_bytes())
             .context("writing to the plugin")?;
         drop(stdin);
         let output = child.wait_with_output().context("waiting for the plugin")?;
