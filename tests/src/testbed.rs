@@ -142,7 +142,7 @@ impl Testbed {
         let name = format!("{}-{name}", self.prefix);
         ip(None, &format!("netns add {name}\n"))?;
         self.namespaces.push(name.clone());
-        // No waiting for duplicate addresses, of which there are none.
+        // No waiting for duplicate addresses, of which there are none; root may ask for echoes.
         let place = Place {
             namespace: Path::new("/run/netns").join(&name),
             ..Place::default()
@@ -152,6 +152,7 @@ impl Testbed {
             "-qw",
             "net.ipv6.conf.all.accept_dad=0",
             "net.ipv6.conf.default.accept_dad=0",
+            "net.ipv4.ping_group_range=0 0",
         ]);
         process::run(sysctl)?;
         ip(Some(&name), "link set lo up\n")?;
