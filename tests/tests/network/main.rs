@@ -1,0 +1,12 @@
+//! The pod network end to end: agents with `--network`, pods made by the real plugin.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
+
+mod net;
+mod reach;
