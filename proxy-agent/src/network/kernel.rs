@@ -263,7 +263,9 @@ pub async fn addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result
             let mut lifetime = CacheInfo::default();
             lifetime.ifa_preferred = 0;
             lifetime.ifa_valid = u32::MAX;
-            message.attributes.push(AddressAttribute::CacheInfo(lifetime));
+            message
+                .attributes
+                .push(AddressAttribute::CacheInfo(lifetime));
         }
         request
             .execute()

@@ -9,4 +9,5 @@
 )]
 
 mod net;
+mod outside;
 mod reach;
