@@ -11,3 +11,4 @@
 mod net;
 mod outside;
 mod reach;
+mod size;
