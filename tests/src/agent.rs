@@ -56,41 +56,39 @@ impl Agent {
         Self::start_at(node, source, extra, node.place())
     }
 
-    /// The same, at a place of the node's.
+    /// Starts it and does not wait.
+    pub(crate) fn begin(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
+        Self::begin_at(node, source, extra, node.place())
+    }
+
+    /// Starts it at a place of the node's and waits until it serves.
     pub(crate) fn start_at(
         node: &Node,
         source: &Source,
         extra: &[&str],
         place: Place,
     ) -> Result<Self> {
-        let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
-        let log = node.run_dir.with_extension("log");
-        Self::launch(node.clone(), source.clone(), extra, log, place)
-    }
-
-    fn launch(
-        node: Node,
-        source: Source,
-        extra: Vec<String>,
-        log: PathBuf,
-        place: Place,
-    ) -> Result<Self> {
-        let process = spawn(&node, &source, &extra, &log, &place)?;
-        let mut agent = Self {
-            node,
-            source,
-            extra,
-            process,
-            log,
-            place,
-        };
+        let mut agent = Self::begin_at(node, source, extra, place)?;
         agent.wait_until_serving()?;
         Ok(agent)
     }
 
+    fn begin_at(node: &Node, source: &Source, extra: &[&str], place: Place) -> Result<Self> {
+        let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
+        let log = node.run_dir.with_extension("log");
+        Ok(Self {
+            process: spawn(node, source, &extra, &log, &place)?,
+            node: node.clone(),
+            source: source.clone(),
+            extra,
+            log,
+            place,
+        })
+    }
+
     /// Waits until it has begun its work: pods can be given a network where that is its task, and
     /// else the kernel holds all that is wanted.
-    fn wait_until_serving(&mut self) -> Result<()> {
+    pub fn wait_until_serving(&mut self) -> Result<()> {
         if self.extra.iter().any(|text| text == "--network") {
             return self.wait_for_network();
         }

@@ -37,9 +37,16 @@ impl Node {
 impl Agent {
     /// Starts the agent of a node with a network for pods, and waits until they can be given one.
     pub fn start_network(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
+        let mut agent = Self::begin_network(node, source, extra)?;
+        agent.wait_until_serving()?;
+        Ok(agent)
+    }
+
+    /// The same without waiting.
+    pub fn begin_network(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
         let arguments = network_arguments(node)?;
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        Self::start(node, source, &[&arguments, extra].concat())
+        Self::begin(node, source, &[&arguments, extra].concat())
     }
 }
 
@@ -64,6 +71,11 @@ impl Testbed {
         let mut node = self.bare_node()?;
         node.pod_interfaces = "pn*".to_owned();
         Ok(node)
+    }
+
+    /// A container on a node that has no network yet.
+    pub fn container_on(&mut self, node: &Node) -> Result<Container> {
+        Ok(self.container(node)?.0)
     }
 
     /// One more pod on a node with a network, by its plugin.

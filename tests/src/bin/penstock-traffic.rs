@@ -53,6 +53,9 @@ enum Command {
         to: SocketAddr,
         #[arg(long, default_value_t = 20)]
         interval_ms: u64,
+        /// How long to wait for each answer.
+        #[arg(long, default_value_t = 200)]
+        timeout_ms: u64,
     },
     /// Holds one TCP connection and asks over it; a line for each answer or failure.
     Hold {
@@ -134,8 +137,9 @@ fn main() -> Result<()> {
             protocol,
             to,
             interval_ms,
+            timeout_ms,
         } => {
-            let socket = udp(to, 0, Duration::from_millis(200))?;
+            let socket = udp(to, 0, Duration::from_millis(timeout_ms))?;
             let is_connected = protocol == "udp-connected";
             if is_connected {
                 socket.connect(to)?;

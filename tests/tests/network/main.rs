@@ -8,7 +8,9 @@
     reason = "a test fails by panicking"
 )]
 
+mod changes;
 mod net;
 mod outside;
 mod reach;
 mod size;
+mod undisturbed;

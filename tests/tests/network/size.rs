@@ -24,7 +24,10 @@ fn large_segments_cross_the_overlay_whole() -> Result<()> {
         let at = SocketAddr::new(ip, 9000);
         let sent = poured(&client.host, at, &net.nodes[0].host, "penstock0")?;
         assert!(sent.mean > 8_000, "{at}: frames of {} bytes", sent.mean);
-        eprintln!("{at}: {:.1} Gbit/s, frames of {} bytes", sent.gigabits, sent.mean);
+        eprintln!(
+            "{at}: {:.1} Gbit/s, frames of {} bytes",
+            sent.gigabits, sent.mean
+        );
     }
     // A network interface that can neither compute checksums nor segment: each frame is made, and
     // its checksums are verified, one by one.
