@@ -9,6 +9,7 @@
 )]
 
 mod changes;
+mod install;
 mod net;
 mod outside;
 mod reach;
