@@ -68,7 +68,22 @@ fn network_arguments(node: &Node) -> Result<Vec<String>> {
 impl Testbed {
     /// One more node, without routes to the others' pods: that is its network's part.
     pub fn network_node(&mut self) -> Result<Node> {
-        let mut node = self.bare_node()?;
+        self.network_node_on(0)
+    }
+
+    /// The same on another network, where the others are reached through a router only.
+    pub fn far_network_node(&mut self, others: &[&Node]) -> Result<Node> {
+        const FAR: u8 = 1;
+        let node = self.network_node_on(FAR)?;
+        self.route_between_networks(&node.host.name, FAR)?;
+        for other in others {
+            self.route_between_networks(&other.host.name, 0)?;
+        }
+        Ok(node)
+    }
+
+    fn network_node_on(&mut self, network: u8) -> Result<Node> {
+        let mut node = self.bare_node(network)?;
         node.pod_interfaces = "pn*".to_owned();
         Ok(node)
     }

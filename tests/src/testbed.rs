@@ -159,8 +159,9 @@ impl Testbed {
         Ok(name)
     }
 
-    /// Connects a namespace to the bridge with host number `number`.
-    fn connect(&self, namespace: &str, number: u8) -> Result<()> {
+    /// Connects a namespace to the bridge with host number `number` of network `network`: 0, or
+    /// another one that a router leads to.
+    fn connect(&self, namespace: &str, network: u8, number: u8) -> Result<()> {
         let fabric = self.fabric();
         ip(
             None,
@@ -175,9 +176,40 @@ impl Testbed {
         ip(
             Some(namespace),
             &format!(
-                "addr add 172.31.0.{number}/24 dev eth0\n\
-                 addr add fd00:31::{number}/64 dev eth0 nodad\n\
+                "addr add 172.31.{network}.{number}/24 dev eth0\n\
+                 addr add fd00:31:0:{network}::{number}/64 dev eth0 nodad\n\
                  link set eth0 up\n"
+            ),
+        )
+    }
+
+    /// Lets the bridge route between its networks, and a namespace use it.
+    pub(crate) fn route_between_networks(&self, namespace: &str, network: u8) -> Result<()> {
+        let place = Place {
+            namespace: Path::new("/run/netns").join(self.fabric()),
+            ..Place::default()
+        };
+        let mut sysctl = process::command("sysctl", &place)?;
+        sysctl.args([
+            "-qw",
+            "net.ipv4.ip_forward=1",
+            "net.ipv6.conf.all.forwarding=1",
+            "net.ipv4.conf.all.send_redirects=0",
+            "net.ipv4.conf.br0.send_redirects=0",
+        ]);
+        process::run(sysctl)?;
+        ip(
+            Some(&self.fabric()),
+            &format!(
+                "addr replace 172.31.{network}.1/24 dev br0\n\
+                 addr replace fd00:31:0:{network}::1/64 dev br0 nodad\n"
+            ),
+        )?;
+        ip(
+            Some(namespace),
+            &format!(
+                "route replace default via 172.31.{network}.1\n\
+                 route replace default via fd00:31:0:{network}::1\n"
             ),
         )
     }
@@ -202,7 +234,7 @@ impl Testbed {
 
     /// One more node, with routes to the others' pods.
     pub fn node(&mut self) -> Result<Node> {
-        let node = self.bare_node()?;
+        let node = self.bare_node(0)?;
         let namespace = &node.host.name;
         for (other, other_number) in &self.routes {
             let routes = |number: u8| {
@@ -219,21 +251,24 @@ impl Testbed {
         Ok(node)
     }
 
-    /// One more node, without any routes.
-    pub(crate) fn bare_node(&mut self) -> Result<Node> {
+    /// One more node on a network, without any routes.
+    pub(crate) fn bare_node(&mut self, network: u8) -> Result<Node> {
         self.nodes += 1;
         let number = self.nodes;
         let name = format!("n{number}");
         let namespace = self.namespace(&name)?;
         let address = 10 + number;
-        self.connect(&namespace, address)?;
+        self.connect(&namespace, network, address)?;
         let cgroup = cgroup::unified()?.join(format!("{}-{name}", self.prefix));
         fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
         self.cgroups.push(cgroup.clone());
         let folder = self.folder.path().join(&name);
         let manifests = folder.join("manifests");
         fs::create_dir_all(&manifests).context("making folders")?;
-        let ips = (format!("172.31.0.{address}"), format!("fd00:31::{address}"));
+        let ips = (
+            format!("172.31.{network}.{address}"),
+            format!("fd00:31:0:{network}::{address}"),
+        );
         let host = self.host(&namespace, (&ips.0, &ips.1), Some(cgroup.clone()))?;
         host.run(
             "sh",
@@ -336,7 +371,7 @@ impl Testbed {
         self.clients += 1;
         let namespace = self.namespace(&format!("c{}", self.clients))?;
         let address = 200 + self.clients;
-        self.connect(&namespace, address)?;
+        self.connect(&namespace, 0, address)?;
         let ips = (format!("172.31.0.{address}"), format!("fd00:31::{address}"));
         self.host(&namespace, (&ips.0, &ips.1), None)
     }

@@ -10,6 +10,7 @@
 
 mod changes;
 mod install;
+mod native;
 mod net;
 mod outside;
 mod reach;
