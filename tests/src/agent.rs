@@ -171,6 +171,11 @@ impl Agent {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The node that it is for.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.id()

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     agent::{Agent, Source, binary},
+    host::Host,
     plugin::{CONFIGURATION, Container, made},
     scene::list,
     testbed::{Node, Pod, Testbed},
@@ -103,6 +104,13 @@ impl Testbed {
             interface,
             node: node.name(),
         })
+    }
+
+    /// A container as the plugin's result describes it, with no socket hooks.
+    pub fn host_in(&self, container: &Container, result: &Value) -> Result<Host> {
+        let (v4, v6, _) = made(result)?;
+        let name = container.netns.file_name().context("no file's name")?;
+        self.host(&name.to_string_lossy(), (&v4, &v6), None)
     }
 
     /// Ends such a pod as a runtime does: its network goes, then its namespace.

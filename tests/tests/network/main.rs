@@ -9,10 +9,12 @@
 )]
 
 mod changes;
+mod churn;
 mod install;
 mod native;
 mod net;
 mod outside;
 mod reach;
 mod size;
+mod traces;
 mod undisturbed;
