@@ -27,7 +27,7 @@ use crate::{
     flows::Sweeper,
     ipc::{self, Query},
     model::{
-        object::{Event, Family, Kind, Node, ObjectName},
+        object::{Event, Family, Kind, ObjectName},
         world::World,
     },
     network::{self, pods::Pods},
@@ -129,7 +129,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     ));
 
     let shared = Shared::default();
-    let (nodes, nodes_seen) = tokio::sync::watch::channel(Arc::default());
+    let (known, known_to_network) = tokio::sync::watch::channel(Arc::default());
     let (wires, wire_requests) = mpsc::channel(64);
     let mut network_state = None;
     let mut wiring = None;
@@ -144,7 +144,7 @@ pub async fn run(options: Options) -> Result<Ending> {
             options_of_network,
             options.node_name.clone(),
             pins.clone(),
-            nodes_seen,
+            known_to_network,
         );
         network_state = Some(state);
         tokio::spawn(network.run());
@@ -179,12 +179,13 @@ pub async fn run(options: Options) -> Result<Ending> {
         has_cgroup: true,
         exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
         node_name: options.node_name,
-        nodes,
+        known,
         network: network_state,
         wires,
         steer,
         started: Instant::now(),
         was_settled: false,
+        was_synced: false,
         chosen: Vec::new(),
         told: BTreeSet::new(),
     };
@@ -326,12 +327,13 @@ struct Agent {
     has_cgroup: bool,
     exclusions: Exclusions,
     node_name: String,
-    nodes: tokio::sync::watch::Sender<Arc<Vec<Node>>>,
+    known: tokio::sync::watch::Sender<Arc<network::Known>>,
     network: Option<tokio::sync::watch::Receiver<network::State>>,
     wires: mpsc::Sender<WireRequest>,
     steer: Arc<Notify>,
     started: Instant,
     was_settled: bool,
+    was_synced: bool,
     /// The addresses that stand for this node, one a family.
     chosen: Vec<IpAddr>,
     /// Problems that the log knows.
@@ -401,6 +403,10 @@ impl Agent {
         if outcome.has_udp_change {
             self.steer.notify_one();
         }
+        if !self.was_synced && self.reconciler.world.is_synced() {
+            self.was_synced = true;
+            self.update_node();
+        }
         if !self.was_settled && self.reconciler.is_settled() {
             self.was_settled = true;
             let (services, _, endpoints) = self.reconciler.world.sizes();
@@ -446,7 +452,6 @@ impl Agent {
         self.exclusions
             .set_pods(world.excluded().map(|pod| pod.uid.clone()).collect());
         let excluded_cgroups = self.exclusions.count();
-        self.tell_network();
         let network = self
             .network
             .as_ref()
@@ -472,9 +477,14 @@ impl Agent {
             ..Config::default()
         };
         *lock(&self.shared.uplinks) = network.uplinks;
-        if let Err(error) = self.config.set(0, config, 0) {
+        let written = self.config.set(0, config, 0);
+        if let Err(error) = &written {
             tracing::warn!("writing map CONFIG: {error}");
         }
+        // What is known has been written when this is called, or is being tried again, which need
+        // not keep a pod waiting that does not use it.
+        let is_serving = network.is_ready && self.was_synced && written.is_ok();
+        self.tell_network(is_serving);
         self.shared.changed.notify_one();
     }
 
@@ -510,16 +520,19 @@ impl Agent {
         }
     }
 
-    /// Tells the network who the nodes are, once that is known.
-    fn tell_network(&self) {
+    /// Tells the network who the nodes are, once that is known, and whether pods may come.
+    fn tell_network(&self, is_serving: bool) {
         if self.network.is_none() || self.reconciler.world.awaited().contains(&Kind::Node) {
             return;
         }
-        let nodes: Vec<Node> = self.reconciler.world.nodes().cloned().collect();
-        self.nodes.send_if_modified(|old| {
-            let is_new = **old != nodes;
+        let known = network::Known {
+            nodes: self.reconciler.world.nodes().cloned().collect(),
+            is_serving,
+        };
+        self.known.send_if_modified(|old| {
+            let is_new = **old != known;
             if is_new {
-                *old = Arc::new(nodes);
+                *old = Arc::new(known);
             }
             is_new
         });
@@ -567,10 +580,17 @@ impl Agent {
             );
         };
         let network = network.borrow();
-        match (&network.problem, network.is_ready, self.was_settled) {
-            (_, true, true) => Answer::Done,
-            (Some(problem), false, _) => Answer::NotYet(problem.clone()),
-            _ => Answer::NotYet("services and nodes are not known yet".to_owned()),
+        match (&network.problem, self.known.borrow().is_serving) {
+            (_, true) => Answer::Done,
+            (Some(problem), false) => Answer::NotYet(problem.clone()),
+            (None, false) => {
+                let awaited = self.reconciler.world.awaited();
+                let kinds: Vec<String> = awaited.iter().map(ToString::to_string).collect();
+                Answer::NotYet(match kinds.as_slice() {
+                    [] => "the kernel is being made ready".to_owned(),
+                    kinds => format!("it still waits for the first list of {}", kinds.join(", ")),
+                })
+            }
         }
     }
 }

@@ -65,36 +65,52 @@ impl Agent {
         Self::start_at(node, source, extra, node.place())
     }
 
-    /// The same, at a place of the node's.
+    /// Starts it and does not wait.
+    pub(crate) fn begin(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
+        Self::begin_at(node, source, extra, node.place())
+    }
+
+    /// Starts it at a place of the node's and waits until it serves.
     pub(crate) fn start_at(
         node: &Node,
         source: &Source,
         extra: &[&str],
         place: Place,
     ) -> Result<Self> {
-        let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
-        let log = node.run_dir.with_extension("log");
-        Self::launch(node.clone(), source.clone(), extra, log, place)
+        let mut agent = Self::begin_at(node, source, extra, place)?;
+        agent.wait_until_serving()?;
+        Ok(agent)
     }
 
-    fn launch(
-        node: Node,
-        source: Source,
-        extra: Vec<String>,
-        log: PathBuf,
-        place: Place,
-    ) -> Result<Self> {
-        let process = spawn(&node, &source, &extra, &log, &place)?;
-        let mut agent = Self {
-            node,
-            source,
+    fn begin_at(node: &Node, source: &Source, extra: &[&str], place: Place) -> Result<Self> {
+        let extra: Vec<String> = extra.iter().map(|text| (*text).to_owned()).collect();
+        let log = node.run_dir.with_extension("log");
+        Ok(Self {
+            process: spawn(node, source, &extra, &log, &place)?,
+            node: node.clone(),
+            source: source.clone(),
             extra,
-            process,
             log,
             place,
-        };
-        agent.wait_until_settled()?;
-        Ok(agent)
+        })
+    }
+
+    /// Waits until it has begun its work: pods can be given a network where that is its task, and
+    /// else the kernel holds all that is wanted.
+    pub fn wait_until_serving(&mut self) -> Result<()> {
+        if self.extra.iter().any(|text| text == "--network") {
+            return self.wait_for_network();
+        }
+        self.wait_until_settled()
+    }
+
+    /// Waits until pods can be given a network.
+    fn wait_for_network(&mut self) -> Result<()> {
+        eventually("the node has a network for pods", || {
+            anyhow::ensure!(self.process.is_running(), "the agent ended: {}", self.log());
+            let answer = || self.node.plugin()?.status();
+            answer().with_context(|| self.log())
+        })
     }
 
     /// Waits until the kernel holds all that is wanted.
@@ -168,6 +184,11 @@ impl Agent {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The node that it is for.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
@@ -197,7 +218,7 @@ impl Agent {
             &self.log,
             &self.place,
         )?;
-        self.wait_until_settled()
+        self.wait_until_serving()
     }
 }
 

@@ -67,6 +67,28 @@ impl Host {
         Ok(server)
     }
 
+    /// Takes what [`Self::pour`] sends to `port`.
+    pub fn drain(&self, port: u16) -> Result<Process> {
+        let mut drain = self.traffic(&["drain", "--port", &port.to_string()])?;
+        let first = drain.line().context("starting a drain")?;
+        anyhow::ensure!(first == "ready", "the drain said {first:?}");
+        Ok(drain)
+    }
+
+    /// Sends bytes by TCP to where they are drained; how many arrived, and in how many seconds.
+    pub fn pour(&self, to: &str, bytes: u64) -> Result<(u64, f64)> {
+        let mut command = process::command(traffic()?, &self.place)?;
+        command.args(["pour", to, "--bytes", &bytes.to_string()]);
+        let text = process::run(command)?;
+        let said: Value =
+            serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))?;
+        let arrived = said.get("arrived").and_then(Value::as_u64);
+        let seconds = said.get("seconds").and_then(Value::as_f64);
+        arrived
+            .zip(seconds)
+            .with_context(|| format!("{to} did not take it: {said}"))
+    }
+
     /// Asks once; what was answered, or the error's name under "error".
     pub fn ask(&self, protocol: &str, to: &str, options: &[&str]) -> Result<Value> {
         let arguments = [&["ask", protocol, to], options].concat();

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cgroup,
     host::Host,
+    plugin::Container,
     process::{self, Place},
 };
 
@@ -46,6 +47,7 @@ pub struct Node {
     pub pod_interfaces: String,
     prefix: String,
     pods: std::sync::Arc<AtomicU32>,
+    pod_ranges: (String, String),
 }
 
 /// A pod: a namespace behind a veth pair.
@@ -140,7 +142,7 @@ impl Testbed {
         let name = format!("{}-{name}", self.prefix);
         ip(None, &format!("netns add {name}\n"))?;
         self.namespaces.push(name.clone());
-        // No waiting for duplicate addresses, of which there are none.
+        // No waiting for duplicate addresses, of which there are none; root may ask for echoes.
         let place = Place {
             namespace: Path::new("/run/netns").join(&name),
             ..Place::default()
@@ -150,14 +152,16 @@ impl Testbed {
             "-qw",
             "net.ipv6.conf.all.accept_dad=0",
             "net.ipv6.conf.default.accept_dad=0",
+            "net.ipv4.ping_group_range=0 0",
         ]);
         process::run(sysctl)?;
         ip(Some(&name), "link set lo up\n")?;
         Ok(name)
     }
 
-    /// Connects a namespace to the bridge with host number `number`.
-    fn connect(&self, namespace: &str, number: u8) -> Result<()> {
+    /// Connects a namespace to the bridge with host number `number` of network `network`: 0, or
+    /// another one that a router leads to.
+    fn connect(&self, namespace: &str, network: u8, number: u8) -> Result<()> {
         let fabric = self.fabric();
         ip(
             None,
@@ -172,14 +176,50 @@ impl Testbed {
         ip(
             Some(namespace),
             &format!(
-                "addr add 172.31.0.{number}/24 dev eth0\n\
-                 addr add fd00:31::{number}/64 dev eth0 nodad\n\
+                "addr add 172.31.{network}.{number}/24 dev eth0\n\
+                 addr add fd00:31:0:{network}::{number}/64 dev eth0 nodad\n\
                  link set eth0 up\n"
             ),
         )
     }
 
-    fn host(&self, namespace: &str, ips: (&str, &str), cgroup: Option<PathBuf>) -> Result<Host> {
+    /// Lets the bridge route between its networks, and a namespace use it.
+    pub(crate) fn route_between_networks(&self, namespace: &str, network: u8) -> Result<()> {
+        let place = Place {
+            namespace: Path::new("/run/netns").join(self.fabric()),
+            ..Place::default()
+        };
+        let mut sysctl = process::command("sysctl", &place)?;
+        sysctl.args([
+            "-qw",
+            "net.ipv4.ip_forward=1",
+            "net.ipv6.conf.all.forwarding=1",
+            "net.ipv4.conf.all.send_redirects=0",
+            "net.ipv4.conf.br0.send_redirects=0",
+        ]);
+        process::run(sysctl)?;
+        ip(
+            Some(&self.fabric()),
+            &format!(
+                "addr replace 172.31.{network}.1/24 dev br0\n\
+                 addr replace fd00:31:0:{network}::1/64 dev br0 nodad\n"
+            ),
+        )?;
+        ip(
+            Some(namespace),
+            &format!(
+                "route replace default via 172.31.{network}.1\n\
+                 route replace default via fd00:31:0:{network}::1\n"
+            ),
+        )
+    }
+
+    pub(crate) fn host(
+        &self,
+        namespace: &str,
+        ips: (&str, &str),
+        cgroup: Option<PathBuf>,
+    ) -> Result<Host> {
         Ok(Host {
             name: namespace.to_owned(),
             ip4: ips.0.parse().context("an address")?,
@@ -192,21 +232,43 @@ impl Testbed {
         })
     }
 
-    /// One more node.
+    /// One more node, with routes to the others' pods.
     pub fn node(&mut self) -> Result<Node> {
+        let node = self.bare_node(0)?;
+        let namespace = &node.host.name;
+        for (other, other_number) in &self.routes {
+            let routes = |number: u8| {
+                let via = 10 + number;
+                format!(
+                    "route add 10.244.{number}.0/24 via 172.31.0.{via}\n\
+                     route add fd00:244:{number}::/64 via fd00:31::{via}\n"
+                )
+            };
+            ip(Some(other), &routes(node.number))?;
+            ip(Some(namespace), &routes(*other_number))?;
+        }
+        self.routes.push((namespace.clone(), node.number));
+        Ok(node)
+    }
+
+    /// One more node on a network, without any routes.
+    pub(crate) fn bare_node(&mut self, network: u8) -> Result<Node> {
         self.nodes += 1;
         let number = self.nodes;
         let name = format!("n{number}");
         let namespace = self.namespace(&name)?;
         let address = 10 + number;
-        self.connect(&namespace, address)?;
+        self.connect(&namespace, network, address)?;
         let cgroup = cgroup::unified()?.join(format!("{}-{name}", self.prefix));
         fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
         self.cgroups.push(cgroup.clone());
         let folder = self.folder.path().join(&name);
         let manifests = folder.join("manifests");
         fs::create_dir_all(&manifests).context("making folders")?;
-        let ips = (format!("172.31.0.{address}"), format!("fd00:31::{address}"));
+        let ips = (
+            format!("172.31.{network}.{address}"),
+            format!("fd00:31:0:{network}::{address}"),
+        );
         let host = self.host(&namespace, (&ips.0, &ips.1), Some(cgroup.clone()))?;
         host.run(
             "sh",
@@ -216,7 +278,7 @@ impl Testbed {
                  net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0",
             ],
         )?;
-        let node = Node {
+        Ok(Node {
             host,
             number,
             cgroup,
@@ -226,27 +288,35 @@ impl Testbed {
             pod_interfaces: "pk*".to_owned(),
             prefix: self.prefix.clone(),
             pods: std::sync::Arc::default(),
-        };
-        for (other, other_number) in &self.routes {
-            let routes = |number: u8| {
-                let via = 10 + number;
-                format!(
-                    "route add 10.244.{number}.0/24 via 172.31.0.{via}\n\
-                     route add fd00:244:{number}::/64 via fd00:31::{via}\n"
-                )
-            };
-            ip(Some(other), &routes(number))?;
-            ip(Some(&namespace), &routes(*other_number))?;
-        }
-        self.routes.push((namespace, number));
-        Ok(node)
+            pod_ranges: (
+                format!("10.244.{number}.0/24"),
+                format!("fd00:244:{number}::/64"),
+            ),
+        })
+    }
+
+    /// A namespace and a cgroup for a pod of a node's, which has no link yet.
+    pub(crate) fn container(&mut self, node: &Node) -> Result<(Container, PathBuf)> {
+        let number = 1 + node.pods.fetch_add(1, Ordering::Relaxed);
+        let namespace = self.namespace(&format!("n{}p{number}", node.number))?;
+        let cgroup = node.cgroup.join(format!("pod{number}"));
+        fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
+        Ok((Container::named(&namespace), cgroup))
+    }
+
+    /// Removes a namespace before the testbed goes.
+    pub(crate) fn remove_namespace(&mut self, name: &str) -> Result<()> {
+        ip(None, &format!("netns del {name}\n"))?;
+        self.namespaces.retain(|other| other != name);
+        Ok(())
     }
 
     /// One more pod on a node.
     pub fn pod(&mut self, node: &Node) -> Result<Pod> {
-        let number = 1 + node.pods.fetch_add(1, Ordering::Relaxed);
+        let (container, cgroup) = self.container(node)?;
+        let namespace = container.id;
+        let number = node.pods.load(Ordering::Relaxed);
         anyhow::ensure!(number < 250, "a node has room for 249 pods");
-        let namespace = self.namespace(&format!("n{}p{number}", node.number))?;
         let interface = format!("pk{number}");
         let (ip4, ip6) = (
             format!("10.244.{}.{number}", node.number),
@@ -289,8 +359,6 @@ impl Testbed {
                  route add default via fe80::1 dev eth0\n"
             ),
         )?;
-        let cgroup = node.cgroup.join(format!("pod{number}"));
-        fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
         Ok(Pod {
             host: self.host(&namespace, (&ip4, &ip6), Some(cgroup))?,
             interface,
@@ -303,7 +371,7 @@ impl Testbed {
         self.clients += 1;
         let namespace = self.namespace(&format!("c{}", self.clients))?;
         let address = 200 + self.clients;
-        self.connect(&namespace, address)?;
+        self.connect(&namespace, 0, address)?;
         let ips = (format!("172.31.0.{address}"), format!("fd00:31::{address}"));
         self.host(&namespace, (&ips.0, &ips.1), None)
     }
@@ -315,13 +383,16 @@ impl Node {
         format!("node{}", self.number)
     }
 
-    /// The ranges of its pods' addresses, which the other nodes have routes to.
+    /// The ranges of its pods' addresses.
     pub fn pod_ranges(&self) -> (String, String) {
-        let number = self.number;
-        (
-            format!("10.244.{number}.0/24"),
-            format!("fd00:244:{number}::/64"),
-        )
+        self.pod_ranges.clone()
+    }
+
+    /// The same node with other ranges.
+    #[must_use]
+    pub fn with_pod_ranges(mut self, v4: &str, v6: &str) -> Self {
+        self.pod_ranges = (v4.to_owned(), v6.to_owned());
+        self
     }
 
     /// Runs a program in its namespace, outside its cgroup.

@@ -33,6 +33,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("/usr/sbin/ethtool", "ethtool"),
     ("/bin/ip", "iproute2"),
+    ("/usr/sbin/iptables", "iptables"),
     ("/usr/bin/nsenter", "util-linux"),
     ("/usr/bin/openssl", "openssl"),
     ("/usr/sbin/runc", "runc"),

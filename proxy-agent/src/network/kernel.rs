@@ -16,7 +16,7 @@ use rtnetlink::{
     Handle, LinkUnspec, LinkVxlan, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressHeaderFlags, CacheInfo},
         link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
     },
@@ -253,9 +253,20 @@ pub async fn addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result
     for ip in wanted.iter().filter(|ip| !present.contains(ip)) {
         let bits = if ip.is_ipv4() { 32 } else { 128 };
         let mut request = handle.address().add(index, *ip, bits);
+        let message = request.message_mut();
         // No duplicate address detection: nobody else is on this link.
-        request.message_mut().header.flags |=
-            rtnetlink::packet_route::address::AddressHeaderFlags::Nodad;
+        message.header.flags |= AddressHeaderFlags::Nodad;
+        if ip.is_ipv6() {
+            // Only for what the overlay's routes name it as the source of. Towards the node's own
+            // pods, whose addresses it resembles most (RFC 6724, 5, rule 8), it would be chosen
+            // before the address that a pod has asked.
+            let mut lifetime = CacheInfo::default();
+            lifetime.ifa_preferred = 0;
+            lifetime.ifa_valid = u32::MAX;
+            message
+                .attributes
+                .push(AddressAttribute::CacheInfo(lifetime));
+        }
         request
             .execute()
             .await

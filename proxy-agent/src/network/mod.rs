@@ -56,10 +56,20 @@ pub struct Options {
     pub places: Places,
 }
 
+/// What the agent tells the network.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// Every node of the cluster; none before the first list.
+    pub nodes: Vec<Node>,
+    /// Pods that came now would be served: everything has been listed, and the kernel's programs
+    /// know of the network.
+    pub is_serving: bool,
+}
+
 /// How the network is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// Pods can be given a network.
+    /// The kernel has what connects pods.
     pub is_ready: bool,
     /// Why not, or what is wrong although they can.
     pub problem: Option<String>,
@@ -129,7 +139,7 @@ pub struct Network {
     options: Options,
     node_name: String,
     pins: Pins,
-    nodes: watch::Receiver<Arc<Vec<Node>>>,
+    known: watch::Receiver<Arc<Known>>,
     state: watch::Sender<State>,
 }
 
@@ -139,14 +149,14 @@ impl Network {
         options: Options,
         node_name: String,
         pins: Pins,
-        nodes: watch::Receiver<Arc<Vec<Node>>>,
+        known: watch::Receiver<Arc<Known>>,
     ) -> (Self, watch::Receiver<State>) {
         let (state, seen) = watch::channel(State::default());
         let network = Self {
             options,
             node_name,
             pins,
-            nodes,
+            known,
             state,
         };
         (network, seen)
@@ -181,12 +191,12 @@ impl Network {
             Err(error) => return Some(error),
         };
         loop {
-            let nodes = self.nodes.borrow_and_update().clone();
+            let known = self.known.borrow_and_update().clone();
             // Before the first list nothing is known, and so nothing is changed.
             let mut wait = LOOK_AGAIN;
-            if !nodes.is_empty() {
+            if !known.nodes.is_empty() {
                 let mut state = self.state.borrow().clone();
-                if let Err(error) = self.look(handle, &mut maps, &nodes, &mut state).await {
+                if let Err(error) = self.look(handle, &mut maps, &known, &mut state).await {
                     let text = error.to_string();
                     if state.problem.as_ref() != Some(&text) {
                         tracing::warn!("network: {text}; trying again");
@@ -201,7 +211,7 @@ impl Network {
                 });
             }
             tokio::select! {
-                changed = self.nodes.changed() => {
+                changed = self.known.changed() => {
                     if changed.is_err() {
                         return None;
                     }
@@ -216,9 +226,10 @@ impl Network {
         &self,
         handle: &Handle,
         maps: &mut Maps,
-        nodes: &[Node],
+        known: &Known,
         state: &mut State,
     ) -> Result<(), NetworkError> {
+        let nodes = &known.nodes;
         let links = kernel::links(handle).await?;
         let own = nodes.iter().find(|node| *node.name == *self.node_name);
         let own = own
@@ -291,7 +302,9 @@ impl Network {
             .set(outside().map(|link| (link.index, link.networks.as_slice())))?;
         maps.routes
             .set(&maps::wanted(&plan, &self.options.non_masquerade))?;
-        self.publish(&plan, pod_mtu)?;
+        if known.is_serving {
+            self.publish(&plan, pod_mtu)?;
+        }
         if !state.is_ready {
             tracing::info!("network: pods get addresses from {}", list(&plan.own));
         }

@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use serde_json::json;
 
 /// Serves and asks.
@@ -33,7 +34,7 @@ enum Command {
     },
     /// Asks once.
     Ask {
-        /// tcp, udp (unconnected) or udp-connected.
+        /// tcp, udp (unconnected), udp-connected or icmp (an echo request; the port is ignored).
         protocol: String,
         to: SocketAddr,
         /// Bytes of a datagram's payload.
@@ -52,6 +53,9 @@ enum Command {
         to: SocketAddr,
         #[arg(long, default_value_t = 20)]
         interval_ms: u64,
+        /// How long to wait for each answer.
+        #[arg(long, default_value_t = 200)]
+        timeout_ms: u64,
     },
     /// Holds one TCP connection and asks over it; a line for each answer or failure.
     Hold {
@@ -81,6 +85,17 @@ enum Command {
         #[arg(long, default_value_t = 1_000)]
         count: usize,
     },
+    /// Takes what comes by TCP on a port, and says how much it was once the sender is done.
+    Drain {
+        #[arg(long)]
+        port: u16,
+    },
+    /// Sends bytes by TCP as fast as it goes; one line when all have arrived.
+    Pour {
+        to: SocketAddr,
+        #[arg(long, default_value_t = 1_000_000)]
+        bytes: u64,
+    },
     /// Does nothing, for ever: what keeps a pod's namespaces.
     Pause,
 }
@@ -106,6 +121,7 @@ fn main() -> Result<()> {
             let answer = match protocol.as_str() {
                 "tcp" => ask_tcp(to, port, timeout),
                 "udp" => ask_udp(&udp(to, port, timeout)?, Some(to), size),
+                "icmp" => ask_icmp(to, size, timeout),
                 _ => {
                     let socket = udp(to, port, timeout)?;
                     match socket.connect(to) {
@@ -121,8 +137,9 @@ fn main() -> Result<()> {
             protocol,
             to,
             interval_ms,
+            timeout_ms,
         } => {
-            let socket = udp(to, 0, Duration::from_millis(200))?;
+            let socket = udp(to, 0, Duration::from_millis(timeout_ms))?;
             let is_connected = protocol == "udp-connected";
             if is_connected {
                 socket.connect(to)?;
@@ -137,6 +154,8 @@ fn main() -> Result<()> {
         Command::Load { to, for_ms, tasks } => load(&to, Duration::from_millis(for_ms), tasks),
         Command::Trail { to, for_ms } => trail(&to, Duration::from_millis(for_ms)),
         Command::Times { to, count } => times(&to, count),
+        Command::Drain { port } => drain(port),
+        Command::Pour { to, bytes } => pour(to, bytes),
         Command::Pause => loop {
             nix::unistd::pause();
         },
@@ -276,6 +295,68 @@ fn ask_udp(
         answer.insert("peername".to_owned(), name.into());
     }
     Ok(answer)
+}
+
+/// Sends an echo request; who replied, and how many bytes of payload.
+fn ask_icmp(to: SocketAddr, size: usize, timeout: Duration) -> std::io::Result<serde_json::Value> {
+    /// Type, code, checksum, identifier and sequence number; the kernel cares for all but the first.
+    const HEADER: usize = 8;
+    let (family, protocol, request) = if to.is_ipv4() {
+        (AddressFamily::Inet, SockProtocol::Icmp, 8)
+    } else {
+        (AddressFamily::Inet6, SockProtocol::IcmpV6, 128)
+    };
+    let socket = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, protocol)?;
+    let socket = UdpSocket::from(socket);
+    socket.set_read_timeout(Some(timeout))?;
+    let mut message = vec![0; HEADER + size];
+    if let Some(first) = message.first_mut() {
+        *first = request;
+    }
+    socket.send_to(&message, to)?;
+    let mut buffer = [0; 65_536];
+    let (length, from) = socket.recv_from(&mut buffer)?;
+    Ok(json!({ "peer": from.ip().to_string(), "reached": length.saturating_sub(HEADER) }))
+}
+
+fn drain(port: u16) -> Result<()> {
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).context("listening")?;
+    println!("ready");
+    for stream in listener.incoming() {
+        let Ok(mut stream) = stream else { continue };
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 18];
+            let mut bytes = 0_u64;
+            // Who sent may be gone.
+            while let Ok(length) = stream.read(&mut buffer)
+                && length > 0
+            {
+                bytes += length as u64;
+            }
+            let _ = stream.write_all(format!("{bytes}\n").as_bytes());
+        });
+    }
+    Ok(())
+}
+
+fn pour(to: SocketAddr, bytes: u64) -> Result<()> {
+    let patience = Duration::from_secs(30);
+    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
+    let started = Instant::now();
+    let piece = vec![b'.'; 1 << 18];
+    let mut left = bytes;
+    while left > 0 {
+        let length = piece.len().min(usize::try_from(left)?);
+        stream.write_all(piece.get(..length).unwrap_or_default())?;
+        left -= length as u64;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let arrived: u64 = read_line(&mut stream)?.parse().context("a number")?;
+    let seconds = started.elapsed().as_secs_f64();
+    println!("{}", json!({ "arrived": arrived, "seconds": seconds }));
+    Ok(())
 }
 
 fn hold(to: SocketAddr, interval: Duration) -> Result<()> {

@@ -1,0 +1,220 @@
+//! A node's CNI plugin, called as a container runtime calls it: found by the configuration that the
+//! agent wrote, with the container in the environment and the network on standard input.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    process::{self, Place},
+    testbed::Node,
+};
+
+/// The agent's configuration. Runtimes take the first by name.
+pub(crate) const CONFIGURATION: &str = "10-penstock.conflist";
+
+/// The plugin of a node's network.
+#[derive(Clone, Debug)]
+pub struct Plugin {
+    place: Place,
+    folder: PathBuf,
+    program: PathBuf,
+    network: Map<String, Value>,
+}
+
+/// The plugin said no.
+#[derive(Debug, thiserror::Error)]
+#[error("{message} (code {code})")]
+pub struct PluginError {
+    /// The specification's number for it, or the plugin's own.
+    pub code: u64,
+    /// Why.
+    pub message: String,
+}
+
+/// What a container is called by.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// The file of its network namespace.
+    pub netns: PathBuf,
+    /// Ports of the node that lead to it: (the node's, its own).
+    pub host_ports: Vec<(u16, u16)>,
+}
+
+impl Node {
+    /// Where its runtime looks for configurations.
+    pub fn cni_conf_dir(&self) -> PathBuf {
+        self.run_dir.with_file_name("net.d")
+    }
+
+    /// Where its runtime looks for plugins.
+    pub fn cni_bin_dir(&self) -> PathBuf {
+        self.run_dir.with_file_name("plugins")
+    }
+
+    /// Where its plugin keeps what it gave to whom.
+    pub fn cni_state_dir(&self) -> PathBuf {
+        self.run_dir.with_file_name("state")
+    }
+
+    /// Its plugin, as the agent has configured and installed it.
+    pub fn plugin(&self) -> Result<Plugin> {
+        let path = self.cni_conf_dir().join(CONFIGURATION);
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let list: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no JSON", path.display()))?;
+        let mut network = list
+            .pointer("/plugins/0")
+            .and_then(Value::as_object)
+            .cloned()
+            .with_context(|| format!("{} names no plugin", path.display()))?;
+        let kind = network.get("type").and_then(Value::as_str);
+        let folder = self.cni_bin_dir();
+        let program = folder.join(kind.context("a plugin has no type")?);
+        for field in ["cniVersion", "name"] {
+            let value = list.get(field).cloned();
+            let value = value.with_context(|| format!("{} has no {field}", path.display()))?;
+            network.insert(field.to_owned(), value);
+        }
+        Ok(Plugin {
+            place: self.place(),
+            folder,
+            program,
+            network,
+        })
+    }
+}
+
+impl Plugin {
+    /// Gives a container a network; the result.
+    pub fn add(&self, container: &Container) -> Result<Value> {
+        self.call("ADD", Some(container))
+    }
+
+    /// Takes it away.
+    pub fn del(&self, container: &Container) -> Result<()> {
+        self.call("DEL", Some(container)).map(drop)
+    }
+
+    /// Asks whether pods can be given a network.
+    pub fn status(&self) -> Result<()> {
+        self.call("STATUS", None).map(drop)
+    }
+
+    /// Carries a command out; what the plugin answered, which is nothing for most, or a
+    /// [`PluginError`].
+    pub fn call(&self, command: &str, container: Option<&Container>) -> Result<Value> {
+        let mut process = process::command(&self.program, &self.place)?;
+        process
+            .env_clear()
+            .env("CNI_COMMAND", command)
+            .env("CNI_PATH", &self.folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut network = self.network.clone();
+        if command == "STATUS" {
+            // The first version of the specification that has it.
+            network.insert("cniVersion".to_owned(), "1.1.0".into());
+        }
+        if let Some(container) = container {
+            process
+                .env("CNI_CONTAINERID", &container.id)
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_NETNS", &container.netns)
+                .env(
+                    "CNI_ARGS",
+                    format!(
+                        "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={}",
+                        container.id
+                    ),
+                );
+            network.insert(
+                "runtimeConfig".to_owned(),
+                json!({ "portMappings": port_mappings(container) }),
+            );
+        }
+        let mut child = process
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        let mut stdin = child.stdin.take().context("no pipe")?;
+        stdin
+            .write_all(Value::Object(network).to_string().as_bytes())
+            .context("writing to the plugin")?;
+        drop(stdin);
+        let output = child.wait_with_output().context("waiting for the plugin")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let said: Value = if text.trim().is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))?
+        };
+        if output.status.success() {
+            return Ok(said);
+        }
+        let code = said.get("code").and_then(Value::as_u64);
+        let code = code.with_context(|| {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            format!("{command} ended with {}: {text}{errors}", output.status)
+        })?;
+        let message = format!("{command}: {said}");
+        Err(PluginError { code, message }.into())
+    }
+}
+
+fn port_mappings(container: &Container) -> Value {
+    let mappings = container.host_ports.iter().flat_map(|(host_port, port)| {
+        ["tcp", "udp"].map(|protocol| {
+            json!({ "hostPort": host_port, "containerPort": port, "protocol": protocol })
+        })
+    });
+    mappings.collect()
+}
+
+impl Container {
+    /// A container in a namespace of iproute2's, called like it.
+    pub fn named(namespace: &str) -> Self {
+        Self {
+            id: namespace.to_owned(),
+            netns: Path::new("/run/netns").join(namespace),
+            host_ports: Vec::new(),
+        }
+    }
+}
+
+/// What a result says of the container's network: its two addresses and the host end's name.
+pub(crate) fn made(result: &Value) -> Result<(String, String, String)> {
+    let list = |field: &str| result.get(field).and_then(Value::as_array).cloned();
+    let ips = list("ips").unwrap_or_default();
+    let mut addresses = ips.iter().filter_map(|ip| {
+        let address = ip.get("address")?.as_str()?;
+        Some(address.split('/').next()?.to_owned())
+    });
+    let (first, second) = (addresses.next(), addresses.next());
+    let (Some(first), Some(second)) = (first, second) else {
+        anyhow::bail!("no two addresses: {result}");
+    };
+    let (v4, v6) = if first.contains(':') {
+        (second, first)
+    } else {
+        (first, second)
+    };
+    ensure!(!v4.contains(':') && v6.contains(':'), "{result}");
+    let interfaces = list("interfaces").unwrap_or_default();
+    let host_end = interfaces.iter().find(|interface| {
+        let sandbox = interface.get("sandbox").and_then(Value::as_str);
+        sandbox.unwrap_or_default().is_empty()
+    });
+    let name = host_end.and_then(|interface| interface.get("name")?.as_str());
+    let name = name.with_context(|| format!("no interface of the host's: {result}"))?;
+    Ok((v4, v6, name.to_owned()))
+}

@@ -1,0 +1,137 @@
+//! What the runtime is told, and when.
+
+use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt};
+
+use anyhow::{Context, Result, ensure};
+use penstock_testbed::{
+    Agent, Node, PluginError, Source, Testbed, eventually, list, patiently, require_kernel,
+};
+use serde_json::{Value, json};
+
+use crate::net::{Net, asked, reaches};
+
+#[test]
+fn the_runtime_is_told_of_the_network_once_it_can_be_had() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = Testbed::new()?;
+    let node = testbed.network_node()?;
+    without_ranges(&node)?;
+    let mut agent = Agent::begin_network(&node, &Source::Manifests, &[])?;
+    explains_itself(&agent)?;
+    assert_eq!(files(&node.cni_conf_dir())?, BTreeSet::new());
+    assert_eq!(files(&node.cni_bin_dir())?, BTreeSet::new());
+
+    node.knows(&[&node])?;
+    // As soon as there is a configuration, it is whole, its plugin is there, and pods are served.
+    let plugin = patiently("the runtime is told", || {
+        match files(&node.cni_conf_dir())? {
+            files if files.is_empty() => anyhow::bail!("{}", agent.log()),
+            _ => Ok(node.plugin()),
+        }
+    })??;
+    plugin.status()?;
+    let mode = fs::metadata(node.cni_bin_dir().join("penstock-cni"))?.permissions();
+    assert_eq!(mode.mode() & 0o777, 0o755);
+    let only = |name: &str| BTreeSet::from([name.to_owned()]);
+    assert_eq!(files(&node.cni_conf_dir())?, only("10-penstock.conflist"));
+    assert_eq!(files(&node.cni_bin_dir())?, only("penstock-cni"));
+    let pod = testbed.network_pod(&node)?;
+
+    // An agent that can't serve says so, although the configuration of the one before is there.
+    agent.kill();
+    assert_eq!(code(plugin.status())?, 50);
+    without_ranges(&node)?;
+    let agent = Agent::begin_network(&node, &Source::Manifests, &[])?;
+    explains_itself(&agent)?;
+    assert_eq!(code(plugin.status())?, 50);
+    let error = testbed.network_pod(&node).expect_err("there is no range");
+    assert_eq!(code(Err(error))?, 11, "try again later");
+    // What is there stays, and goes when it is told to.
+    let server = pod.host.serve(8080)?;
+    asked(&node.host, &pod.host)?;
+    drop(server);
+    testbed.end_network_pod(&node, &pod)?;
+
+    node.knows(&[&node])?;
+    eventually("pods are served again", || plugin.status())
+}
+
+/// The agent knows its node, which has no range for pods.
+fn without_ranges(node: &Node) -> Result<()> {
+    let mut object = node.object();
+    object["spec"] = json!({});
+    node.manifest("nodes.json", &list(&[object]))
+}
+
+fn explains_itself(agent: &Agent) -> Result<()> {
+    eventually("the agent says what is missing", || {
+        let problem = agent.status()?["network"]["problem"].to_string();
+        ensure!(problem.contains("no pod range yet"), "{problem}");
+        Ok(())
+    })
+}
+
+/// What a folder holds; nothing if it is not there.
+fn files(folder: &std::path::Path) -> Result<BTreeSet<String>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        Err(error) => return Err(error).with_context(|| folder.display().to_string()),
+    };
+    let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    // What is being written is called so that no runtime takes it.
+    let names: std::io::Result<BTreeSet<String>> = names.collect();
+    Ok(names?
+        .into_iter()
+        .filter(|name| !name.starts_with('.'))
+        .collect())
+}
+
+/// The number of what a plugin answered.
+fn code(result: Result<()>) -> Result<u64> {
+    let error = result.expect_err("the plugin refuses");
+    Ok(error.downcast::<PluginError>()?.code)
+}
+
+#[test]
+fn what_somebody_removed_comes_back() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let net = Net::new(&[])?;
+    let [client, far] = [0, 2].map(|index: usize| &net.pods[index].host);
+    let node = &net.nodes[0];
+    reaches(client, far)?;
+    let before = routes(node)?;
+    assert!(!before.is_empty());
+    fs::remove_dir_all(node.cni_conf_dir())?;
+    fs::remove_dir_all(node.cni_bin_dir())?;
+    node.host.run("ip", &["link", "del", "penstock0"])?;
+    let started = std::time::Instant::now();
+    patiently("all is as it was", || {
+        let after = routes(node)?;
+        ensure!(after == before, "{after:?} is not {before:?}");
+        node.plugin()?.status()
+    })?;
+    eprintln!("{:.1} s", started.elapsed().as_secs_f32());
+    patiently("the other node's pods are reached", || {
+        client.who_answers("tcp", &std::net::SocketAddr::new(far.ip4, 8080).to_string())
+    })?;
+    reaches(client, far)?;
+    reaches(far, client)
+}
+
+/// The destinations of the network's routes.
+fn routes(node: &Node) -> Result<BTreeSet<String>> {
+    let mut routes = BTreeSet::new();
+    for family in ["-4", "-6"] {
+        let text = node
+            .host
+            .run("ip", &[family, "-j", "route", "show", "proto", "180"])?;
+        let list: Vec<Value> = serde_json::from_str(&text).with_context(|| text.clone())?;
+        routes.extend(list.iter().map(|route| route["dst"].to_string()));
+    }
+    Ok(routes)
+}

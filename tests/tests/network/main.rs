@@ -1,0 +1,20 @@
+//! The pod network end to end: agents with `--network`, pods made by the real plugin.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
+
+mod changes;
+mod churn;
+mod install;
+mod native;
+mod net;
+mod outside;
+mod reach;
+mod size;
+mod traces;
+mod undisturbed;

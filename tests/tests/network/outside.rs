@@ -1,0 +1,106 @@
+//! What the outside sees of pods.
+
+use std::net::SocketAddr;
+
+use anyhow::{Result, ensure};
+use penstock_testbed::{Host, eventually, require_kernel, text};
+
+use crate::net::{Net, asked, reaches, same_family};
+
+#[test]
+fn the_outside_sees_the_node_and_the_kernel_tracks_nothing() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = penstock_testbed::Testbed::new()?;
+    let (outside, inside) = (testbed.client()?, testbed.client()?);
+    let ranges = format!("{}/32,{}/128", inside.ip4, inside.ip6);
+    let nodes = vec![testbed.network_node()?];
+    let mut net = Net::on(testbed, nodes, &["--non-masquerade", &ranges], &[0])?;
+    for host in [&outside, &inside] {
+        let server = host.serve(8080)?;
+        net.keep(server);
+    }
+    let (pod, node) = (net.pods[0].host.clone(), net.nodes[0].host.clone());
+    // Who is to see pods' addresses has to know the way to them.
+    let (v4, v6) = net.nodes[0].pod_ranges();
+    inside.run("ip", &["route", "add", &v4, "via", &node.ip4.to_string()])?;
+    inside.run("ip", &["route", "add", &v6, "via", &node.ip6.to_string()])?;
+
+    is_masqueraded(&pod, &outside, &node)?;
+    reaches(&pod, &inside)?;
+    assert!(net.agents[0].count("masqueraded")? > 0);
+    // Penstock wants nothing tracked, so nobody does.
+    assert_eq!(tracked(&node)?, Vec::<String>::new());
+
+    // Even where somebody else has everything tracked, what passes between pods and the outside is
+    // not seen by the kernel's tracking.
+    for iptables in ["iptables", "ip6tables"] {
+        let rule = ["-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID"];
+        node.run(iptables, &[&rule[..], &["-j", "ACCEPT"]].concat())?;
+    }
+    is_masqueraded(&pod, &outside, &node)?;
+    let entries = tracked(&node)?;
+    let of_ours = |entry: &&String| entry.contains(" dport=8080 ") || entry.contains("icmp");
+    let ours: Vec<&String> = entries.iter().filter(of_ours).collect();
+    assert!(ours.is_empty(), "{ours:#?}");
+    // That the tracking works at all is seen by what the node itself asks.
+    node.who_answers("tcp", &SocketAddr::new(outside.ip4, 8080).to_string())?;
+    eventually("the node's own connection is tracked", || {
+        let entries = tracked(&node)?;
+        ensure!(entries.iter().any(|entry| of_ours(&entry)), "{entries:#?}");
+        Ok(())
+    })?;
+    net.nothing_was_dropped()
+}
+
+/// A pod asks somebody outside, who sees its node, in packets of every kind and size.
+fn is_masqueraded(pod: &Host, outside: &Host, node: &Host) -> Result<()> {
+    for (ip, source) in asked(pod, outside)? {
+        assert_eq!(source, same_family(node, ip));
+    }
+    for ip in [outside.ip4, outside.ip6] {
+        let to = SocketAddr::new(ip, 8080).to_string();
+        let answer = pod.ask("udp", &to, &["--size", "4000"])?;
+        assert_eq!(text(&answer, "reached"), "4000", "{to}: {answer}");
+        // Nobody listens there: the error finds its way back.
+        let to = SocketAddr::new(ip, 9).to_string();
+        for protocol in ["tcp", "udp-connected"] {
+            let answer = pod.ask(protocol, &to, &[])?;
+            assert_eq!(
+                text(&answer, "error"),
+                "connection refused",
+                "{to} {answer}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel tracks on a host.
+fn tracked(host: &Host) -> Result<Vec<String>> {
+    let text = host.run("cat", &["/proc/thread-self/net/nf_conntrack"])?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn a_network_that_routes_pods_sees_them() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = penstock_testbed::Testbed::new()?;
+    let outside = testbed.client()?;
+    let nodes = vec![testbed.network_node()?];
+    let mut net = Net::on(testbed, nodes, &["--no-masquerade"], &[0])?;
+    let server = outside.serve(8080)?;
+    net.keep(server);
+    let node = &net.nodes[0];
+    let (v4, v6) = node.pod_ranges();
+    for (range, via) in [(v4, node.host.ip4), (v6, node.host.ip6)] {
+        outside.run("ip", &["route", "add", &range, "via", &via.to_string()])?;
+    }
+    reaches(&net.pods[0].host, &outside)?;
+    reaches(&outside, &net.pods[0].host)?;
+    assert_eq!(net.agents[0].count("masqueraded")?, 0);
+    net.nothing_was_dropped()
+}
