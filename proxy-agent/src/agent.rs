@@ -19,7 +19,7 @@ use crate::{
     attach::{
         cgroup::{self, Attached, Fate},
         exclude::Exclusions,
-        follow::{self, Follower, WireRequest, Wiring, lock},
+        follow::{self, Follower, Names, WireRequest, Wiring, lock},
         interface::PacketHooks,
         netns,
     },
@@ -27,6 +27,7 @@ use crate::{
     flows::Sweeper,
     ipc::{self, Query},
     model::{
+        node_ports::NodePorts,
         object::{Event, Family, Kind, ObjectName},
         world::World,
     },
@@ -69,8 +70,10 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// Where the command line finds the agent.
     pub run_dir: PathBuf,
-    /// Names of interfaces that pods are behind.
-    pub pod_interfaces: Vec<Pattern>,
+    /// Names of interfaces, by what is behind them.
+    pub interfaces: Names,
+    /// At which addresses of this node its ports are services'.
+    pub node_ports: NodePorts,
     /// Cgroups, below `cgroup`, whose sockets are left alone.
     pub exclude_cgroups: Vec<Pattern>,
     /// The pod network, where pods are Penstock's to connect.
@@ -131,13 +134,14 @@ pub async fn run(options: Options) -> Result<Ending> {
     let shared = Shared::default();
     let (known, known_to_network) = tokio::sync::watch::channel(Arc::default());
     let (wires, wire_requests) = mpsc::channel(64);
+    let (host_ports_told, mut host_ports) = tokio::sync::watch::channel(None);
     let mut network_state = None;
     let mut wiring = None;
     if let Some(options_of_network) = options.network {
         wiring = Some(Wiring {
             pods: Pods::new(&options_of_network.places.state_dir),
             endpoints: network::Endpoints::open(&pins)?,
-            uplinks: shared.uplinks.clone(),
+            host_ports: host_ports_told,
             requests: wire_requests,
         });
         let (network, state) = network::Network::new(
@@ -150,10 +154,11 @@ pub async fn run(options: Options) -> Result<Ending> {
         tokio::spawn(network.run());
     }
     let detected = netns::own_addresses().context("reading this node's addresses")?;
+    let detected: Vec<IpAddr> = detected.into_iter().map(|(_, ip)| ip).collect();
     let (own_addresses, mut addresses_seen) = tokio::sync::watch::channel(detected.clone());
     let follower = Follower::new(
         hooks,
-        options.pod_interfaces,
+        options.interfaces,
         &pins,
         shared.node_addresses.clone(),
         shared.excluded.clone(),
@@ -169,6 +174,10 @@ pub async fn run(options: Options) -> Result<Ending> {
 
     let mut world = World::new(&options.node_name);
     world.set_node_addresses(detected);
+    world.set_node_ports(options.node_ports);
+    if network_state.is_some() {
+        world.await_host_ports();
+    }
     let mut agent = Agent {
         reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
         status,
@@ -206,6 +215,10 @@ pub async fn run(options: Options) -> Result<Ending> {
             }
             Some(query) = queries.recv() => agent.answer(query),
             () = changed(&mut agent.network) => agent.update_node(),
+            Some(ports) = told(&mut host_ports) => {
+                agent.reconciler.world.set_host_ports(ports);
+                agent.step();
+            }
             Ok(()) = addresses_seen.changed() => {
                 let addresses = addresses_seen.borrow_and_update().clone();
                 agent.reconciler.world.set_node_addresses(addresses);
@@ -231,6 +244,14 @@ pub async fn run(options: Options) -> Result<Ending> {
     tracing::info!("stopping; the kernel goes on serving");
     ipc::leave(&options.run_dir);
     Ok(Ending::Told)
+}
+
+/// The ports of this node that pods ask for, whenever they are others.
+async fn told(
+    ports: &mut tokio::sync::watch::Receiver<Option<follow::HostPorts>>,
+) -> Option<follow::HostPorts> {
+    ports.changed().await.ok()?;
+    ports.borrow_and_update().clone()
 }
 
 /// Waits until the network is another.
@@ -312,7 +333,6 @@ async fn pass(resteer: &Arc<Resteer>) {
 struct Shared {
     node_addresses: Arc<Mutex<Vec<IpAddr>>>,
     excluded: follow::Excluded,
-    uplinks: Arc<Mutex<BTreeSet<u32>>>,
     changed: Arc<Notify>,
 }
 
@@ -457,6 +477,13 @@ impl Agent {
             .as_ref()
             .map(|network| network.borrow().clone());
         let network = network.unwrap_or_default();
+        let (mut overlay4, mut overlay6) = (V4::default(), V6::default());
+        for address in &network.addresses {
+            match address {
+                IpAddr::V4(ip) => overlay4 = V4::from(*ip),
+                IpAddr::V6(ip) => overlay6 = V6::from(*ip),
+            }
+        }
         let config = Config {
             node4,
             node6,
@@ -474,9 +501,10 @@ impl Agent {
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,
+            overlay4,
+            overlay6,
             ..Config::default()
         };
-        *lock(&self.shared.uplinks) = network.uplinks;
         let written = self.config.set(0, config, 0);
         if let Err(error) = &written {
             tracing::warn!("writing map CONFIG: {error}");

@@ -6,7 +6,7 @@
 //! is reported and tried again, and does not keep the others waiting.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     io,
     net::IpAddr,
@@ -34,11 +34,9 @@ use super::{
     netns::{self, Identity},
 };
 use crate::{
-    dataplane::{
-        batch,
-        pins::{PinError, Pins},
-    },
-    network::{self, Endpoints, pods::Pods},
+    dataplane::{batch, pins::Pins},
+    model::{object::ObjectName, port::HostPort},
+    network::{self, Endpoints, MapsError, Uplinks, pods::Pods},
 };
 
 /// How long to let messages gather before looking: a pod's link comes with several.
@@ -96,11 +94,14 @@ pub struct Wiring {
     pub pods: Pods,
     /// What the programs are told of it.
     pub endpoints: Endpoints,
-    /// The indices of interfaces to the outside.
-    pub uplinks: Arc<Mutex<BTreeSet<u32>>>,
+    /// Hears of the ports of this node that pods ask for.
+    pub host_ports: watch::Sender<Option<HostPorts>>,
     /// Questions whether an attachment is wired.
     pub requests: mpsc::Receiver<WireRequest>,
 }
+
+/// Ports of this node that pods ask for, by pod.
+pub type HostPorts = BTreeMap<ObjectName, Vec<HostPort>>;
 
 /// A question whether an attachment is wired.
 pub struct WireRequest {
@@ -120,10 +121,22 @@ async fn next(wiring: &mut Option<Wiring>) -> WireRequest {
     std::future::pending().await
 }
 
+/// Interfaces by what is behind them.
+#[derive(Clone, Debug)]
+pub struct Names {
+    /// Pods.
+    pub pods: Vec<Pattern>,
+    /// The outside, if they have an address too.
+    pub uplinks: Vec<Pattern>,
+}
+
 /// Follows interfaces.
 pub struct Follower {
     hooks: PacketHooks,
-    patterns: Vec<Pattern>,
+    names: Names,
+    uplinks: Uplinks,
+    /// This node's addresses by interface, as last seen.
+    addresses: Vec<(String, IpAddr)>,
     namespaces: MapData,
     node_addresses: Arc<Mutex<Vec<IpAddr>>>,
     excluded: Excluded,
@@ -138,16 +151,18 @@ impl Follower {
     /// A follower that has not looked yet; it tells `own_addresses` which addresses this node has.
     pub fn new(
         hooks: PacketHooks,
-        patterns: Vec<Pattern>,
+        names: Names,
         pins: &Pins,
         node_addresses: Arc<Mutex<Vec<IpAddr>>>,
         excluded: Excluded,
         own_addresses: watch::Sender<Vec<IpAddr>>,
         wiring: Option<Wiring>,
-    ) -> Result<Self, PinError> {
+    ) -> Result<Self, MapsError> {
         Ok(Self {
             hooks,
-            patterns,
+            names,
+            uplinks: Uplinks::open(pins)?,
+            addresses: Vec::new(),
             namespaces: pins.map("NETNS")?,
             node_addresses,
             excluded,
@@ -201,14 +216,35 @@ impl Follower {
     }
 
     /// Tells which addresses this node has, if they are others than before.
-    fn tell_addresses(&self) {
+    fn tell_addresses(&mut self) {
         match netns::own_addresses() {
-            Ok(addresses) => drop(self.own_addresses.send_if_modified(|known| {
-                let is_new = *known != addresses;
-                *known = addresses;
-                is_new
-            })),
+            Ok(addresses) => self.addresses = addresses,
             Err(error) => tracing::warn!("reading this node's addresses: {error}"),
+        }
+        let ips: Vec<IpAddr> = self.addresses.iter().map(|(_, ip)| *ip).collect();
+        self.own_addresses.send_if_modified(|known| {
+            let is_new = *known != ips;
+            *known = ips;
+            is_new
+        });
+    }
+
+    /// Makes `UPLINKS` say which addresses this node has at its interfaces to the outside.
+    fn write_uplinks(&mut self, present: &Present) -> bool {
+        let uplinks = present
+            .iter()
+            .filter(|(_, (.., role))| *role == Role::Uplink);
+        let addresses = &self.addresses;
+        let uplinks = uplinks.map(|(index, (name, ..))| {
+            let ips = addresses.iter().filter(move |(on, _)| on == name);
+            (*index, ips.map(|(_, ip)| *ip))
+        });
+        match self.uplinks.set(uplinks) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!("{error}; trying again");
+                false
+            }
         }
     }
 
@@ -228,7 +264,7 @@ impl Follower {
                 }
             }
             if let Some(name) = name
-                && let Some(role) = self.role(link.header.index, &name)
+                && let Some(role) = self.role(&name)
             {
                 present.insert(link.header.index, (name, namespace, role));
             }
@@ -238,20 +274,24 @@ impl Follower {
         is_settled &= self.identify_new(handle, &present).await;
         self.write_namespaces();
         is_settled &= self.write_endpoints();
+        is_settled &= self.write_uplinks(&present);
         Ok(is_settled)
     }
 
     /// What is behind an interface of this name, if it is ours to follow.
-    fn role(&self, index: u32, name: &str) -> Option<Role> {
-        if let Some(wiring) = &self.wiring {
-            if name == network::DEVICE {
-                return Some(Role::Overlay);
-            }
-            if lock(&wiring.uplinks).contains(&index) {
-                return Some(Role::Uplink);
-            }
+    fn role(&self, name: &str) -> Option<Role> {
+        let is_of = |patterns: &[Pattern]| patterns.iter().any(|pattern| pattern.matches(name));
+        if self.wiring.is_some() && name == network::DEVICE {
+            return Some(Role::Overlay);
         }
-        let is_pod = self.patterns.iter().any(|pattern| pattern.matches(name));
+        // A bridge of pods has an address too. The host ends of pods that this agent connects have
+        // none, so that nothing else can look like one of them.
+        let is_pod = is_of(&self.names.pods);
+        let has_address = self.addresses.iter().any(|(on, _)| on == name);
+        let is_uplink = has_address && is_of(&self.names.uplinks) && name != network::DEVICE;
+        if is_uplink && (self.wiring.is_some() || !is_pod) {
+            return Some(Role::Uplink);
+        }
         is_pod.then_some(Role::Pod)
     }
 
@@ -282,6 +322,12 @@ impl Follower {
             .map(|attachment| (attachment.clone(), index_of(&attachment.interface)))
             .collect();
         status.attachments = attachments;
+        let host_ports = wiring.pods.host_ports();
+        wiring.host_ports.send_if_modified(|known| {
+            let is_new = known.as_ref() != Some(&host_ports);
+            *known = Some(host_ports);
+            is_new
+        });
         status
             .problems
             .extend(wiring.pods.problems.values().cloned());

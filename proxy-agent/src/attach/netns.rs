@@ -59,8 +59,9 @@ pub fn own() -> io::Result<Identity> {
     Ok(identity)
 }
 
-/// All addresses of the calling thread's namespace that other hosts may know it by.
-pub fn own_addresses() -> io::Result<Vec<IpAddr>> {
+/// All addresses of the calling thread's namespace that other hosts may know it by, with their
+/// interfaces' names, in the kernel's order.
+pub fn own_addresses() -> io::Result<Vec<(String, IpAddr)>> {
     let addresses = nix::ifaddrs::getifaddrs()?.filter_map(|interface| {
         let address = interface.address?;
         let ip = address
@@ -75,7 +76,7 @@ pub fn own_addresses() -> io::Result<Vec<IpAddr>> {
             IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local(),
             IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
         };
-        (!is_local).then_some(ip)
+        (!is_local).then_some((interface.interface_name, ip))
     });
     Ok(addresses.collect())
 }

@@ -16,6 +16,8 @@ use ipnetwork::IpNetwork;
 
 use crate::{
     agent::{self, Ending, Options, Source},
+    attach::follow::Names,
+    model::node_ports::{NodePorts, Which},
     network::{self, plan::Routing},
     watch::kube::Servers,
 };
@@ -81,6 +83,21 @@ struct AgentArgs {
         default_value = "pn*,veth*,cali*,lxc*,cni0"
     )]
     pod_interfaces: Vec<Pattern>,
+    /// Interfaces to the outside, by name: those of them that have an address and no pod behind.
+    #[arg(
+        long,
+        value_name = "PATTERNS",
+        value_delimiter = ',',
+        default_value = "*"
+    )]
+    uplinks: Vec<Pattern>,
+    /// At which of this node's addresses its ports are services': the first of each family
+    /// ("primary"), or those in ranges, separated by commas.
+    #[arg(long, value_name = "primary|RANGES", default_value = "primary")]
+    nodeport_addresses: Which,
+    /// Serve no node ports at 127.0.0.1 and ::1.
+    #[arg(long)]
+    no_localhost_nodeports: bool,
     /// Cgroups below --cgroup whose sockets are left alone, by path; `*` matches (repeatable).
     #[arg(long = "exclude-cgroup", value_name = "PATTERN", value_delimiter = ',')]
     exclude_cgroups: Vec<Pattern>,
@@ -306,7 +323,14 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         cgroup,
         bpffs: args.place.bpffs,
         run_dir: args.place.run_dir,
-        pod_interfaces: args.pod_interfaces,
+        interfaces: Names {
+            pods: args.pod_interfaces,
+            uplinks: args.uplinks,
+        },
+        node_ports: NodePorts {
+            which: args.nodeport_addresses,
+            loopback: !args.no_localhost_nodeports,
+        },
         exclude_cgroups: args.exclude_cgroups,
         is_tracing: args.log_level == LogLevel::Trace,
     })

@@ -14,7 +14,7 @@ use aya::{
     },
 };
 use ipnetwork::IpNetwork;
-use penstock_common::{Endpoint, Route, RouteKind, Uplink, V4, V6};
+use penstock_common::{Addr, Endpoint, Route, RouteKind, Uplink, V4, V6};
 
 use super::plan::{Hop, Plan};
 use crate::dataplane::pins::{PinError, Pins};
@@ -209,17 +209,18 @@ impl Uplinks {
     }
 
     /// Makes the map hold these interfaces and the addresses that this node has there.
-    pub fn set<'a>(
+    pub fn set(
         &mut self,
-        wanted: impl Iterator<Item = (u32, &'a [IpNetwork])>,
+        wanted: impl Iterator<Item = (u32, impl Iterator<Item = IpAddr>)>,
     ) -> Result<usize, MapsError> {
-        let uplinks = wanted.map(|(index, networks)| {
+        let uplinks = wanted.map(|(index, ips)| {
             let mut uplink = Uplink::default();
             // An interface's first address is the one that its kernel speaks with.
-            for network in networks.iter().rev() {
-                match network.ip() {
-                    IpAddr::V4(ip) => uplink.addr4 = V4::from(ip),
-                    IpAddr::V6(ip) => uplink.addr6 = V6::from(ip),
+            for ip in ips {
+                match ip {
+                    IpAddr::V4(ip) if uplink.addr4.is_unspecified() => uplink.addr4 = V4::from(ip),
+                    IpAddr::V6(ip) if uplink.addr6.is_unspecified() => uplink.addr6 = V6::from(ip),
+                    _ => {}
                 }
             }
             (index, uplink)

@@ -9,7 +9,7 @@ mod maps;
 pub mod plan;
 pub mod pods;
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnetwork::IpNetwork;
 use penstock_cni::{network, pool::Pool};
@@ -17,8 +17,8 @@ use rtnetlink::Handle;
 use tokio::sync::watch;
 
 pub use kernel::DEVICE;
-pub use maps::{Endpoints, MapsError};
-use maps::{Routes, Uplinks};
+use maps::Routes;
+pub use maps::{Endpoints, MapsError, Uplinks};
 use plan::{Plan, Routing};
 
 use crate::{
@@ -75,8 +75,8 @@ pub struct State {
     pub problem: Option<String>,
     /// The overlay device's index, 0 while there is none.
     pub overlay_ifindex: u32,
-    /// The indices of interfaces to the outside.
-    pub uplinks: BTreeSet<u32>,
+    /// This node's addresses in the overlay.
+    pub addresses: Vec<IpAddr>,
     /// Whether what pods send to the outside gets this node's address.
     pub masquerades: bool,
     /// What the overlay carries at most.
@@ -122,14 +122,12 @@ enum NetworkError {
 /// The maps that the network writes.
 struct Maps {
     routes: Routes,
-    uplinks: Uplinks,
 }
 
 impl Maps {
     fn open(pins: &Pins) -> Result<Self, MapsError> {
         Ok(Self {
             routes: Routes::open(pins)?,
-            uplinks: Uplinks::open(pins)?,
         })
     }
 }
@@ -291,15 +289,6 @@ impl Network {
                 source,
             },
         )?;
-        let outside = || {
-            let has_address = |link: &&kernel::Link| !link.networks.is_empty();
-            links
-                .iter()
-                .filter(has_address)
-                .filter(|link| link.index != index)
-        };
-        maps.uplinks
-            .set(outside().map(|link| (link.index, link.networks.as_slice())))?;
         maps.routes
             .set(&maps::wanted(&plan, &self.options.non_masquerade))?;
         if known.is_serving {
@@ -312,7 +301,7 @@ impl Network {
             is_ready: true,
             problem: None,
             overlay_ifindex: index,
-            uplinks: outside().map(|link| link.index).collect(),
+            addresses: ips,
             masquerades: self.options.masquerade,
             overlay_mtu,
             vni: self.options.vni,

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     net::IpAddr,
+    num::NonZeroU16,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::SystemTime,
@@ -11,6 +12,11 @@ use std::{
 
 use penstock_cni::state::{self, Attachment};
 use penstock_common::{Endpoint, EndpointFlags};
+
+use crate::model::{
+    object::{ObjectName, Protocol},
+    port::HostPort,
+};
 
 /// When a file was what.
 type Stamp = (SystemTime, u64, u64);
@@ -76,6 +82,39 @@ impl Pods {
     /// All attachments.
     pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
         self.files.values().flat_map(|(_, attachments)| attachments)
+    }
+
+    /// The ports of this node that pods ask for.
+    pub fn host_ports(&self) -> BTreeMap<ObjectName, Vec<HostPort>> {
+        let mut all: BTreeMap<ObjectName, Vec<HostPort>> = BTreeMap::new();
+        for attachment in self.attachments() {
+            let name = attachment.pod.as_ref().map_or_else(
+                || ObjectName::new("", attachment.key.container.as_str()),
+                |pod| ObjectName::new(pod.namespace.as_str(), format!("pod/{}", pod.name)),
+            );
+            for asked in &attachment.host_ports {
+                let protocol = match asked.protocol.to_ascii_lowercase().as_str() {
+                    "udp" => Protocol::Udp,
+                    "sctp" => Protocol::Sctp,
+                    _ => Protocol::Tcp,
+                };
+                let (Some(port), Some(pod_port)) = (
+                    NonZeroU16::new(asked.host_port),
+                    NonZeroU16::new(asked.container_port),
+                ) else {
+                    continue;
+                };
+                all.entry(name.clone()).or_default().push(HostPort {
+                    // The unspecified address means every one, as for a socket.
+                    ip: asked.host_ip.filter(|ip| !ip.is_unspecified()),
+                    port,
+                    protocol,
+                    pod_ips: attachment.ips.clone(),
+                    pod_port,
+                });
+            }
+        }
+        all
     }
 
     /// The addresses of attachments whose interface is there, by its name.
