@@ -58,14 +58,17 @@ pub struct Reconciler<D> {
 impl<D: Dataplane> Reconciler<D> {
     /// Begins with what the kernel holds.
     pub fn new(mut dataplane: D, world: World) -> Result<Self, MapError> {
-        let planner = Planner::adopt(&dataplane.observe()?);
+        let observed = dataplane.observe()?;
+        let planner = Planner::adopt(&observed);
+        // Where nobody left anything nothing is to be swept.
+        let is_clean = observed.is_empty();
         Ok(Self {
             dataplane,
             world,
             planner,
             retries: HashMap::new(),
             conflicts: HashMap::new(),
-            has_swept: false,
+            has_swept: is_clean,
             pending: None,
         })
     }

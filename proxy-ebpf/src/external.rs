@@ -6,7 +6,8 @@
 //! for forged: they leave from the hook.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, FlowFlags, FrontendKey, MASQUERADE_PORTS, NetworkFlags, RouteKind,
+    Addr, AddressKind, Config, Counter, FlowFlags, FlowKey, FrontendKey, MASQUERADE_PORTS,
+    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, RouteKind,
 };
 
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
     packet::Packet,
     parse::{self, Segment},
     pod::{self, Back, Verdict},
-    quoted,
+    quoted, reject, rewrite,
     select::{self, Origin},
 };
 
@@ -210,7 +211,7 @@ pub fn onward<F: Family, M: Maps<F>>(
         && route.is_some_and(|route| route.kind == RouteKind::OVERLAY);
     if is_behind_overlay {
         return match forward::enter_overlay::<F>(packet, &config)? {
-            Verdict::Pass if is_node(&src) => Err(Counter::TooLong),
+            Verdict::Pass if is_node(&src) => too_long::<F>(packet, &config),
             verdict => Ok(verdict),
         };
     }
@@ -218,4 +219,38 @@ pub fn onward<F: Family, M: Maps<F>>(
         return Ok(Verdict::Leave);
     }
     Ok(Verdict::Pass)
+}
+
+/// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had
+/// come in by the overlay's own device, which may have this node's addresses for sources.
+#[inline(always)]
+fn too_long<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
+    if !F::may_be_split(packet, ETHERNET) {
+        return Ok(Verdict::TooLong);
+    }
+    forward::frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(forward::refused)?;
+    Ok(Verdict::In(config.overlay_ifindex))
+}
+
+/// Tells the sender of a packet that does not fit the overlay, which was translated already, what
+/// does.
+#[inline(always)]
+pub fn shorten<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let mut segment = forward::segment::<F, M>(packet, maps)?;
+    let key = FlowKey::new(
+        FlowKey::<F::Addr>::REPLY,
+        segment.proto,
+        (segment.dst, segment.dst_port),
+        (segment.src, segment.src_port),
+    );
+    let known = flow::find::<F, M>(maps, &key).ok_or(Counter::TooLong)?;
+    let (frontend, client) = known.ends();
+    rewrite::translate::<F>(packet, &segment, client, frontend)?;
+    (segment.src, segment.src_port) = client;
+    (segment.dst, segment.dst_port) = frontend;
+    reject::too_long::<F, M>(packet, maps, &segment, maps.config().overlay_mtu)?;
+    Ok(Verdict::TurnAround)
 }

@@ -83,6 +83,12 @@ pub trait Family: Copy + 'static {
     /// "Port unreachable": type and code.
     const PORT_UNREACHABLE: [u8; 2];
 
+    /// "Too long for the way": type and code.
+    const TOO_LONG: [u8; 2];
+
+    /// Whether routers may split the packet whose header is at `at`.
+    fn may_be_split(packet: &impl Packet, at: usize) -> bool;
+
     /// A header without options, its checksum done.
     fn header(src: Self::Addr, dst: Self::Addr, proto: Proto, payload: u16) -> Self::Header;
 
@@ -107,6 +113,14 @@ impl Family for V4 {
     const ECHO: [u8; 2] = [8, 0];
     type Header = [u32; 5];
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const TOO_LONG: [u8; 2] = [3, 4];
+
+    #[inline(always)]
+    fn may_be_split(packet: &impl Packet, at: usize) -> bool {
+        // RFC 791, 3.1: "don't fragment".
+        let offset: Option<u16> = packet.load(at + 6);
+        offset.is_some_and(|offset| u16::from_be(offset) & 0x4000 == 0)
+    }
 
     #[inline(always)]
     fn header(src: Self, dst: Self, proto: Proto, payload: u16) -> [u32; 5] {
@@ -206,6 +220,13 @@ impl Family for V6 {
     const ECHO: [u8; 2] = [128, 129];
     type Header = [u32; 10];
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const TOO_LONG: [u8; 2] = [2, 0];
+
+    #[inline(always)]
+    fn may_be_split(_: &impl Packet, _: usize) -> bool {
+        // RFC 8200, 4.5: only their senders split them.
+        false
+    }
 
     #[inline(always)]
     fn header(src: Self, dst: Self, proto: Proto, payload: u16) -> [u32; 10] {

@@ -257,7 +257,7 @@ pub(crate) fn enter_overlay<F: Family>(
     Ok(Verdict::Out(config.overlay_ifindex))
 }
 
-fn refused(_: Refused) -> Counter {
+pub(crate) fn refused(_: Refused) -> Counter {
     Counter::RewriteFailed
 }
 
@@ -295,7 +295,7 @@ fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused
 
 /// Gives a frame its receiver and sender (IEEE 802.3, 3.2).
 #[inline(always)]
-fn frame(packet: &mut impl Packet, to: [u8; 6], from: [u8; 6]) -> Result<(), Refused> {
+pub(crate) fn frame(packet: &mut impl Packet, to: [u8; 6], from: [u8; 6]) -> Result<(), Refused> {
     let [a, b, c, d, e, f] = to;
     let [g, h, i, j, k, l] = from;
     packet.store(

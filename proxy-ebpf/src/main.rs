@@ -50,7 +50,7 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $to_pod:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident, $to_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident) => {
+            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -70,6 +70,7 @@ mod programs {
             family!(stage $admit, external::open, $family);
             family!(stage $outward, external::onward, $family);
             family!(stage $answer, external::answer, $family);
+            family!(stage $shorten, external::shorten, $family);
 
             #[unsafe(no_mangle)]
             #[inline(never)]
@@ -164,6 +165,7 @@ mod programs {
                 match verdict {
                     LOCAL => $deliver(skb),
                     LEAVE => $leave(skb),
+                    TOO_LONG => $shorten(skb),
                     UNTOUCHED => NEXT,
                     // The flow was gone again before its first packet.
                     OPEN | OPENED => dropped(context, Counter::FlowRace),
@@ -204,12 +206,13 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, classify4, request4, open4, refuse4, icmp4, node4,
         to_pod4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, to_uplink4, arrived4, admit4, outward4, answer4);
+        from_uplink4, to_uplink4, arrived4, admit4, outward4, answer4, shorten4);
     family!(V6: from_pod6, onward6, inward6, classify6, request6, open6, refuse6, icmp6, node6,
         to_pod6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, to_uplink6, arrived6, admit6, outward6, answer6);
+        from_uplink6, to_uplink6, arrived6, admit6, outward6, answer6, shorten6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const TOO_LONG: i32 = -14;
     const UNTOUCHED: i32 = -13;
     const ARRIVED: i32 = -12;
     const OUTSIDE: i32 = -11;
@@ -249,6 +252,8 @@ mod programs {
             Verdict::Untouched => UNTOUCHED,
             Verdict::Leave => LEAVE,
             Verdict::Out(ifindex) => skb.send(ifindex),
+            Verdict::In(ifindex) => skb.receive(ifindex),
+            Verdict::TooLong => TOO_LONG,
             Verdict::Routed(ifindex) => skb.route(ifindex),
             Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.config().overlay_vni) {
                 Ok(()) => NEXT,

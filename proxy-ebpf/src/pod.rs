@@ -59,6 +59,10 @@ pub enum Verdict {
     Routed(u32),
     /// It leaves by this interface.
     Out(u32),
+    /// It came in by this interface.
+    In(u32),
+    /// It is too long, and its sender has to hear of it: `external::shorten`.
+    TooLong,
     /// It gets this tunnel and goes on.
     Tunnel(Route),
 }

@@ -40,7 +40,8 @@ pub fn answer<F: Family, M: Maps<F>>(
         if !maps.may_send_error() {
             return Err(Counter::RejectUnanswered);
         }
-        unreachable::<F>(packet, segment).map_err(|Refused| Counter::RewriteFailed)?;
+        error::<F>(packet, segment, F::PORT_UNREACHABLE, 0)
+            .map_err(|Refused| Counter::RewriteFailed)?;
     }
     turn_around(packet)
 }
@@ -82,18 +83,36 @@ fn reset<F: Family>(packet: &mut impl Packet, segment: &Segment<F::Addr>) -> Res
     packet.store(at, &[ports, seq, ack, control, [checksum, 0].pair()])
 }
 
-/// RFC 792 and RFC 4443, 3.1.
+/// Replaces `packet` by the answer that it is too long for a way that carries `mtu` bytes (RFC 1191;
+/// RFC 4443, 3.2).
 #[inline(always)]
-fn unreachable<F: Family>(
+pub fn too_long<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    segment: &Segment<F::Addr>,
+    mtu: u32,
+) -> Result<(), Counter> {
+    if !segment.has_transport || !maps.may_send_error() {
+        return Err(Counter::TooLong);
+    }
+    error::<F>(packet, segment, F::TOO_LONG, mtu.to_be())
+        .map_err(|Refused| Counter::RewriteFailed)?;
+    turn_around(packet)
+}
+
+/// RFC 792 and RFC 4443, 2.4: an error of a type and code, with what stands in its second word.
+#[inline(always)]
+fn error<F: Family>(
     packet: &mut impl Packet,
     segment: &Segment<F::Addr>,
+    [icmp_type, code]: [u8; 2],
+    second: u32,
 ) -> Result<(), Refused> {
     let quoted_header = F::quoted_header(packet, segment.network, segment.proto).ok_or(Refused)?;
     let quoted: [u32; 2] = packet.load(segment.transport).ok_or(Refused)?;
     let payload = (ICMP_HEADER + F::HEADER + QUOTED) as u16;
-    let [icmp_type, code] = F::PORT_UNREACHABLE;
     let first = u32::from_ne_bytes([icmp_type, code, 0, 0]);
-    let mut sum = u64::from(first);
+    let mut sum = u64::from(first) + u64::from(second);
     for word in quoted_header.as_ref() {
         sum += u64::from(*word);
     }
@@ -110,7 +129,7 @@ fn unreachable<F: Family>(
     let header = F::header(segment.dst, segment.src, F::ICMP, payload);
     packet.store(ETHERNET, &header)?;
     let at = ETHERNET + F::HEADER;
-    packet.store(at, &[first, 0])?;
+    packet.store(at, &[first, second])?;
     packet.store(at + ICMP_HEADER, &quoted_header)?;
     packet.store(at + ICMP_HEADER + F::HEADER, &quoted)
 }

@@ -38,6 +38,26 @@ impl Service {
         self.set("ports", ports)
     }
 
+    /// Makes it a load balancer's, with node ports from `first` on in the order of its ports, and
+    /// the balancer's addresses.
+    #[must_use]
+    pub fn balanced(self, first: u16, ips: &[&str]) -> Self {
+        let mut ports = self.0.pointer("/spec/ports").cloned().unwrap_or_default();
+        let numbers = first..;
+        for (port, number) in ports.as_array_mut().into_iter().flatten().zip(numbers) {
+            if let Some(port) = port.as_object_mut() {
+                port.insert("nodePort".to_owned(), number.into());
+            }
+        }
+        let mut balanced = self.set("ports", ports).set("type", "LoadBalancer");
+        let ingress: Vec<Value> = ips.iter().map(|ip| json!({ "ip": ip })).collect();
+        if let Some(service) = balanced.0.as_object_mut() {
+            let status = json!({ "loadBalancer": { "ingress": ingress } });
+            service.insert("status".to_owned(), status);
+        }
+        balanced
+    }
+
     /// Sets a field of its spec.
     #[must_use]
     pub fn set(mut self, field: &str, value: impl Into<Value>) -> Self {

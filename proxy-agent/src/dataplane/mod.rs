@@ -59,6 +59,23 @@ pub struct MapState {
     pub slots: BTreeMap<u32, BackendId>,
 }
 
+impl<A: Addr + Ord> FamilyState<A> {
+    fn is_empty(&self) -> bool {
+        let mut backends = self.backends.values();
+        self.addresses.is_empty()
+            && self.frontends.is_empty()
+            && self.source_ranges.is_empty()
+            && backends.all(|backend| backend.flags == 0)
+    }
+}
+
+impl MapState {
+    /// Whether nothing is served.
+    pub fn is_empty(&self) -> bool {
+        self.v4.is_empty() && self.v6.is_empty()
+    }
+}
+
 /// One write to the maps of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FamilyChange<A> {

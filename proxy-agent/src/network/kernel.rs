@@ -406,6 +406,9 @@ pub fn allow_forwarding(families: impl Iterator<Item = bool>) -> io::Result<()> 
     for is_v4 in families {
         if is_v4 {
             fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            // For packets that the hooks hand the kernel to split, this node's address on them.
+            let accept = format!("/proc/sys/net/ipv4/conf/{DEVICE}/accept_local");
+            fs::write(accept, "1")?;
             continue;
         }
         // A router ignores router advertisements, from which this node may have its own route.

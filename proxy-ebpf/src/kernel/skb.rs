@@ -14,8 +14,8 @@ use core::{
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6,
-        BPF_F_ZERO_CSUM_TX, bpf_fib_lookup as FibLookup, bpf_tunnel_key,
+        BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_fib_lookup as FibLookup, bpf_tunnel_key,
     },
     helpers::generated::{
         bpf_check_mtu, bpf_fib_lookup, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
@@ -87,6 +87,13 @@ impl<'a> Skb<'a> {
     pub(crate) fn send(&self, ifindex: u32) -> i32 {
         // SAFETY: the helper takes plain numbers.
         unsafe { bpf_redirect(ifindex, 0) as i32 }
+    }
+
+    /// Lets the packet come in by an interface.
+    #[inline(always)]
+    pub(crate) fn receive(&self, ifindex: u32) -> i32 {
+        // SAFETY: the helper takes plain numbers.
+        unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) as i32 }
     }
 
     /// Sends the packet out of an interface, to the neighbour that the kernel's routes say.

@@ -1,0 +1,14 @@
+//! Services as clients outside of the cluster reach them: node ports, load balancers' and external
+//! addresses, by the packet hooks on a node's interfaces to the outside.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
+
+mod inside;
+mod outside;
+mod stage;

@@ -1,0 +1,176 @@
+//! Clients outside of the cluster.
+
+use std::{collections::BTreeSet, net::SocketAddr};
+
+use anyhow::{Result, ensure};
+use penstock_testbed::{PROTOCOLS, eventually, require_kernel, text};
+use serde_json::json;
+
+use crate::stage::{Answer, BALANCER, Pods, Stage, all_answers, ask, failure, same_family};
+
+#[test]
+fn clients_outside_reach_pods_that_the_kernel_routes_to() -> Result<()> {
+    clients_outside_reach(Pods::Routed)
+}
+
+#[test]
+fn clients_outside_reach_pods_that_penstock_connects() -> Result<()> {
+    clients_outside_reach(Pods::Wired)
+}
+
+/// The source that a backend of the second node sees.
+fn stand_in(stage: &Stage, pods: Pods, to: SocketAddr) -> std::net::IpAddr {
+    let node = &stage.nodes[0];
+    match pods {
+        Pods::Routed => same_family(&node.host, to.ip()),
+        // The node's own address in the overlay.
+        Pods::Wired if to.is_ipv4() => "10.244.1.1".parse().expect("an address"),
+        Pods::Wired => "fd00:244:1::1".parse().expect("an address"),
+    }
+}
+
+fn clients_outside_reach(pods: Pods) -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(pods)?;
+    let [here, there] = &stage.servers;
+    stage.web(&[here, there], |web| web)?;
+    for protocol in PROTOCOLS {
+        for to in stage.addresses(protocol) {
+            // A backend of the same node sees who asks, one elsewhere sees the node.
+            let expected = [
+                Answer {
+                    server: here.host.name.clone(),
+                    source: same_family(&stage.client, to.ip()),
+                },
+                Answer {
+                    server: there.host.name.clone(),
+                    source: stand_in(&stage, pods, to),
+                },
+            ];
+            all_answers(&stage.client, protocol, to, &expected.into())?;
+        }
+    }
+    for counter in ["external_request", "external_reply"] {
+        assert!(stage.agents[0].count(counter)? > 0, "{counter}");
+    }
+
+    // Larger than the links: fragments follow their first.
+    for to in stage.addresses("udp") {
+        let mut seen = BTreeSet::new();
+        eventually("both backends get long datagrams", || {
+            let options = ["--size", "4000", "--timeout-ms", "500"];
+            let answer = stage.client.ask("udp", &to.to_string(), &options)?;
+            // What is lost teaches an IPv6 client what fits.
+            ensure!(text(&answer, "reached") == "4000", "{to}: {answer}");
+            seen.insert(text(&answer, "server").to_owned());
+            ensure!(seen.len() == 2, "{to}: {seen:?}");
+            Ok(())
+        })?;
+    }
+
+    // A process of the node itself.
+    let web = stage.nodes[0].host.clone();
+    let host = penstock_testbed::Pod {
+        host: web.clone(),
+        interface: String::new(),
+        node: stage.nodes[0].name(),
+    };
+    stage.web(&[&host], |web| web)?;
+    for protocol in PROTOCOLS {
+        for to in stage.addresses(protocol) {
+            let answer = ask(&stage.client, protocol, to)?;
+            assert_eq!(answer.server, web.name, "{to}");
+            assert_eq!(answer.source, same_family(&stage.client, to.ip()), "{to}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_local_policy_keeps_to_the_node_and_to_the_clients_address() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(Pods::Wired)?;
+    let [here, there] = &stage.servers;
+    let local = |web: penstock_testbed::Service| web.set("externalTrafficPolicy", "Local");
+    stage.web(&[here, there], local)?;
+    for protocol in PROTOCOLS {
+        for to in stage.addresses(protocol) {
+            for _ in 0..6 {
+                let answer = ask(&stage.client, protocol, to)?;
+                assert_eq!(answer.server, here.host.name, "{to}");
+                assert_eq!(answer.source, same_family(&stage.client, to.ip()), "{to}");
+            }
+            // Clients in the cluster get them all.
+            let all: BTreeSet<String> = [here.host.name.clone(), there.host.name.clone()].into();
+            let mut seen = BTreeSet::new();
+            eventually("a pod reaches every backend", || {
+                seen.insert(ask(&here.host, protocol, to)?.server);
+                ensure!(seen == all, "{seen:?}");
+                Ok(())
+            })?;
+        }
+    }
+    // Nobody here, somebody there: silence.
+    stage.web(&[there], local)?;
+    for to in stage.addresses("tcp") {
+        assert_eq!(failure(&stage.client, "tcp", to)?, "timed out", "{to}");
+        assert_eq!(ask(&here.host, "tcp", to)?.server, there.host.name);
+    }
+    assert!(stage.agents[0].count("no_local_endpoints")? > 0);
+    // Nobody anywhere: a refusal.
+    stage.web(&[], local)?;
+    for protocol in ["tcp", "udp-connected"] {
+        for to in stage.addresses(protocol) {
+            let failure = failure(&stage.client, protocol, to)?;
+            assert_eq!(failure, "connection refused", "{protocol} {to}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn only_those_in_the_ranges_of_a_load_balancer_may_come() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(Pods::Wired)?;
+    let [here, there] = &stage.servers;
+    let ranges = |ranges: &[String]| {
+        let ranges = json!(ranges);
+        move |web: penstock_testbed::Service| web.set("loadBalancerSourceRanges", ranges)
+    };
+    let balancers = || BALANCER.map(|ip| SocketAddr::new(ip.parse().expect("an address"), 80));
+    stage.web(
+        &[here, there],
+        ranges(&["192.0.2.0/24".to_owned(), "2001:db8:1::/48".to_owned()]),
+    )?;
+    for to in balancers() {
+        eventually("who is in no range is left without an answer", || {
+            let failure = failure(&stage.client, "tcp", to)?;
+            ensure!(failure == "timed out", "{to}: {failure}");
+            Ok(())
+        })?;
+    }
+    assert!(stage.agents[0].count("source_refused")? > 0);
+    // Other addresses of the service are nobody's to close.
+    for to in stage.addresses("tcp") {
+        if !BALANCER.contains(&to.ip().to_string().as_str()) {
+            ask(&stage.client, "tcp", to)?;
+        }
+    }
+    let own = [
+        format!("{}/24", stage.client.ip4),
+        format!("{}/128", stage.client.ip6),
+    ];
+    stage.web(&[here, there], ranges(&own))?;
+    for to in balancers() {
+        eventually("who is in a range is answered", || {
+            ask(&stage.client, "tcp", to)
+        })?;
+    }
+    Ok(())
+}

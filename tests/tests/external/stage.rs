@@ -1,0 +1,193 @@
+//! What these tests play in.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::{Context, Result, ensure};
+use penstock_testbed::{
+    Agent, Host, Node, Pod, Process, Service, Slice, Source, Testbed, eventually, list, text,
+};
+use serde_json::Value;
+
+/// Load balancers' addresses, which clients outside reach by the first node.
+pub const BALANCER: [&str; 2] = ["203.0.113.1", "2001:db8:203::1"];
+/// External addresses.
+pub const EXTERNAL: [&str; 2] = ["198.51.100.7", "2001:db8:198::7"];
+
+/// Who connects pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pods {
+    /// The kernel, by routes between the nodes: somebody else's CNI plugin.
+    Routed,
+    /// Penstock.
+    Wired,
+}
+
+/// Two nodes with an agent on the first, a server on each, and a client outside.
+pub struct Stage {
+    // Dropped from top to bottom.
+    pub agents: Vec<Agent>,
+    _processes: Vec<Process>,
+    pub client: Host,
+    /// A pod of each node.
+    pub servers: [Pod; 2],
+    /// A pod of the first node that serves nothing.
+    pub guest: Pod,
+    pub nodes: [Node; 2],
+    _testbed: Testbed,
+}
+
+impl Stage {
+    pub fn new(pods: Pods) -> Result<Self> {
+        let mut testbed = Testbed::new()?;
+        let client = testbed.client()?;
+        let mut agents = Vec::new();
+        let (nodes, servers, guest) = match pods {
+            Pods::Routed => {
+                let nodes = [testbed.node()?, testbed.node()?];
+                let servers = [testbed.pod(&nodes[0])?, testbed.pod(&nodes[1])?];
+                let guest = testbed.pod(&nodes[0])?;
+                nodes[0].knows(&[&nodes[0], &nodes[1]])?;
+                agents.push(Agent::start(&nodes[0], &Source::Manifests, &[])?);
+                (nodes, servers, guest)
+            }
+            Pods::Wired => {
+                let nodes = [testbed.network_node()?, testbed.network_node()?];
+                for node in &nodes {
+                    node.knows(&[&nodes[0], &nodes[1]])?;
+                    agents.push(Agent::start_network(node, &Source::Manifests, &[])?);
+                }
+                let servers = [
+                    testbed.network_pod(&nodes[0])?,
+                    testbed.network_pod(&nodes[1])?,
+                ];
+                let guest = testbed.network_pod(&nodes[0])?;
+                (nodes, servers, guest)
+            }
+        };
+        for ip in BALANCER.iter().chain(&EXTERNAL) {
+            let ip: IpAddr = ip.parse()?;
+            let via = same_family(&nodes[0].host, ip).to_string();
+            client.run("ip", &["route", "add", &ip.to_string(), "via", &via])?;
+        }
+        let mut processes = vec![nodes[0].host.serve(8080)?];
+        for server in &servers {
+            processes.push(server.host.serve(8080)?);
+        }
+        Ok(Self {
+            agents,
+            _processes: processes,
+            client,
+            servers,
+            guest,
+            nodes,
+            _testbed: testbed,
+        })
+    }
+
+    /// Makes the service "web" with node ports 30080 (TCP) and 30081 (UDP), served by these pods, and
+    /// waits until the first node serves it.
+    pub fn web(&self, pods: &[&Pod], change: impl FnOnce(Service) -> Service) -> Result<()> {
+        let service = Service::new("web", 10)
+            .port("tcp", 80, "TCP")
+            .port("udp", 80, "UDP")
+            .balanced(30_080, &BALANCER)
+            .set("externalIPs", Vec::from(EXTERNAL));
+        let mut items = vec![change(service).json()];
+        items.extend(Slice::both("web", 8080, pods));
+        self.nodes[0].manifest("web.json", &list(&items))?;
+        let wanted: BTreeSet<String> = ips(pods);
+        eventually("the service is served as it is now", || {
+            let ports = self.agents[0].show("services")?;
+            let mut served = BTreeSet::new();
+            for port in ports.as_array().context("a list")? {
+                for backend in port["backends"].as_array().context("backends")? {
+                    let address: SocketAddr = text(backend, "address").parse()?;
+                    served.insert(address.ip().to_string());
+                }
+            }
+            ensure!(served == wanted, "{ports}");
+            Ok(())
+        })
+    }
+
+    /// Where "web" is reached from outside: by node port, load balancer and external address.
+    pub fn addresses(&self, protocol: &str) -> Vec<SocketAddr> {
+        let node = &self.nodes[0].host;
+        let number = if protocol == "tcp" { 30_080 } else { 30_081 };
+        let mut all = vec![
+            SocketAddr::new(node.ip4, number),
+            SocketAddr::new(node.ip6, number),
+        ];
+        for ip in BALANCER.iter().chain(&EXTERNAL) {
+            all.push(SocketAddr::new(ip.parse().expect("an address"), 80));
+        }
+        all
+    }
+}
+
+fn ips(pods: &[&Pod]) -> BTreeSet<String> {
+    pods.iter()
+        .flat_map(|pod| [pod.host.ip4.to_string(), pod.host.ip6.to_string()])
+        .collect()
+}
+
+/// The address of a host's in the same family.
+pub fn same_family(host: &Host, ip: IpAddr) -> IpAddr {
+    if ip.is_ipv4() { host.ip4 } else { host.ip6 }
+}
+
+/// Who answered, and whom it says it was asked by.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Answer {
+    pub server: String,
+    pub source: IpAddr,
+}
+
+/// Asks once. The client has to see the address that it dialled.
+pub fn ask(from: &Host, protocol: &str, to: SocketAddr) -> Result<Answer> {
+    let answer = from.ask(protocol, &to.to_string(), &[])?;
+    ensure!(
+        text(&answer, "peer") == to.to_string(),
+        "{protocol} {to} from {}: {answer}",
+        from.name
+    );
+    let source: SocketAddr = text(&answer, "source").parse().context("a source")?;
+    Ok(Answer {
+        server: text(&answer, "server").to_owned(),
+        source: source.ip(),
+    })
+}
+
+/// Asks until as many different answers came as are expected; there is no other.
+pub fn all_answers(
+    from: &Host,
+    protocol: &str,
+    to: SocketAddr,
+    expected: &BTreeSet<Answer>,
+) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for _ in 0..60 {
+        let answer = ask(from, protocol, to)?;
+        ensure!(
+            expected.contains(&answer),
+            "{protocol} {to} from {}: {answer:?} is none of {expected:?}",
+            from.name
+        );
+        seen.insert(answer);
+        if seen == *expected {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("only {seen:?} of {expected:?} answered {protocol} {to}");
+}
+
+/// The error that asking ends with.
+pub fn failure(from: &Host, protocol: &str, to: SocketAddr) -> Result<String> {
+    let options = ["--timeout-ms", "600"];
+    let answer: Value = from.ask(protocol, &to.to_string(), &options)?;
+    ensure!(!text(&answer, "error").is_empty(), "{to}: {answer}");
+    Ok(text(&answer, "error").to_owned())
+}
