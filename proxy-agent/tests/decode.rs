@@ -60,6 +60,20 @@ fn good_documents_are_understood() {
 }
 
 #[test]
+fn the_readmes_manifest_is_understood() {
+    let readme = include_str!("../../README.md");
+    let (_, rest) = readme.split_once("```yaml\n").expect("a manifest");
+    let (manifest, _) = rest.split_once("```").expect("its end");
+    assert_eq!(refusals(manifest, false), Vec::<String>::new());
+    let found = objects(manifest);
+    let [Object::Service(service), Object::EndpointSlice(slice)] = found.as_slice() else {
+        panic!("{found:?}");
+    };
+    assert_eq!(slice.service, service.name);
+    assert_eq!(slice.ports[0].name, service.ports[0].name);
+}
+
+#[test]
 fn a_broken_document_harms_no_other() {
     let text = format!(
         "{GOOD}---\n{{{{ broken\n---\n{}",

@@ -34,6 +34,8 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve this node's pods and processes until stopped; traffic goes on afterwards.
+    #[command(override_usage = "penstock agent --node-name <NAME> \
+                          [--kubeconfig <FILE> | --manifests <DIR>] [OPTIONS]")]
     Agent(Box<AgentArgs>),
     /// How the agent is doing: 0 if it serves, 1 if not or if there is none.
     ///
@@ -58,7 +60,8 @@ struct AgentArgs {
     /// Kubernetes credentials; inside a pod the service account is used.
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     kubeconfig: Option<PathBuf>,
-    /// A directory of Kubernetes YAML or JSON instead of an API server.
+    /// A directory of Kubernetes YAML or JSON instead of an API server; files are best renamed into
+    /// it, since one that is being written is read as it is.
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
     /// API servers to use in turn instead of the kubeconfig's (repeat, or separate by commas).
