@@ -57,7 +57,7 @@ pub enum PinError {
         path: PathBuf,
     },
     /// A pinned map can't be opened.
-    #[error("opening the pinned map {path}: {}", chain(source))]
+    #[error("opening the pinned map {path}: {}{}", chain(source), hint(source))]
     Map {
         /// The pin.
         path: PathBuf,
@@ -99,6 +99,19 @@ pub enum PinError {
         /// Its name.
         name: &'static str,
     },
+}
+
+/// What to do about an error that is for want of rights.
+fn hint(error: &MapError) -> &'static str {
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        let io = error.downcast_ref::<io::Error>();
+        if io.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+            return "; run this as root";
+        }
+        cause = error.source();
+    }
+    ""
 }
 
 /// What a map is.
