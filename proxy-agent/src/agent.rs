@@ -197,6 +197,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         was_synced: false,
         chosen: Vec::new(),
         told: BTreeSet::new(),
+        network_problem: None,
     };
     agent.update_node();
     // Sockets may have lost their backends while nobody was there.
@@ -358,6 +359,8 @@ struct Agent {
     chosen: Vec<IpAddr>,
     /// Problems that the log knows.
     told: BTreeSet<String>,
+    /// What was wrong with the network when last looked at.
+    network_problem: Option<String>,
 }
 
 /// What an event settles, if it is believed.
@@ -378,20 +381,6 @@ impl About {
             Event::Rejected(_) | Event::Doubt(_) => Self::Nothing,
         }
     }
-}
-
-/// The address of a family that stands for this node: the first that its object names; without
-/// one the last choice for as long as the node has it, whatever addresses come and go beside it.
-fn choose(
-    family: Family,
-    named: &[IpAddr],
-    detected: &[IpAddr],
-    last: &[IpAddr],
-) -> Option<IpAddr> {
-    let is_kept = |ip: &&IpAddr| last.contains(ip);
-    let kept = detected.iter().filter(is_kept);
-    let mut all = named.iter().chain(kept).chain(detected);
-    all.find(|ip| Family::of(**ip) == family).copied()
 }
 
 impl Agent {
@@ -452,7 +441,7 @@ impl Agent {
         let detected: Vec<IpAddr> = world.node_addresses().iter().copied().collect();
         self.chosen = [Family::V4, Family::V6]
             .into_iter()
-            .filter_map(|family| choose(family, &named, &detected, &self.chosen))
+            .filter_map(|family| netns::choose(family, &named, &detected, &self.chosen))
             .collect();
         let (mut node4, mut node6) = (V4::default(), V6::default());
         for address in &self.chosen {
@@ -538,6 +527,13 @@ impl Agent {
             tracing::info!("no longer a problem: {over}");
         }
         self.told = problems;
+        // The network says what is wrong with it, and not when that is over.
+        let state = self.network.as_ref().map(|network| network.borrow());
+        let problem = state.and_then(|state| state.problem.clone());
+        if let (Some(over), None) = (&self.network_problem, &problem) {
+            tracing::info!("no longer a problem: network: {over}");
+        }
+        self.network_problem = problem;
     }
 
     fn look_for_cgroups(&mut self) {
@@ -620,26 +616,5 @@ impl Agent {
                 })
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_that_comes_does_not_become_the_nodes() {
-        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
-        let (own, other) = (ip("172.18.0.2"), ip("10.96.0.1"));
-        let first = choose(Family::V4, &[], &[own], &[]);
-        assert_eq!(first, Some(own));
-        assert_eq!(choose(Family::V4, &[], &[other, own], &[own]), Some(own));
-        // What is gone is not kept, and what the Node object says comes first.
-        assert_eq!(choose(Family::V4, &[], &[other], &[own]), Some(other));
-        assert_eq!(
-            choose(Family::V4, &[own], &[other, own], &[other]),
-            Some(own)
-        );
-        assert_eq!(choose(Family::V6, &[own], &[other], &[own]), None);
     }
 }

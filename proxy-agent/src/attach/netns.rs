@@ -21,6 +21,7 @@ use rtnetlink::packet_route::{
 };
 
 use super::syscall;
+use crate::model::object::Family;
 
 /// What a namespace has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,20 @@ pub fn own_addresses() -> io::Result<Vec<(String, IpAddr)>> {
         (!is_local).then_some((interface.interface_name, ip))
     });
     Ok(addresses.collect())
+}
+
+/// The address of a family that stands for this node: the first that its object names; without
+/// one the last choice for as long as the node has it, whatever addresses come and go beside it.
+pub fn choose(
+    family: Family,
+    named: &[IpAddr],
+    detected: &[IpAddr],
+    last: &[IpAddr],
+) -> Option<IpAddr> {
+    let is_kept = |ip: &&IpAddr| last.contains(ip);
+    let kept = detected.iter().filter(is_kept);
+    let mut all = named.iter().chain(kept).chain(detected);
+    all.find(|ip| Family::of(**ip) == family).copied()
 }
 
 /// Looks into a namespace, on a thread of its own that ends with it.
@@ -156,4 +171,25 @@ async fn id_of(handle: &rtnetlink::Handle, namespace: &File) -> Option<i32> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_comes_does_not_become_the_nodes() {
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        let (own, other) = (ip("172.18.0.2"), ip("10.96.0.1"));
+        let first = choose(Family::V4, &[], &[own], &[]);
+        assert_eq!(first, Some(own));
+        assert_eq!(choose(Family::V4, &[], &[other, own], &[own]), Some(own));
+        // What is gone is not kept, and what the Node object says comes first.
+        assert_eq!(choose(Family::V4, &[], &[other], &[own]), Some(other));
+        assert_eq!(
+            choose(Family::V4, &[own], &[other, own], &[other]),
+            Some(own)
+        );
+        assert_eq!(choose(Family::V6, &[own], &[other], &[own]), None);
+    }
 }

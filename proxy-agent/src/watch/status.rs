@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    api::cut,
     model::object::{Kind, ObjectName, Rejection},
     words::harmless,
 };
@@ -98,10 +99,7 @@ impl Status {
         if inner.objects.is_empty() {
             return;
         }
-        if let Some(old) = inner
-            .objects
-            .remove(&(kind.to_string(), object.to_string()))
-        {
+        if let Some(old) = inner.objects.remove(&(kind.to_string(), called(object))) {
             over(&shown(&old));
         }
     }
@@ -113,7 +111,7 @@ impl Status {
             return;
         }
         let kind = kind.to_string();
-        let kept: HashSet<String> = kept.iter().map(ToString::to_string).collect();
+        let kept: HashSet<String> = kept.iter().map(called).collect();
         inner.objects.retain(|(of, name), old| {
             let stays = *of != kind || kept.contains(name);
             if !stays {
@@ -139,6 +137,14 @@ impl Status {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+}
+
+/// An object as its rejection calls it, which cuts long names.
+fn called(name: &ObjectName) -> String {
+    if name.namespace.is_empty() {
+        return cut(&name.name);
+    }
+    format!("{}/{}", cut(&name.namespace), cut(&name.name))
 }
 
 fn shown(rejection: &Rejection) -> String {
@@ -192,6 +198,20 @@ mod tests {
         assert_eq!(told(&status).len(), 2);
         status.accept_others(Kind::Service, &[name("c")]);
         assert_eq!(told(&status), ["server: Service default/c: is no good"]);
+    }
+
+    #[test]
+    fn an_object_with_a_long_name_is_known_again() {
+        let long = "a".repeat(200);
+        let object = serde_json::json!({ "metadata": { "name": long, "namespace": "default" } });
+        let refused = crate::api::Decoder::default()
+            .json(Kind::Service, &object.to_string(), "server")
+            .unwrap_err();
+        let status = Status::default();
+        status.reject(&refused);
+        assert_eq!(told(&status).len(), 1);
+        status.accept(Kind::Service, &ObjectName::new("default", long));
+        assert_eq!(told(&status), Vec::<String>::new());
     }
 
     #[test]

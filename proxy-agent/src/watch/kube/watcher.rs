@@ -19,6 +19,9 @@ use crate::{
     words::chain,
 };
 
+/// How the state begins while something fails.
+const RETRYING: &str = "retrying";
+
 /// Why listing or watching stopped.
 #[derive(Debug)]
 enum Stop {
@@ -117,7 +120,7 @@ impl Watcher {
 
     /// Says so, and turns to the next server.
     fn fail(&mut self, reason: &str) {
-        let state = format!("retrying: {reason}");
+        let state = format!("{RETRYING}: {reason}");
         if self.status.states().get(&self.kind) != Some(&state) {
             tracing::warn!(
                 "{}: {reason}; what is known stays as it is, trying again",
@@ -227,6 +230,10 @@ impl Watcher {
             .await
             .map_err(|_| Stop::Failed(format!("{server} took too long to begin a watch")))?
             .map_err(|error| stop_for(&server, &error))?;
+        let before = self.status.states().remove(&self.kind);
+        if before.is_some_and(|state| state.starts_with(RETRYING)) {
+            tracing::info!("{}: watching {server} again", self.kind);
+        }
         self.status.set(self.kind, format!("watching {server}"));
         let mut lines = std::pin::pin!(body.lines());
         loop {
