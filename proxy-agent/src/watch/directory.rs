@@ -199,7 +199,9 @@ mod tests {
         assert_eq!(watched.wait(LONG).await, Told::Changed);
         symlink("two", root.join("new")).unwrap();
         fs::rename(root.join("new"), &path).unwrap();
+        let swapped = Instant::now();
         assert_eq!(watched.wait(LONG).await, Told::Replaced);
+        assert!(swapped.elapsed() < LONG / 2, "it was told, not found out");
         let mut watched = Watched::new(&path).unwrap();
         fs::write(root.join("two/b.yaml"), "").unwrap();
         assert_eq!(watched.wait(LONG).await, Told::Changed);
