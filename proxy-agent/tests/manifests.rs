@@ -104,11 +104,15 @@ type Breaking = fn(&Path);
 
 #[tokio::test]
 async fn a_manifest_that_cant_be_read_at_the_start_keeps_what_an_earlier_agent_left() {
-    let breakings: [(&str, Breaking); 5] = [
+    let breakings: [(&str, Breaking); 6] = [
         ("garbage", |path| fs::write(path, "\t{{{").unwrap()),
         ("empty", |path| fs::write(path, "").unwrap()),
         ("no text at all", |path| {
             fs::write(path, [0xff; 64]).unwrap()
+        }),
+        ("too much", |path| {
+            let file = fs::File::create(path).unwrap();
+            file.set_len(1 << 40).unwrap();
         }),
         ("a dangling link", |path| {
             fs::remove_file(path).unwrap();

@@ -9,14 +9,16 @@
 )]
 
 use std::{
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use penstock_testbed::{
-    Agent, Lease, Scene, Source, all_answer, eventually, frontends, require_kernel,
+    Agent, Lease, Scene, Source, all_answer, binary, eventually, frontends, require_kernel,
 };
 use serde_json::{Value, json};
 
@@ -292,4 +294,22 @@ fn commands_say_whether_an_agent_serves() -> Result<()> {
         assert_eq!(after, before, "{view}");
     }
     agent.restart()
+}
+
+#[test]
+fn a_command_ends_with_its_reader() -> Result<()> {
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let folder = tempfile::tempdir()?;
+    let output = Command::new(binary("penstock")?)
+        .arg("status")
+        .arg("--run-dir")
+        .arg(folder.path())
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()?
+        .wait_with_output()?;
+    assert_eq!(output.status.signal(), Some(Signal::SIGPIPE as i32));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    Ok(())
 }

@@ -383,3 +383,23 @@ fn cgroup_root() -> Result<PathBuf> {
         })
         .context("no cgroup2 is mounted (mount -t cgroup2 none DIR), or pass --cgroup")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_called_as_an_object_can_be() {
+        let parse = |name: &str| {
+            Cli::try_parse_from(["penstock", "agent", "--manifests", "/", "--node-name", name])
+        };
+        for good in ["a", "node-1.example.com"] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        let long = "a".repeat(254);
+        for bad in ["", "N_1!", "a-", "a b", &long] {
+            let error = parse(bad).map(drop).unwrap_err().to_string();
+            assert!(error.contains("is no name"), "{bad}: {error}");
+        }
+    }
+}

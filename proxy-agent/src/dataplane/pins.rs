@@ -335,3 +335,26 @@ pub fn refused(program: &str, error: &ProgramError) -> PinError {
         reason,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_made_where_no_bpffs_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = Pins::create(&folder.path().join("bpf")).map(drop);
+        assert!(matches!(refused, Err(PinError::NotBpffs { .. })));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn only_one_has_the_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = Pins::within(folder.path().to_path_buf());
+        let lock = pins.lock().unwrap();
+        assert!(matches!(pins.lock(), Err(PinError::Busy { .. })));
+        drop(lock);
+        pins.lock().unwrap();
+    }
+}
