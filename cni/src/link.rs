@@ -87,6 +87,9 @@ impl Ends {
                 .await?;
             self.host.add_host_route(link.index, *ip).await?;
         }
+        for ip in &attachment.ips {
+            self.container.owned(*ip).await?;
+        }
         let bandwidth = attachment.bandwidth.unwrap_or_default();
         match Limit::from_bits(bandwidth.ingress_rate, bandwidth.ingress_burst) {
             Some(limit) => limit.apply(&self.host, link.index).await,

@@ -106,6 +106,12 @@ impl ApiServer {
         self.kubectl(&arguments, Some(object)).map(drop)
     }
 
+    /// Makes an object that is not there, also where [`Self::apply`] would merge what must not be
+    /// merged, like a node's addresses of one type.
+    pub fn create(&self, object: &Value) -> Result<()> {
+        self.kubectl(&["create"], Some(object)).map(drop)
+    }
+
     /// Deletes an object.
     pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
         self.kubectl(&["delete", kind, name, "--wait=false"], None)

@@ -34,8 +34,7 @@ pub struct Cluster {
 static TURN: Mutex<()> = Mutex::new(());
 
 impl Cluster {
-    /// Starts it with programs from `assets` and `count` nodes, each with a network for its pods,
-    /// and waits until the nodes are ready.
+    /// Starts it with programs from `assets` and `count` nodes, each with a network for its pods.
     pub fn start(assets: &Path, count: usize, network: impl Fn(&Node) -> Cni) -> Result<Self> {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let mut testbed = Testbed::new()?;
@@ -53,10 +52,14 @@ impl Cluster {
             cluster.nodes.push(node);
         }
         cluster.allow_pods()?;
-        let names: Vec<String> = cluster.nodes.iter().map(|node| node.node.name()).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        cluster.explained(cluster.api.wait_for("Ready", "node", &names))?;
         Ok(cluster)
+    }
+
+    /// Waits until pods can be run: the runtimes know the network.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        let names: Vec<String> = self.nodes.iter().map(|node| node.node.name()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        self.explained(self.api.wait_for("Ready", "node", &names))
     }
 
     /// Makes what a controller would: the account that pods are admitted with.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use crate::{
     image,
     process::{self, Place, Process},
+    testbed::Node,
     wait::patiently,
 };
 
@@ -17,10 +18,11 @@ use crate::{
 const PLUGINS: &str = "/usr/lib/cni";
 
 /// How a node's pods get their network.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Cni {
-    /// The list of plugins ("conflist") that containerd reads.
-    pub config: serde_json::Value,
+    /// The list of plugins ("conflist") that containerd reads; none if somebody else writes it,
+    /// and the plugin, later.
+    pub config: Option<serde_json::Value>,
     /// The plugins that it names; the folder of a program is of no account.
     pub plugins: Vec<PathBuf>,
 }
@@ -37,9 +39,11 @@ impl Cni {
             std::os::unix::fs::symlink(program, plugins.join(name))
                 .with_context(|| format!("linking {}", program.display()))?;
         }
+        let Some(list) = &self.config else {
+            return Ok(());
+        };
         let path = config.join("10-test.conflist");
-        fs::write(&path, self.config.to_string())
-            .with_context(|| format!("writing {}", path.display()))
+        fs::write(&path, list.to_string()).with_context(|| format!("writing {}", path.display()))
     }
 }
 
@@ -52,9 +56,10 @@ pub(crate) struct Containerd {
 }
 
 impl Containerd {
-    /// Starts it on a node, with everything in `folder`, and gives it the images that pods need.
-    pub(crate) fn start(place: &Place, folder: &Path, cni: &Cni) -> Result<Self> {
-        let (conflists, plugins) = (folder.join("cni"), folder.join("plugins"));
+    /// Starts it at a place of a node's, with everything in `folder`, and gives it the images that
+    /// pods need.
+    pub(crate) fn start(node: &Node, place: &Place, folder: &Path, cni: &Cni) -> Result<Self> {
+        let (conflists, plugins) = (node.cni_conf_dir(), node.cni_bin_dir());
         cni.write(&conflists, &plugins)?;
         let config = folder.join("containerd.toml");
         fs::write(&config, configuration(folder, &conflists, &plugins))

@@ -74,7 +74,7 @@ impl KubernetesNode {
             inside: Some(first_id),
             ..node.host.place.clone()
         };
-        let containerd = Containerd::start(&place, &folder, cni)?;
+        let containerd = Containerd::start(&node, &place, &folder, cni)?;
         let kubelet = kubelet(assets, &node, &place, api, &containerd, &folder)?;
         let started = Self {
             node,
@@ -115,6 +115,16 @@ impl KubernetesNode {
 
     /// The node's agent, among the node's mounts and processes as a pod of the host's would be.
     pub fn agent(&self, source: &Source, extra: &[&str]) -> Result<Agent> {
+        Agent::start_at(&self.inside()?, source, extra, self.place())
+    }
+
+    /// The same with a network for its pods.
+    pub fn network_agent(&self, source: &Source, extra: &[&str]) -> Result<Agent> {
+        Agent::start_network_at(&self.inside()?, source, extra, self.place())
+    }
+
+    /// The node as programs among its mounts see it.
+    fn inside(&self) -> Result<Node> {
         let mut node = self.node.clone();
         let folder = if cgroup::hierarchies()?.is_empty() {
             "/sys/fs/cgroup"
@@ -122,7 +132,7 @@ impl KubernetesNode {
             "/sys/fs/cgroup/unified"
         };
         node.cgroup = folder.into();
-        Agent::start_at(&node, source, extra, self.place())
+        Ok(node)
     }
 
     /// Where the node's own programs run.

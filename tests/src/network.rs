@@ -9,6 +9,7 @@ use crate::{
     agent::{Agent, Source, binary},
     host::Host,
     plugin::{CONFIGURATION, Container, made},
+    process::Place,
     scene::list,
     testbed::{Node, Pod, Testbed},
 };
@@ -43,7 +44,19 @@ impl Agent {
         Ok(agent)
     }
 
-    /// The same without waiting.
+    /// The same at a place of the node's.
+    pub(crate) fn start_network_at(
+        node: &Node,
+        source: &Source,
+        extra: &[&str],
+        place: Place,
+    ) -> Result<Self> {
+        let arguments = network_arguments(node)?;
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Self::start_at(node, source, &[&arguments, extra].concat(), place)
+    }
+
+    /// Starts it without waiting.
     pub fn begin_network(node: &Node, source: &Source, extra: &[&str]) -> Result<Self> {
         let arguments = network_arguments(node)?;
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();

@@ -8,6 +8,9 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "network/traces.rs"]
+mod traces;
+
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
@@ -21,13 +24,16 @@ use penstock_testbed::{
     Source, all_answer, eventually, frontends, patiently, require_kubelet,
 };
 use serde_json::json;
+use traces::traces;
 
 /// A network that pods are run with.
 struct Network {
     /// What containerd is told on a node.
     cni: fn(&Node) -> Cni,
-    /// What its agent is told besides.
-    agent: &'static [&'static str],
+    /// Starts a node's agent.
+    agent: fn(&KubernetesNode, &Source) -> Result<Agent>,
+    /// Whether ports of a node lead to pods that ask for it. Penstock's do not yet.
+    has_host_ports: bool,
     /// How it names the node's ends of pods' links.
     pod_interfaces: &'static str,
     /// Interfaces that it keeps when no pod is left.
@@ -36,12 +42,22 @@ struct Network {
     given: fn(&KubernetesNode) -> Result<BTreeSet<String>>,
 }
 
+/// Penstock's own: the agent gives the runtime configuration and plugin.
+const PENSTOCK: Network = Network {
+    cni: |_| Cni::default(),
+    agent: |node, source| node.network_agent(source, &[]),
+    has_host_ports: false,
+    pod_interfaces: "pn*",
+    keeps: &[],
+    given: |node| traces(&node.node, &node.node.bpffs, &node.node.cni_state_dir()),
+};
+
 /// What comes with Debian: the node routes between a bridge of pods and its own network.
 const REFERENCE: Network = Network {
     cni: |node| {
         let (v4, v6) = node.pod_ranges();
         Cni {
-            config: json!({
+            config: Some(json!({
                 "cniVersion": "1.0.0",
                 "name": "reference",
                 "plugins": [
@@ -58,13 +74,14 @@ const REFERENCE: Network = Network {
                     },
                     { "type": "portmap", "capabilities": { "portMappings": true } },
                 ],
-            }),
+            })),
             plugins: ["bridge", "host-local", "portmap"]
                 .map(|name| PathBuf::from("/usr/lib/cni").join(name))
                 .into(),
         }
     },
-    agent: &[],
+    agent: |node, source| node.agent(source, &[]),
+    has_host_ports: true,
     pod_interfaces: "veth*",
     keeps: &["cni0"],
     given: |node| {
@@ -86,12 +103,24 @@ fn the_reference_network_carries_pods_and_keeps_nothing_of_them() -> Result<()> 
     carries_pods_and_keeps_nothing_of_them(&assets, &REFERENCE)
 }
 
+#[test]
+fn penstocks_network_carries_pods_and_keeps_nothing_of_them() -> Result<()> {
+    let Some(assets) = require_kubelet() else {
+        return Ok(());
+    };
+    carries_pods_and_keeps_nothing_of_them(&assets, &PENSTOCK)
+}
+
 fn carries_pods_and_keeps_nothing_of_them(assets: &Path, network: &Network) -> Result<()> {
     let stage = Stage::new(assets, network)?;
     let [here, there] = [0, 1].map(|number| &stage.cluster.nodes[number].node);
+    let mut near = PodObject::new("near", here);
+    if network.has_host_ports {
+        near = near.host_port(8081);
+    }
     let pods = stage.cluster.run(&[
         PodObject::new("client", here),
-        PodObject::new("near", here).host_port(8081),
+        near,
         PodObject::new("far", there),
     ])?;
     stage.passed("pods are ready");
@@ -101,7 +130,9 @@ fn carries_pods_and_keeps_nothing_of_them(assets: &Path, network: &Network) -> R
     stage.agents[0].wait_for_hooks(&[client, near])?;
     stage.agents[1].wait_for_hooks(&[far])?;
     stage.everybody_reaches(&pods)?;
-    stage.reach_the_host_port(&[&there.host, &far.host], near)?;
+    if network.has_host_ports {
+        stage.reach_the_host_port(&[&there.host, &far.host], near)?;
+    }
     stage.reaches_services(client, [near, far])?;
     stage.end(&["client", "near", "far"])?;
 
@@ -135,15 +166,16 @@ impl<'a> Stage<'a> {
         for node in &mut cluster.nodes {
             node.node.pod_interfaces = network.pod_interfaces.to_owned();
         }
-        let before = remains(&cluster, network)?;
         let source = Source::Kubeconfig(cluster.api.kubeconfig());
         let agents = cluster.nodes.iter();
-        let agents = agents.map(|node| node.agent(&source, network.agent));
+        let agents = agents.map(|node| (network.agent)(node, &source));
+        let agents = agents.collect::<Result<_>>()?;
+        cluster.wait_until_ready()?;
         let stage = Self {
             network,
-            agents: agents.collect::<Result<_>>()?,
+            agents,
+            before: remains(&cluster, network)?,
             cluster,
-            before,
             started,
         };
         stage.passed("nodes and agents are ready");

@@ -122,6 +122,8 @@ fn binaries() -> Result<()> {
                 "--package",
                 "penstock-agent",
                 "--package",
+                "penstock-cni",
+                "--package",
                 "penstock-testbed",
             ])
             .arg("--bins"),

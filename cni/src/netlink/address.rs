@@ -1,6 +1,9 @@
 //! Addresses, routes and neighbours: what lies on a link.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::{Duration, Instant},
+};
 
 use rtnetlink::{
     AddressMessageBuilder, RouteMessageBuilder,
@@ -16,6 +19,12 @@ use rtnetlink::{
 use super::{CREATE, Netlink};
 use crate::{error::Failure, state::Mac};
 
+/// How long the kernel may take to make an address a namespace's own, which is a matter of less
+/// than a millisecond where there is a processor for it.
+const OWNED_WITHIN: Duration = Duration::from_secs(5);
+/// How often it is asked.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
 /// A family's number for a request.
 fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() {
@@ -23,6 +32,17 @@ fn family(ip: IpAddr) -> AddressFamily {
     } else {
         AddressFamily::Inet6
     }
+}
+
+/// The question how packets to an address are routed.
+fn way(ip: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(ip);
+    message.header.destination_prefix_length = bits(ip);
+    message
+        .attributes
+        .push(RouteAttribute::Destination(ip.into()));
+    RouteNetlinkMessage::GetRoute(message)
 }
 
 /// How many bits an address has.
@@ -149,17 +169,8 @@ impl Netlink {
 
     /// The link that packets to `ip` leave by.
     pub async fn way_to(&self, ip: IpAddr) -> Result<Option<u32>, Failure> {
-        let mut message = RouteMessage::default();
-        message.header.address_family = family(ip);
-        message.header.destination_prefix_length = bits(ip);
-        message
-            .attributes
-            .push(RouteAttribute::Destination(ip.into()));
         // No way at all is answered by an error.
-        let answers = self
-            .ask(RouteNetlinkMessage::GetRoute(message), 0)
-            .await
-            .unwrap_or_default();
+        let answers = self.ask(way(ip), 0).await.unwrap_or_default();
         Ok(answers.into_iter().find_map(|answer| match answer {
             RouteNetlinkMessage::NewRoute(route) if route.header.kind == RouteType::Unicast => {
                 route
@@ -172,6 +183,33 @@ impl Netlink {
             }
             _ => None,
         }))
+    }
+
+    /// Waits until packets to an address of this namespace's are its own. The kernel makes the route
+    /// that says so a little after the IPv6 address (`addrconf_dad_completed`, in a work queue, also
+    /// where nobody is asked); until then they would be routed on, and a container's first answers
+    /// be lost.
+    pub async fn owned(&self, ip: IpAddr) -> Result<(), Failure> {
+        let started = Instant::now();
+        while !self.owns(ip).await {
+            if started.elapsed() > OWNED_WITHIN {
+                return Err(Failure::TryAgain(format!(
+                    "the kernel did not make {ip} an address {} within {} s",
+                    self.place,
+                    OWNED_WITHIN.as_secs()
+                )));
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Ok(())
+    }
+
+    async fn owns(&self, ip: IpAddr) -> bool {
+        let answers = self.ask(way(ip), 0).await.unwrap_or_default();
+        answers.iter().any(|answer| match answer {
+            RouteNetlinkMessage::NewRoute(route) => route.header.kind == RouteType::Local,
+            _ => false,
+        })
     }
 
     /// Tells a link who has an address, for good: nobody is ever asked.

@@ -45,7 +45,8 @@ const SETTLE: Duration = Duration::from_millis(5);
 const RETRY: Duration = Duration::from_millis(100);
 /// How often to look without any message.
 const IDLE: Duration = Duration::from_secs(30);
-/// After this many looks an interface's namespace is no longer expected to show an address.
+/// After this many looks an interface's namespace is no longer expected to show an address, nor an
+/// attachment without an interface to get one or to be forgotten.
 const PATIENCE: u32 = 100;
 
 /// What is known of one followed interface.
@@ -143,6 +144,8 @@ pub struct Follower {
     own_addresses: watch::Sender<Vec<IpAddr>>,
     known: HashMap<u64, Netns>,
     wiring: Option<Wiring>,
+    /// How many looks an attachment without an interface still gets.
+    patience: u32,
     /// Shared with the command line.
     pub status: Arc<Mutex<Status>>,
 }
@@ -169,6 +172,7 @@ impl Follower {
             own_addresses,
             known: HashMap::new(),
             wiring,
+            patience: 0,
             status: Arc::default(),
         })
     }
@@ -316,12 +320,19 @@ impl Follower {
             .collect();
         let index_of = |name: &str| attached.get(name).copied();
         let written = wiring.endpoints.set(wiring.pods.endpoints(index_of));
-        let attachments = wiring
+        let attachments: Vec<_> = wiring
             .pods
             .attachments()
             .map(|attachment| (attachment.clone(), index_of(&attachment.interface)))
             .collect();
-        status.attachments = attachments;
+        if status.attachments != attachments {
+            self.patience = PATIENCE;
+            status.attachments = attachments;
+        }
+        // The plugin removes the interface before it forgets the pod, and says neither.
+        let is_between = status.attachments.iter().any(|(_, index)| index.is_none());
+        let is_awaited = is_between && self.patience > 0;
+        self.patience = self.patience.saturating_sub(u32::from(is_between));
         let host_ports = wiring.pods.host_ports();
         wiring.host_ports.send_if_modified(|known| {
             let is_new = known.as_ref() != Some(&host_ports);
@@ -332,7 +343,7 @@ impl Follower {
             .problems
             .extend(wiring.pods.problems.values().cloned());
         match written {
-            Ok(_) => true,
+            Ok(_) => !is_awaited,
             Err(error) => {
                 tracing::warn!("{error}; pods are routed by the kernel until then");
                 status.problems.push(error.to_string());

@@ -95,11 +95,17 @@ fn play(cli: &Cli) -> Result<()> {
     }
     let started = Instant::now();
     let mut testbed = Testbed::new()?;
-    let nodes = [testbed.node()?, testbed.node()?];
+    let nodes = [testbed.network_node()?, testbed.network_node()?];
     let [first, second] = &nodes;
-    let client = testbed.pod(first)?;
-    let servers = [testbed.pod(first)?, testbed.pod(second)?];
-    let mut processes = vec![client.host.serve(8080)?];
+    let mut agents = Vec::new();
+    for node in &nodes {
+        node.knows(&[first, second])?;
+        agents.push(Agent::start_network(node, &Source::Manifests, &[])?);
+    }
+    let client = testbed.network_pod(first)?;
+    let servers = [testbed.network_pod(first)?, testbed.network_pod(second)?];
+    let internet = testbed.client()?;
+    let mut processes = vec![client.host.serve(8080)?, internet.serve(8080)?];
     for server in &servers {
         processes.push(server.host.serve(8080)?);
     }
@@ -108,6 +114,7 @@ fn play(cli: &Cli) -> Result<()> {
         (client.host.name.clone(), "client (node1)".to_owned()),
         (web_a.host.name.clone(), "web-a (node1)".to_owned()),
         (web_b.host.name.clone(), "web-b (node2)".to_owned()),
+        (internet.name.clone(), "the outside".to_owned()),
     ]);
     let stage = Stage {
         client,
@@ -115,32 +122,55 @@ fn play(cli: &Cli) -> Result<()> {
         outside,
         _processes: processes,
     };
+    let [agent, other] = agents.as_mut_slice() else {
+        anyhow::bail!("two agents were started")
+    };
 
-    heading("1. Two nodes and three pods, each a network namespace of its own");
+    heading("1. Two nodes, and three pods that the CNI plugin connects");
     for node in &nodes {
-        println!("  {}  {}  {}", node.name(), node.host.ip4, node.host.ip6);
+        println!(
+            "  {:15} {:12} {}",
+            node.name(),
+            node.host.ip4,
+            node.host.ip6
+        );
     }
     for pod in stage.servers.iter().chain([&stage.client]) {
         println!(
-            "  {:15} {}  {}",
+            "  {:15} {:12} {}",
             stage.shown(&pod.host.name),
             pod.host.ip4,
             pod.host.ip6
         );
     }
+    println!("  as node1 sees it (penstock pods, penstock nodes):");
+    for pod in agent.show("pods")?.as_array().into_iter().flatten() {
+        let interface = word(pod, "interface");
+        println!("    {:42} {interface}", join(pod.get("addresses")));
+    }
+    for range in agent.show("nodes")?.as_array().into_iter().flatten() {
+        let (node, by) = (word(range, "node"), word(range, "by"));
+        println!("    {:42} {node}, {by}", word(range, "range"));
+    }
+    let pod = &stage.client.host;
+    let [web_a, web_b] = &stage.servers;
+    for (how, to) in [
+        ("a pod to one of its node", web_a.host.ip4),
+        ("to one of another node", web_b.host.ip4),
+        ("the same over IPv6", web_b.host.ip6),
+        ("to the outside, as its node", internet.ip4),
+    ] {
+        let to = std::net::SocketAddr::new(to, 8080).to_string();
+        ask(&stage, how, pod, "tcp", &to)?;
+    }
 
-    heading("2. Services, as ordinary Kubernetes manifests, and an agent that reads them");
+    heading("2. Services, as ordinary Kubernetes manifests that the agents read");
     let manifest = services(&stage);
     for node in &nodes {
         node.manifest("services.json", &manifest)?;
     }
-    let mut agents = Vec::new();
-    for node in &nodes {
-        agents.push(Agent::start(node, &Source::Manifests, &[])?);
-    }
-    let [agent, other] = agents.as_mut_slice() else {
-        anyhow::bail!("two agents were started")
-    };
+    agent.wait_until_settled()?;
+    other.wait_until_settled()?;
     agent.wait_for_pods(2)?;
     other.wait_for_pods(1)?;
     for port in agent.show("services")?.as_array().into_iter().flatten() {
@@ -254,7 +284,7 @@ fn play(cli: &Cli) -> Result<()> {
             node.bpffs.display(),
             node.run_dir.display()
         );
-        for command in ["status", "services", "backends", "drops"] {
+        for command in ["status", "services", "backends", "pods", "nodes", "drops"] {
             println!("  penstock {command} {flags}");
         }
         println!(
@@ -337,7 +367,7 @@ fn ask(stage: &Stage, how: &str, from: &Host, protocol: &str, to: &str) -> Resul
             word(&answer, "source")
         ),
     };
-    println!("  {how:34} {protocol} {to:18} -> {result}");
+    println!("  {how:34} {protocol} {to:23} -> {result}");
     Ok(())
 }
 

@@ -70,6 +70,9 @@ enum Command {
         for_ms: u64,
         #[arg(long, default_value_t = 1)]
         tasks: usize,
+        /// How long each task rests after each connection.
+        #[arg(long, default_value_t = 0)]
+        pause_ms: u64,
     },
     /// Connects, asks and closes for a while; for each connection a line: when it began and ended
     /// (nanoseconds of CLOCK_MONOTONIC), what was dialled, and the address that answered.
@@ -151,7 +154,15 @@ fn main() -> Result<()> {
             }
         }
         Command::Hold { to, interval_ms } => hold(to, Duration::from_millis(interval_ms)),
-        Command::Load { to, for_ms, tasks } => load(&to, Duration::from_millis(for_ms), tasks),
+        Command::Load {
+            to,
+            for_ms,
+            tasks,
+            pause_ms,
+        } => {
+            let pause = Duration::from_millis(pause_ms);
+            load(&to, Duration::from_millis(for_ms), tasks, pause)
+        }
         Command::Trail { to, for_ms } => trail(&to, Duration::from_millis(for_ms)),
         Command::Times { to, count } => times(&to, count),
         Command::Drain { port } => drain(port),
@@ -401,7 +412,7 @@ fn trail(to: &[SocketAddr], time: Duration) -> Result<()> {
     Ok(())
 }
 
-fn load(to: &[SocketAddr], time: Duration, tasks: usize) -> Result<()> {
+fn load(to: &[SocketAddr], time: Duration, tasks: usize, pause: Duration) -> Result<()> {
     let started = Instant::now();
     let threads: Vec<_> = (0..tasks.max(1))
         .map(|task| {
@@ -420,6 +431,9 @@ fn load(to: &[SocketAddr], time: Duration, tasks: usize) -> Result<()> {
                             servers.extend(server.map(str::to_owned));
                         }
                         Err(error) => failed.push(format!("{to}: {error}")),
+                    }
+                    if !pause.is_zero() {
+                        std::thread::sleep(pause);
                     }
                 }
                 (done, failed, servers)

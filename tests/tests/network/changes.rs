@@ -82,7 +82,7 @@ fn an_api_server_tells_who_the_nodes_are() -> Result<()> {
     let mut pods: Vec<Pod> = Vec::new();
     let mut servers = Vec::new();
     for node in &nodes {
-        api.apply(&node.object())?;
+        api.create(&node.object())?;
         agents.push(Agent::start_network(node, &source, &[])?);
         let pod = testbed.network_pod(node)?;
         servers.push(pod.host.serve(8080)?);
@@ -110,7 +110,7 @@ fn an_api_server_tells_who_the_nodes_are() -> Result<()> {
     undisturbed(&[(here, there)], || api.restart())?;
     api.delete("node", &nodes[1].name())?;
     is_out_of_reach(&here.host, &there.host)?;
-    api.apply(&nodes[1].object())?;
+    api.create(&nodes[1].object())?;
     is_reached(&here.host, &there.host)
 }
 

@@ -25,9 +25,12 @@ pub fn traces(
         serde_json::from_str(&text).with_context(|| text.clone())
     };
     let of_pod = |name: &Value| name.as_str().is_some_and(|name| name.starts_with("pn"));
+    let mut others = BTreeSet::new();
     for link in list(&["link"])? {
         if of_pod(&link["ifname"]) {
             traces.insert(format!("link {}", link["ifname"]));
+        } else {
+            others.insert(format!("if{}", link["ifindex"]));
         }
     }
     for kind in ["route", "neigh"] {
@@ -45,7 +48,10 @@ pub fn traces(
     }
     let pins = Pins::at(bpffs);
     for name in pins.links() {
-        traces.insert(format!("pin {name}"));
+        let interface = name.split('_').next().unwrap_or_default();
+        if interface.starts_with("if") && !others.contains(interface) {
+            traces.insert(format!("pin {name}"));
+        }
     }
     let endpoints: HashMap<_, V4, Endpoint> = Map::HashMap(pins.map("ENDPOINTS4")?).try_into()?;
     for ip in endpoints.keys() {

@@ -34,7 +34,7 @@ pub fn undisturbed<T>(pairs: &[(&Pod, &Pod)], what: impl FnOnce() -> Result<T>) 
 /// Asks over one socket; how often.
 fn keeps(from: &Pod, to: &Pod, ip: IpAddr, is_over: &AtomicBool) -> Result<u64> {
     let at = SocketAddr::new(ip, 8080).to_string();
-    let options = ["--interval-ms", "2", "--timeout-ms", "5000"];
+    let options = ["--interval-ms", "5", "--timeout-ms", "5000"];
     let mut asking = from
         .host
         .traffic(&[&["keep", "udp-connected", &at], &options[..]].concat())?;
@@ -56,7 +56,9 @@ fn connects(from: &Pod, to: &Pod, is_over: &AtomicBool) -> Result<u64> {
     let [v4, v6] = [to.host.ip4, to.host.ip6].map(|ip| SocketAddr::new(ip, 8080).to_string());
     let mut asked = 0;
     while !is_over.load(Ordering::Relaxed) {
-        let mut load = from.host.traffic(&["load", &v4, &v6, "--for-ms", "500"])?;
+        let options = ["--for-ms", "1000", "--pause-ms", "5"];
+        let arguments = [&["load", &v4, &v6], &options[..]].concat();
+        let mut load = from.host.traffic(&arguments)?;
         let report: Value = serde_json::from_str(&load.line()?)?;
         ensure!(report["failed"] == json!([]), "{report}");
         ensure!(report["servers"] == json!([to.host.name]), "{report}");
