@@ -1,6 +1,6 @@
 //! Somewhere that processes run: a node, a pod or an outside client.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{ffi::OsStr, net::IpAddr, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -40,11 +40,21 @@ impl Host {
         process::run(command)
     }
 
-    /// Starts the traffic program, which says "ready" first where it serves.
-    pub fn traffic(&self, arguments: &[&str]) -> Result<Process> {
-        let mut command = process::command(traffic()?, &self.place)?;
+    /// Starts a program whose output is read line by line.
+    pub fn start(&self, program: impl AsRef<OsStr>, arguments: &[&str]) -> Result<Process> {
+        let mut command = process::command(program, &self.place)?;
         command.args(arguments);
         Process::start(command)
+    }
+
+    /// A command that will run here, and die with its parent.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        process::command(program, &self.place)
+    }
+
+    /// Starts the traffic program, which says "ready" first where it serves.
+    pub fn traffic(&self, arguments: &[&str]) -> Result<Process> {
+        self.start(traffic()?, arguments)
     }
 
     /// Serves TCP and UDP on `port` of all addresses: each answer names this host, who asked, and
