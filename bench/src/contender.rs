@@ -1,9 +1,9 @@
 //! Who is compared: a client, a server, and a way between them that can be told from others.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, rc::Rc};
 
 use anyhow::{Context, Result};
-use penstock_testbed::{Host, Process};
+use penstock_testbed::{Agent, Host, Process};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -46,6 +46,12 @@ impl Witness {
             counts,
             read: Box::new(read),
         }
+    }
+
+    /// A counter of Penstock's on a node, whose agent stays for as long.
+    pub fn agent(agent: &Rc<Agent>, counter: &'static str, counts: Counts) -> Self {
+        let agent = agent.clone();
+        Self::new(counter, counts, move || agent.count(counter))
     }
 
     /// The packets that an interface of a host sent.
@@ -96,17 +102,17 @@ pub struct Contender {
     client: Host,
     target: SocketAddr,
     witnesses: Vec<Witness>,
-    _server: std::rc::Rc<Process>,
+    _server: Rc<Process>,
 }
 
 /// Starts a server.
-pub fn serve(host: &Host) -> Result<std::rc::Rc<Process>> {
+pub fn serve(host: &Host) -> Result<Rc<Process>> {
     let program = std::env::current_exe().context("finding this program")?;
     let port = PORT.to_string();
     let mut server = host.start(program, &["load", "--cpu", SERVER, "serve", &port])?;
     let first = server.line().context("starting a server")?;
     anyhow::ensure!(first == "ready", "the server said {first:?}");
-    Ok(std::rc::Rc::new(server))
+    Ok(Rc::new(server))
 }
 
 impl Contender {
@@ -115,7 +121,7 @@ impl Contender {
         name: &str,
         client: &Host,
         target: SocketAddr,
-        server: &std::rc::Rc<Process>,
+        server: &Rc<Process>,
         witnesses: Vec<Witness>,
     ) -> Self {
         Self {

@@ -2,8 +2,9 @@
 //!
 //! Absolute times say something about this machine only; they are written down with its name.
 
+mod bridge;
 mod cluster;
-mod cni_plugin;
+mod cni;
 mod contender;
 mod control;
 mod figures;
@@ -70,6 +71,12 @@ enum Command {
     },
     /// Pod to pod, on one node and on two.
     Pods,
+    /// What CNI plugins take to give a pod its network, and to take it away.
+    Cni {
+        /// Calls in a turn.
+        #[arg(long, default_value_t = 100)]
+        calls: usize,
+    },
     /// Writes the report and the pictures of an earlier run anew.
     Report {
         /// Its JSON.
@@ -126,6 +133,7 @@ fn measure(cli: &Cli) -> Result<Results> {
             endpoints: 50,
             changes: 1_000,
         },
+        Command::Cni { calls: 100 },
         Command::Pods,
     ];
     let commands = match &cli.command {
@@ -140,6 +148,7 @@ fn measure(cli: &Cli) -> Result<Results> {
                 changes,
             } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
             Command::Pods => results.outcomes.extend(pods::measure(effort)?),
+            Command::Cni { calls } => results.outcomes.extend(cni::measure(effort, *calls)?),
             Command::Report { .. } | Command::Load(_) => {}
         }
         results.machine.quiet.push(Quiet::watch());

@@ -2,13 +2,11 @@
 
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
-use penstock_testbed::{Host, Node, Testbed};
-use serde_json::Value;
+use anyhow::Result;
+use penstock_testbed::{Agent, Host, Node, Source, Testbed};
 
-use super::{MTU, PenstockNode, TRIALS, set_mtu};
+use super::{INTERFACE, MTU, TRIALS, set_mtu};
 use crate::{
-    cni_plugin::INTERFACE,
     contender::{Contender, Counts, PORT, Witness, serve},
     turns::{self, Effort, Outcome},
 };
@@ -96,40 +94,30 @@ fn tunnel(node: &Node, other: &Node) -> Result<()> {
 
 /// Penstock's overlay.
 fn penstock(testbed: &mut Testbed) -> Result<Contender> {
-    let nodes = [testbed.node()?, testbed.node()?];
+    let nodes = [testbed.network_node()?, testbed.network_node()?];
     let [first, second] = &nodes;
-    let mut started = Vec::new();
-    for (node, other) in [(first, second), (second, first)] {
-        // The agent makes routes of its own.
-        let (v4, v6) = other.pod_ranges();
-        node.host.run("ip", &["route", "del", &v4])?;
-        node.host.run("ip", &["-6", "route", "del", &v6])?;
-        started.push(PenstockNode::start(node, &[first, second])?);
+    let mut agents = Vec::new();
+    for node in &nodes {
+        node.knows(&[first, second])?;
+        let options = ["--log-level", "info"];
+        let agent = Agent::start_network(node, &Source::Manifests, &options)?;
+        let status = agent.status()?;
+        let mtu = status.pointer("/network/overlay_mtu");
+        anyhow::ensure!(mtu == Some(&MTU.into()), "the overlay carries {mtu:?}");
+        agents.push(Rc::new(agent));
     }
-    let (server, client) = (started.pop(), started.pop());
-    let (client_side, server_side) = client.zip(server).context("two agents")?;
-    let (client, _) = client_side.pod(testbed, first)?;
-    let (server, _) = server_side.pod(testbed, second)?;
-    for side in [&client_side, &server_side] {
-        let status = side.agent.status()?;
-        let mtu = status
-            .pointer("/network/overlay_mtu")
-            .and_then(Value::as_u64);
-        anyhow::ensure!(mtu == Some(u64::from(MTU)), "the overlay carries {mtu:?}");
-    }
-    let (sender, receiver) = (Rc::new(client_side.agent), Rc::new(server_side.agent));
+    let (client, server) = (testbed.network_pod(first)?, testbed.network_pod(second)?);
+    let [sender, receiver] = agents.as_slice() else {
+        anyhow::bail!("two agents were started")
+    };
     Ok(Contender::new(
         "Penstock's VXLAN",
-        &client,
-        (server.ip4, PORT).into(),
-        &serve(&server)?,
+        &client.host,
+        (server.host.ip4, PORT).into(),
+        &serve(&server.host)?,
         vec![
-            Witness::new("overlay_sent", Counts::Packets, move || {
-                sender.count("overlay_sent")
-            }),
-            Witness::new("delivered on the other node", Counts::Packets, move || {
-                receiver.count("delivered")
-            }),
+            Witness::agent(sender, "overlay_sent", Counts::Packets),
+            Witness::agent(receiver, "delivered", Counts::Packets),
         ],
     ))
 }

@@ -2,20 +2,20 @@
 
 mod across;
 mod one_node;
-mod penstock;
 
 use anyhow::Result;
 use penstock_testbed::Host;
-
-pub use penstock::PenstockNode;
 
 use crate::{
     load::Workload,
     turns::{Effort, Outcome, Trial},
 };
 
-/// What every pod's interface carries: what VXLAN over IPv4 leaves of 1,500.
-const MTU: u32 = 1_450;
+/// What every pod's interface carries: what VXLAN leaves of 1,500 where nodes have IPv6, too.
+const MTU: u32 = 1_430;
+
+/// A pod's interface.
+const INTERFACE: &str = "eth0";
 
 /// What is measured between pods.
 const TRIALS: [Trial; 5] = [

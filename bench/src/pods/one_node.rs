@@ -3,11 +3,11 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use penstock_testbed::Testbed;
+use penstock_testbed::{Agent, Source, Testbed};
 
-use super::{MTU, PenstockNode, TRIALS, penstock, set_mtu};
+use super::{INTERFACE, MTU, TRIALS, set_mtu};
 use crate::{
-    cni_plugin::{INTERFACE, Plugin},
+    bridge,
     contender::{Contender, Counts, PORT, Witness, serve},
     turns::{self, Effort, Outcome},
 };
@@ -31,36 +31,35 @@ pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
     );
 
     let node = testbed.node()?;
-    let (range, _) = node.pod_ranges();
+    let (v4, v6) = node.pod_ranges();
     let state = testbed.folder().join("host-local");
-    let plugin = Plugin::bridge("bridge", &node, &[&range], MTU, &state);
-    let (client, _) = penstock::pod(&mut testbed, &node, &plugin)?;
-    let (server, port) = penstock::pod(&mut testbed, &node, &plugin)?;
+    let plugin = bridge::plugin(&node, &[&v4, &v6], MTU, &state)?;
+    let client = testbed.pod_by(&node, &plugin)?;
+    let server = testbed.pod_by(&node, &plugin)?;
     let bridged = Contender::new(
         "Linux bridge",
-        &client,
-        (server.ip4, PORT).into(),
-        &serve(&server)?,
-        vec![Witness::interface(&node.host, &port)],
+        &client.host,
+        (server.host.ip4, PORT).into(),
+        &serve(&server.host)?,
+        vec![Witness::interface(&node.host, &server.interface)],
     );
 
-    let node = testbed.node()?;
-    let penstock = PenstockNode::start(&node, &[&node])?;
-    let (client, _) = penstock.pod(&mut testbed, &node)?;
-    let (server, link) = penstock.pod(&mut testbed, &node)?;
-    let agent = Rc::new(penstock.agent);
-    let counter = agent.clone();
+    let node = testbed.network_node()?;
+    node.knows(&[&node])?;
+    let mtu = MTU.to_string();
+    let options = ["--log-level", "info", "--mtu", &mtu];
+    let agent = Agent::start_network(&node, &Source::Manifests, &options)?;
+    let client = testbed.network_pod(&node)?;
+    let server = testbed.network_pod(&node)?;
     let ours = Contender::new(
         "Penstock",
-        &client,
-        (server.ip4, PORT).into(),
-        &serve(&server)?,
+        &client.host,
+        (server.host.ip4, PORT).into(),
+        &serve(&server.host)?,
         vec![
-            Witness::new("delivered", Counts::Packets, move || {
-                counter.count("delivered")
-            }),
+            Witness::agent(&Rc::new(agent), "delivered", Counts::Packets),
             // Put into the pod from the other side, they never leave by the node's end.
-            Witness::unused(&node.host, &link),
+            Witness::unused(&node.host, &server.interface),
         ],
     );
     turns::take(
