@@ -25,6 +25,8 @@ const LARGEST: f64 = 65_536.0;
 pub enum Counts {
     /// Each connection, or each datagram of a socket that is not connected.
     Connections,
+    /// Each connection, or each UDP socket: what a connection tracker takes for new.
+    Flows,
     /// Each packet from client to server.
     Packets,
     /// What hardly happens on this way.
@@ -158,6 +160,7 @@ impl Contender {
         for (witness, grew) in self.witnesses.iter().zip(counted) {
             let range = match witness.counts {
                 Counts::Connections => expected.connections..=u64::MAX,
+                Counts::Flows => expected.flows..=u64::MAX,
                 Counts::Packets => expected.packets..=u64::MAX,
                 // A neighbour or a multicast group may be asked for now and then.
                 Counts::Nothing => 0..=1 + expected.packets / 100,
@@ -175,6 +178,17 @@ impl Contender {
             });
         }
         Ok(all)
+    }
+
+    /// Whether there is an answer at all.
+    pub fn answers(&self) -> Result<()> {
+        let effort = Effort {
+            rounds: 1,
+            turn_ms: 1,
+            warm_up_ms: 0,
+        };
+        self.turn(&Trial::closed(Workload::Connect), effort)
+            .map(drop)
     }
 
     /// One turn.
@@ -201,6 +215,7 @@ impl Contender {
 /// The least that so much traffic makes.
 struct Expected {
     connections: u64,
+    flows: u64,
     packets: u64,
 }
 
@@ -212,16 +227,24 @@ impl Expected {
             .map(|turn| turn.bits_per_second * turn.seconds / 8.0)
             .sum();
         match workload {
-            Workload::Connect | Workload::UdpSendto => Self {
+            Workload::Connect => Self {
                 connections: count,
+                flows: count,
+                packets: count,
+            },
+            Workload::UdpSendto => Self {
+                connections: count,
+                flows: turns.len() as u64,
                 packets: count,
             },
             Workload::TcpRr | Workload::UdpRr => Self {
                 connections: turns.len() as u64,
+                flows: turns.len() as u64,
                 packets: count,
             },
             Workload::Stream => Self {
                 connections: count,
+                flows: count,
                 packets: (octets / LARGEST) as u64,
             },
         }

@@ -14,6 +14,7 @@ mod plot;
 mod pods;
 mod report;
 mod results;
+mod services;
 mod turns;
 
 use std::path::{Path, PathBuf};
@@ -77,6 +78,12 @@ enum Command {
         #[arg(long, default_value_t = 100)]
         calls: usize,
     },
+    /// To a ClusterIP: Penstock's ways and kube-proxy's.
+    Services {
+        /// How many there are.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000])]
+        services: Vec<usize>,
+    },
     /// Writes the report and the pictures of an earlier run anew.
     Report {
         /// Its JSON.
@@ -135,6 +142,13 @@ fn measure(cli: &Cli) -> Result<Results> {
         },
         Command::Cni { calls: 100 },
         Command::Pods,
+        Command::Services {
+            services: if cli.full {
+                vec![1, 1_000, 5_000, 10_000]
+            } else {
+                vec![1, 1_000]
+            },
+        },
     ];
     let commands = match &cli.command {
         Some(command) => std::slice::from_ref(command),
@@ -149,6 +163,11 @@ fn measure(cli: &Cli) -> Result<Results> {
             } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
             Command::Pods => results.outcomes.extend(pods::measure(effort)?),
             Command::Cni { calls } => results.outcomes.extend(cni::measure(effort, *calls)?),
+            Command::Services { services } => {
+                results
+                    .outcomes
+                    .extend(services::measure(services, effort)?);
+            }
             Command::Report { .. } | Command::Load(_) => {}
         }
         results.machine.quiet.push(Quiet::watch());

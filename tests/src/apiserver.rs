@@ -106,6 +106,12 @@ impl ApiServer {
         self.kubectl(&arguments, Some(object)).map(drop)
     }
 
+    /// Makes objects that are not there yet.
+    pub fn create(&self, list: &Value) -> Result<()> {
+        self.kubectl(&["create", "--validate=false"], Some(list))
+            .map(drop)
+    }
+
     /// Deletes an object.
     pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
         self.kubectl(&["delete", kind, name, "--wait=false"], None)

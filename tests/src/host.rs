@@ -1,6 +1,10 @@
 //! Somewhere that processes run: a node, a pod or an outside client.
 
-use std::{ffi::OsStr, net::IpAddr, path::PathBuf, process::Command};
+use std::{
+    ffi::OsStr,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -47,9 +51,16 @@ impl Host {
         Process::start(command)
     }
 
-    /// A command that will run here, and die with its parent.
-    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
-        process::command(program, &self.place)
+    /// Starts a program that writes to a file.
+    pub fn start_logging(
+        &self,
+        program: impl AsRef<OsStr>,
+        arguments: &[&str],
+        log: &Path,
+    ) -> Result<Process> {
+        let mut command = process::command(program, &self.place)?;
+        command.args(arguments);
+        Process::start_logging(command, log)
     }
 
     /// Starts the traffic program, which says "ready" first where it serves.
