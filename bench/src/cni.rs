@@ -64,11 +64,10 @@ pub fn measure(effort: Effort, calls: usize) -> Result<Vec<Outcome>> {
         ("Penstock", &node, node.plugin()?),
     ] {
         for _ in 0..RESIDENTS {
-            let resident = testbed.sandbox(node)?;
-            plugin.add(&Container::named(&resident.name))?;
+            plugin.add(&testbed.container_on(node)?)?;
         }
         let containers = (0..calls)
-            .map(|_| Ok(Container::named(&testbed.sandbox(node)?.name)))
+            .map(|_| testbed.container_on(node))
             .collect::<Result<_>>()?;
         contenders.push(Contender {
             name: name.to_owned(),

@@ -300,13 +300,6 @@ impl Testbed {
         })
     }
 
-    /// A namespace and a cgroup for one more pod of a node, with no link and no address yet: what a
-    /// runtime has before it calls a plugin.
-    pub fn sandbox(&mut self, node: &Node) -> Result<Host> {
-        let (container, cgroup) = self.container(node)?;
-        self.host(&container.id, ("0.0.0.0", "::"), Some(cgroup))
-    }
-
     /// A namespace and a cgroup for a pod of a node's, which has no link yet.
     pub(crate) fn container(&mut self, node: &Node) -> Result<(Container, PathBuf)> {
         let number = 1 + node.pods.fetch_add(1, Ordering::Relaxed);

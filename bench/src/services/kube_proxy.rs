@@ -14,7 +14,7 @@ use super::{
 /// A node's kube-proxy, and who tells it of services.
 pub struct KubeProxy {
     // Dropped from top to bottom.
-    process: Process,
+    _process: Process,
     _api: ApiServer,
     /// Which services come first and last in its rules.
     pub first_and_last: [Places; 2],
@@ -63,15 +63,10 @@ impl KubeProxy {
             Ok(first_and_last(&ports))
         })?;
         Ok(Self {
-            process,
+            _process: process,
             _api: api,
             first_and_last: first_and_last.context("no service has rules")?,
         })
-    }
-
-    /// Its process.
-    pub fn id(&self) -> u32 {
-        self.process.id()
     }
 }
 
