@@ -50,7 +50,7 @@ struct TurnArgs {
     /// How often each contender gets its turn [default: 7, or 15 with --full].
     #[arg(long, global = true, value_parser = rounds)]
     rounds: Option<usize>,
-    /// How long a turn is [default: 500, or 2,000 with --full].
+    /// How long a turn is [default: 300, or 2,000 with --full].
     #[arg(long, value_name = "MILLISECONDS", global = true)]
     turn_ms: Option<u64>,
 }
@@ -75,7 +75,7 @@ enum Command {
     /// What CNI plugins take to give a pod its network, and to take it away.
     Cni {
         /// Calls in a turn.
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, default_value_t = 50)]
         calls: usize,
     },
     /// To a ClusterIP: Penstock's ways and kube-proxy's.
@@ -83,6 +83,9 @@ enum Command {
         /// How many there are.
         #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000])]
         services: Vec<usize>,
+        /// Which ways; the first is what the others are compared with.
+        #[arg(long, value_delimiter = ',', default_values_t = services::Way::ALL)]
+        ways: Vec<services::Way>,
     },
     /// Writes the report and the pictures of an earlier run anew.
     Report {
@@ -112,7 +115,7 @@ fn main() -> Result<()> {
     let folder = cli.results.clone().unwrap_or(default);
     let results = match &cli.command {
         Some(Command::Report { file }) => Results::read(file)?,
-        _ => measure(&cli)?,
+        _ => measure(&cli, &folder)?,
     };
     for file in results.write(&folder, &cli.name)? {
         println!("{}", file.display());
@@ -120,11 +123,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn measure(cli: &Cli) -> Result<Results> {
+fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
     let (rounds, turn_ms, warm_up_ms) = if cli.full {
         (15, 2_000, 500)
     } else {
-        (7, 500, 100)
+        (7, 300, 100)
     };
     let effort = Effort {
         rounds: cli.turns.rounds.unwrap_or(rounds),
@@ -140,7 +143,9 @@ fn measure(cli: &Cli) -> Result<Results> {
             endpoints: 50,
             changes: 1_000,
         },
-        Command::Cni { calls: 100 },
+        Command::Cni {
+            calls: if cli.full { 200 } else { 50 },
+        },
         Command::Pods,
         Command::Services {
             services: if cli.full {
@@ -148,6 +153,7 @@ fn measure(cli: &Cli) -> Result<Results> {
             } else {
                 vec![1, 1_000]
             },
+            ways: services::Way::ALL.to_vec(),
         },
     ];
     let commands = match &cli.command {
@@ -163,14 +169,15 @@ fn measure(cli: &Cli) -> Result<Results> {
             } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
             Command::Pods => results.outcomes.extend(pods::measure(effort)?),
             Command::Cni { calls } => results.outcomes.extend(cni::measure(effort, *calls)?),
-            Command::Services { services } => {
-                results
-                    .outcomes
-                    .extend(services::measure(services, effort)?);
+            Command::Services { services, ways } => {
+                let outcomes = services::measure(services, ways, effort)?;
+                results.outcomes.extend(outcomes);
             }
             Command::Report { .. } | Command::Load(_) => {}
         }
         results.machine.quiet.push(Quiet::watch());
+        // What is measured stays, should the next comparison fail.
+        results.write(folder, &cli.name)?;
     }
     for reason in results.machine.reservations() {
         println!("WARNING: {reason}");

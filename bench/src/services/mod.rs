@@ -7,13 +7,18 @@ mod kube_proxy;
 mod nftables;
 mod objects;
 
-use std::{net::IpAddr, path::PathBuf, rc::Rc};
+use std::{
+    fmt::{Display, Formatter},
+    net::IpAddr,
+    path::PathBuf,
+    rc::Rc,
+};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use penstock_testbed::{Agent, Host, Node, Pod, Process, Source, Testbed, patiently};
 
 use crate::{
-    cluster::service_ip,
     contender::{Contender, Counts, PORT, Witness, serve},
     load::Workload,
     turns::{self, Effort, Outcome, Trial},
@@ -42,8 +47,8 @@ pub struct Places {
 }
 
 /// How a contender reaches services.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Way {
     /// Not at all: it asks the pod.
     Direct,
     /// Penstock, where the socket connects.
@@ -57,6 +62,15 @@ enum Way {
 }
 
 impl Way {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Direct,
+        Self::Socket,
+        Self::Packet,
+        Self::Iptables,
+        Self::Nftables,
+    ];
+
     const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no service, the pod's address",
@@ -65,6 +79,13 @@ impl Way {
             Self::Iptables => "kube-proxy, iptables",
             Self::Nftables => "kube-proxy's rules, nftables",
         }
+    }
+}
+
+impl Display for Way {
+    fn fmt(&self, formatter: &mut Formatter) -> std::fmt::Result {
+        let value = self.to_possible_value();
+        formatter.write_str(value.as_ref().map_or("", |value| value.get_name()))
     }
 }
 
@@ -176,40 +197,35 @@ impl Lane {
     }
 }
 
-/// Measures with each number of services.
-pub fn measure(counts: &[usize], effort: Effort) -> Result<Vec<Outcome>> {
+/// Measures some ways with each number of services.
+pub fn measure(counts: &[usize], ways: &[Way], effort: Effort) -> Result<Vec<Outcome>> {
+    let mut ways = ways.to_vec();
     let assets = penstock_testbed::require_api_server();
     let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
-    if assets.is_none() {
+    if assets.is_none() && ways.contains(&Way::Iptables) {
         println!("WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables mode is left out");
+        ways.retain(|way| *way != Way::Iptables);
     }
     let mut outcomes = Vec::new();
     for count in counts {
-        outcomes.extend(with(*count, assets.as_ref(), effort)?);
+        outcomes.extend(with(*count, &ways, assets.as_ref(), effort)?);
     }
     Ok(outcomes)
 }
 
-fn with(count: usize, assets: Option<&PathBuf>, effort: Effort) -> Result<Vec<Outcome>> {
+fn with(
+    count: usize,
+    ways: &[Way],
+    assets: Option<&PathBuf>,
+    effort: Effort,
+) -> Result<Vec<Outcome>> {
+    anyhow::ensure!(count > 0, "there has to be a service to be asked");
     let mut testbed = Testbed::new()?;
-    let ways = [
-        Way::Direct,
-        Way::Socket,
-        Way::Packet,
-        Way::Iptables,
-        Way::Nftables,
-    ];
     let mut lanes = Vec::new();
     // kube-proxy's rules have an order of their own; without it any two services will do.
-    let mut order = [0, (count - 1) / 50 * 50].map(|number| {
-        let ip = service_ip(number).parse().unwrap_or(IpAddr::from([0; 4]));
-        Places { tcp: ip, udp: ip }
-    });
+    let mut order = objects::ends(count)?;
     for way in ways {
-        if way == Way::Iptables && assets.is_none() {
-            continue;
-        }
-        let mut lane = Lane::new(&mut testbed, way)?;
+        let mut lane = Lane::new(&mut testbed, *way)?;
         if let Some(found) = lane.program(&mut testbed, assets, count)? {
             order = found;
         }

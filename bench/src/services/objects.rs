@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use penstock_testbed::Host;
 use serde_json::{Value, json};
 
+use super::Places;
 use crate::{cluster::service_ip, contender::PORT};
 
 /// The port of services.
@@ -22,6 +23,16 @@ pub fn protocols(number: usize) -> &'static [&'static str] {
     } else {
         &["TCP"]
     }
+}
+
+/// The first service, and the last that has a UDP port too.
+pub fn ends(count: usize) -> Result<[Places; 2]> {
+    let last = (count - 1) / WITH_UDP * WITH_UDP;
+    let place = |number| -> Result<Places> {
+        let ip = service_ip(number).parse().context("an address")?;
+        Ok(Places { tcp: ip, udp: ip })
+    };
+    Ok([place(0)?, place(last)?])
 }
 
 fn ports(number: usize, target: impl Fn(&str) -> Value) -> Value {
