@@ -21,7 +21,7 @@ use penstock_common::{Be16, Frontend, FrontendKey, Proto, V4};
 use penstock_testbed::{Agent, Source, Testbed};
 use serde_json::{Value, json};
 
-use crate::{cluster, figures};
+use crate::{cluster, figures, machine};
 
 /// How long a single change may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -49,8 +49,8 @@ fn agent(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
     let started = Instant::now();
     let agent = Agent::start(&node, &Source::Manifests, &["--log-level", "info"])?;
     let all = started.elapsed();
-    let memory = figures::memory(agent.pid(), "VmRSS");
-    let peak = figures::memory(agent.pid(), "VmHWM");
+    let memory = machine::memory(agent.pid(), "VmRSS");
+    let peak = machine::memory(agent.pid(), "VmHWM");
     println!(
         "{services} services with {} endpoints: {:.2} s from the agent's start to the last map entry, \
          {memory} MiB resident, {peak} MiB at most",

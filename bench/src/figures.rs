@@ -1,17 +1,26 @@
-//! Numbers from samples, and the machine that they are from.
+//! Numbers from samples.
 
-use std::fs;
+use serde::{Deserialize, Serialize};
+
+/// Fewer samples than this have no 95 % interval: even their extremes miss the true median more
+/// often (twice 0.5 to the fifth is 0.0625).
+pub const LEAST: usize = 6;
 
 /// The value below which `percent` of the samples lie.
 pub fn percentile(samples: &[u64], percent: usize) -> u64 {
     let mut sorted = samples.to_vec();
     sorted.sort_unstable();
-    let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+    permille(&sorted, percent * 10)
+}
+
+/// The value below which so many of a thousand samples lie; they have to be sorted.
+pub fn permille(sorted: &[u64], permille: usize) -> u64 {
+    let index = (sorted.len() * permille / 1_000).min(sorted.len().saturating_sub(1));
     sorted.get(index).copied().unwrap_or_default()
 }
 
 /// A median and an interval that holds the true one at 95 % confidence.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Median {
     /// The samples' median.
     pub value: f64,
@@ -37,10 +46,15 @@ impl Median {
         }
     }
 
+    /// Whether a ratio says anything: its interval leaves 1 out.
+    pub fn is_difference(self) -> bool {
+        self.high < 1.0 || 1.0 < self.low
+    }
+
     /// In words; a ratio is only named where its interval leaves 1 out.
     pub fn shown(self) -> String {
         let Self { value, low, high } = self;
-        if low <= 1.0 && 1.0 <= high {
+        if !self.is_difference() {
             format!("no difference (95 % interval {low:.3} to {high:.3})")
         } else {
             format!("{value:.3} (95 % interval {low:.3} to {high:.3})")
@@ -62,34 +76,6 @@ fn rank(count: usize) -> usize {
     outside.saturating_sub(1)
 }
 
-/// Kernel and processor.
-pub fn machine() -> String {
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let models = processors
-        .lines()
-        .filter_map(|line| line.strip_prefix("model name"));
-    let models: Vec<&str> = models
-        .map(|rest| rest.trim_start_matches(['\t', ':', ' ']))
-        .collect();
-    format!(
-        "Linux {} on {} x {}",
-        kernel.trim(),
-        models.len(),
-        models.first().copied().unwrap_or("an unknown processor")
-    )
-}
-
-/// A line of a process's /proc status in MiB.
-pub fn memory(pid: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let kib = value.and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or_default() / 1_024
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,7 +85,7 @@ mod tests {
         // Ranks from the binomial distribution: 15 samples, 4th and 12th; 9 samples, 2nd and 8th.
         assert_eq!(rank(15), 3);
         assert_eq!(rank(9), 1);
-        assert_eq!(rank(5), 0);
+        assert_eq!(rank(LEAST), 0);
         let samples: Vec<f64> = (1..=15).map(f64::from).collect();
         let median = Median::of(&samples);
         assert_eq!((median.value, median.low, median.high), (8.0, 4.0, 12.0));

@@ -1,34 +1,62 @@
-//! Measures side by side, in one run, and prints ratios with their spread.
+//! Measures Penstock beside what it replaces, in one run and in turns.
 //!
-//! Absolute times say something about this machine only; they are printed with its name.
+//! Absolute times say something about this machine only; they are written down with its name.
 
+mod bridge;
 mod cluster;
+mod cni;
+mod contender;
 mod control;
-mod data;
 mod figures;
+mod load;
+mod machine;
+mod plot;
+mod pods;
+mod report;
+mod results;
+mod services;
+mod turns;
 
-use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
-use serde_json::json;
+use std::path::{Path, PathBuf};
 
-/// Measures Penstock on this machine.
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use machine::{Machine, Quiet};
+use results::Results;
+use turns::Effort;
+
+/// Measures Penstock beside what it replaces.
 #[derive(Parser)]
 struct Cli {
+    /// Everything that there is, in many rounds: hours instead of minutes.
+    #[arg(long)]
+    full: bool,
+    #[command(flatten)]
+    turns: TurnArgs,
+    /// Where results are written [default: bench/results].
+    #[arg(long, value_name = "DIR", global = true)]
+    results: Option<PathBuf>,
+    /// What the files are called.
+    #[arg(long, default_value = "latest", global = true)]
+    name: String,
     #[command(subcommand)]
     command: Option<Command>,
 }
 
+/// How much is measured.
+#[derive(Args)]
+struct TurnArgs {
+    /// How often each contender gets its turn [default: 7, or 15 with --full].
+    #[arg(long, global = true, value_parser = rounds)]
+    rounds: Option<usize>,
+    /// How long a turn is [default: 300, or 2,000 with --full].
+    #[arg(long, value_name = "MILLISECONDS", global = true)]
+    turn_ms: Option<u64>,
+}
+
 #[derive(Subcommand)]
 enum Command {
-    /// Connect, ask and close: through a ClusterIP beside the pod's own address.
-    Data {
-        /// How many services there are.
-        #[arg(long, value_delimiter = ',', default_values_t = [1, 100_000])]
-        services: Vec<usize>,
-        /// How often each contender gets its turn.
-        #[arg(long, default_value_t = 15)]
-        rounds: usize,
-    },
     /// From objects to map entries, in the agent's process and in this one: everything at once, then
     /// one endpoint at a time.
     Control {
@@ -42,44 +70,117 @@ enum Command {
         #[arg(long, default_value_t = 1_000)]
         changes: usize,
     },
+    /// Pod to pod, on one node and on two.
+    Pods,
+    /// What CNI plugins take to give a pod its network, and to take it away.
+    Cni {
+        /// Calls in a turn.
+        #[arg(long, default_value_t = 50)]
+        calls: usize,
+    },
+    /// To a ClusterIP: Penstock's ways and kube-proxy's.
+    Services {
+        /// How many there are.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000])]
+        services: Vec<usize>,
+        /// Which ways; the first is what the others are compared with.
+        #[arg(long, value_delimiter = ',', default_values_t = services::Way::ALL)]
+        ways: Vec<services::Way>,
+    },
+    /// Writes the report and the pictures of an earlier run anew.
+    Report {
+        /// Its JSON.
+        file: PathBuf,
+    },
+    #[command(hide = true)]
+    Load(load::Load),
+}
+
+fn rounds(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(rounds) if rounds >= figures::LEAST => Ok(rounds),
+        _ => Err(format!(
+            "has to be {} at least: less have no 95 % interval",
+            figures::LEAST
+        )),
+    }
 }
 
 fn main() -> Result<()> {
-    let machine = figures::machine();
-    println!("{machine}");
-    let mut results = json!({ "machine": machine });
-    let commands = match Cli::parse().command {
-        Some(command) => vec![command],
-        None => vec![
-            Command::Control {
-                services: 5_000,
-                endpoints: 50,
-                changes: 1_000,
+    let cli = Cli::parse();
+    if let Some(Command::Load(load)) = &cli.command {
+        return load::run(load);
+    }
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
+    let folder = cli.results.clone().unwrap_or(default);
+    let results = match &cli.command {
+        Some(Command::Report { file }) => Results::read(file)?,
+        _ => measure(&cli, &folder)?,
+    };
+    for file in results.write(&folder, &cli.name)? {
+        println!("{}", file.display());
+    }
+    Ok(())
+}
+
+fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
+    let (rounds, turn_ms, warm_up_ms) = if cli.full {
+        (15, 2_000, 500)
+    } else {
+        (7, 300, 100)
+    };
+    let effort = Effort {
+        rounds: cli.turns.rounds.unwrap_or(rounds),
+        turn_ms: cli.turns.turn_ms.unwrap_or(turn_ms),
+        warm_up_ms,
+    };
+    let machine = Machine::look();
+    machine.introduce();
+    let mut results = Results::new(machine);
+    let all = [
+        Command::Control {
+            services: 5_000,
+            endpoints: 50,
+            changes: 1_000,
+        },
+        Command::Cni {
+            calls: if cli.full { 200 } else { 50 },
+        },
+        Command::Pods,
+        Command::Services {
+            services: if cli.full {
+                vec![1, 1_000, 5_000, 10_000]
+            } else {
+                vec![1, 1_000]
             },
-            Command::Data {
-                services: vec![1, 100_000],
-                rounds: 15,
-            },
-        ],
+            ways: services::Way::ALL.to_vec(),
+        },
+    ];
+    let commands = match &cli.command {
+        Some(command) => std::slice::from_ref(command),
+        None => &all,
     };
     for command in commands {
-        let (name, result) = match command {
-            Command::Data { services, rounds } => ("data", data::measure(&services, rounds)?),
+        match command {
             Command::Control {
                 services,
                 endpoints,
                 changes,
-            } => ("control", control::measure(services, endpoints, changes)?),
-        };
-        if let Some(results) = results.as_object_mut() {
-            results.insert(name.to_owned(), result);
+            } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
+            Command::Pods => results.outcomes.extend(pods::measure(effort)?),
+            Command::Cni { calls } => results.outcomes.extend(cni::measure(effort, *calls)?),
+            Command::Services { services, ways } => {
+                let outcomes = services::measure(services, ways, effort)?;
+                results.outcomes.extend(outcomes);
+            }
+            Command::Report { .. } | Command::Load(_) => {}
         }
+        results.machine.quiet.push(Quiet::watch());
+        // What is measured stays, should the next comparison fail.
+        results.write(folder, &cli.name)?;
     }
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
-    std::fs::create_dir_all(&folder).context("making bench/results")?;
-    let path = folder.join("latest.json");
-    let text = serde_json::to_string_pretty(&results).context("writing JSON")?;
-    std::fs::write(&path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
-    println!("raw data: {}", path.display());
-    Ok(())
+    for reason in results.machine.reservations() {
+        println!("WARNING: {reason}");
+    }
+    Ok(results)
 }

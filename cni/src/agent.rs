@@ -1,7 +1,11 @@
 //! What is said over the agent's socket: a question and an answer, each one line of JSON, then the
 //! agent closes.
 
-use std::{io, path::Path, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -36,6 +40,10 @@ pub enum Request {
         network: String,
         /// Which of its attachments.
         attachment: AttachmentKey,
+        /// Where the plugin sees its network namespace: the agent, if it sees it there too, need not
+        /// look for it among all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        netns: Option<PathBuf>,
     },
 }
 

@@ -154,8 +154,6 @@ impl Adding<'_> {
             attachment,
             ..
         } = *self;
-        // What a killed ADD left, or what the attachment was before it changed.
-        ends.host().delete(&attachment.interface).await?;
         let alias = names::alias(&config.name, &attachment.key, attachment.pod.as_ref());
         ends.make(attachment, &alias, mtu).await?;
         self.wire().await?;
@@ -175,6 +173,7 @@ impl Adding<'_> {
         let request = agent::Request::Wire {
             network: self.config.name.clone(),
             attachment: self.attachment.key.clone(),
+            netns: Some(self.ends.netns().to_owned()),
         };
         match agent::ask(&self.config.run_dir, &request).await? {
             Answer::Done => Ok(()),

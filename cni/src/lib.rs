@@ -21,7 +21,7 @@
 //!   "capabilities": {"portMappings": true, "bandwidth": true, "ips": true},
 //!   "mtu": 1400,
 //!   "runDir": "/run/penstock",
-//!   "stateDir": "/var/lib/penstock/cni"
+//!   "stateDir": "/run/penstock/cni"
 //! }
 //! ```
 //!

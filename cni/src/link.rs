@@ -3,7 +3,10 @@
 //! Neighbours are permanent and addresses are not probed, so neither end ever asks anybody
 //! anything, and the interface works the moment it is there.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
 
 use crate::{
     error::Failure,
@@ -54,6 +57,11 @@ impl Ends {
     /// The host's.
     pub fn host(&self) -> &Netlink {
         &self.host
+    }
+
+    /// Where the container's namespace is.
+    pub fn netns(&self) -> &Path {
+        self.netns.path()
     }
 
     /// Makes the interface, and all that belongs to it.

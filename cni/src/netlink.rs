@@ -26,6 +26,7 @@ pub use address::bits;
 use crate::{error::Failure, netns::Netns, state::Mac};
 
 const CREATE: u16 = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+const EEXIST: i32 = nix::errno::Errno::EEXIST as i32;
 const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
 
 /// A socket to the kernel of one namespace.
@@ -169,7 +170,8 @@ impl Netlink {
         Failure::kernel(format!("{what} {}", self.place))(error)
     }
 
-    /// Makes a pair: `host` here, `container` in `netns` from the start.
+    /// Makes a pair: `host` here, `container` in `netns` from the start. A link of `host`'s name
+    /// gives way: what a killed ADD left, or what an attachment was before it changed.
     pub async fn create_pair(
         &self,
         host: End<'_>,
@@ -196,8 +198,18 @@ impl Netlink {
                 netns.path().display()
             )
         };
-        self.order(RouteNetlinkMessage::NewLink(message), CREATE, what)
-            .await
+        let message = RouteNetlinkMessage::NewLink(message);
+        match self.ask(message.clone(), CREATE).await {
+            // To ask first would make every ADD wait for the kernel's lock on all links once more.
+            Err(rtnetlink::Error::NetlinkError(error))
+                if error.raw_code() == -EEXIST && self.delete(host.name).await? =>
+            {
+                self.order(message, CREATE, what).await
+            }
+            result => result
+                .map(drop)
+                .map_err(|error| self.refused(error, what())),
+        }
     }
 
     /// Names a link's owner.

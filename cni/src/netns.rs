@@ -95,6 +95,11 @@ impl Netns {
                 ("accept_ra", "0"),
             ] {
                 let path = folder.join(file);
+                // Most are so already, and the kernel makes who writes wait for its lock on all
+                // links by trying again and again.
+                if fs::read_to_string(&path).is_ok_and(|old| old.trim_end() == value) {
+                    continue;
+                }
                 fs::write(&path, value).map_err(|error| {
                     io::Error::new(error.kind(), format!("writing {}: {error}", path.display()))
                 })?;

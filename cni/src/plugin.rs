@@ -35,8 +35,10 @@ pub fn main() -> ExitCode {
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
         Err(failure) => (failure.to_json(version(&input)), ExitCode::FAILURE),
     };
-    // Nobody is left to tell that nobody listens.
-    let written = writeln!(std::io::stdout().lock(), "{output:#}");
+    // In one piece: each line of its own would be a write of its own. Nobody is left to tell that
+    // nobody listens.
+    let text = format!("{output:#}\n");
+    let written = std::io::stdout().lock().write_all(text.as_bytes());
     if written.is_err() {
         ExitCode::FAILURE
     } else {

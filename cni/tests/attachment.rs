@@ -14,6 +14,7 @@ mod bed;
 use std::{
     fs,
     net::{TcpListener, TcpStream, UdpSocket},
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -110,6 +111,7 @@ fn a_container_reaches_its_node_at_once_and_nothing_is_asked() {
     let request = Request::Wire {
         network: "pods".to_owned(),
         attachment: key("a"),
+        netns: Some(Path::new("/run/netns").join(&netns)),
     };
     assert_eq!(bed.agent().heard(), [request]);
     bed.check("a", &result).success();

@@ -84,8 +84,16 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
         Ok(Request::Ready) => ask(&queries, Query::Ready)
             .await
             .map(|answer| json(&answer)),
-        Ok(Request::Wire { attachment, .. }) => {
-            let wire = |answer| Query::Wire(WireRequest { attachment, answer });
+        Ok(Request::Wire {
+            attachment, netns, ..
+        }) => {
+            let wire = |answer| {
+                Query::Wire(WireRequest {
+                    attachment,
+                    netns,
+                    answer,
+                })
+            };
             ask(&queries, wire).await.map(|answer| json(&answer))
         }
         Err(error) => Some(json(&Answer::Failed(format!("not understood: {error}")))),

@@ -1,6 +1,10 @@
 //! Somewhere that processes run: a node, a pod or an outside client.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    ffi::OsStr,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -40,11 +44,28 @@ impl Host {
         process::run(command)
     }
 
-    /// Starts the traffic program, which says "ready" first where it serves.
-    pub fn traffic(&self, arguments: &[&str]) -> Result<Process> {
-        let mut command = process::command(traffic()?, &self.place)?;
+    /// Starts a program whose output is read line by line.
+    pub fn start(&self, program: impl AsRef<OsStr>, arguments: &[&str]) -> Result<Process> {
+        let mut command = process::command(program, &self.place)?;
         command.args(arguments);
         Process::start(command)
+    }
+
+    /// Starts a program that writes to a file.
+    pub fn start_logging(
+        &self,
+        program: impl AsRef<OsStr>,
+        arguments: &[&str],
+        log: &Path,
+    ) -> Result<Process> {
+        let mut command = process::command(program, &self.place)?;
+        command.args(arguments);
+        Process::start_logging(command, log)
+    }
+
+    /// Starts the traffic program, which says "ready" first where it serves.
+    pub fn traffic(&self, arguments: &[&str]) -> Result<Process> {
+        self.start(traffic()?, arguments)
     }
 
     /// Serves TCP and UDP on `port` of all addresses: each answer names this host, who asked, and

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     agent::{Agent, Source, binary},
     host::Host,
-    plugin::{CONFIGURATION, Container, made},
+    plugin::{CONFIGURATION, Container, Plugin, made},
     process::Place,
     scene::list,
     testbed::{Node, Pod, Testbed},
@@ -109,8 +109,13 @@ impl Testbed {
 
     /// One more pod on a node with a network, by its plugin.
     pub fn network_pod(&mut self, node: &Node) -> Result<Pod> {
+        self.pod_by(node, &node.plugin()?)
+    }
+
+    /// One more pod on a node, by any plugin that gives it an address of each family.
+    pub fn pod_by(&mut self, node: &Node, plugin: &Plugin) -> Result<Pod> {
         let (container, cgroup) = self.container(node)?;
-        let result = node.plugin()?.add(&container)?;
+        let result = plugin.add(&container)?;
         let (v4, v6, interface) = made(&result)?;
         Ok(Pod {
             host: self.host(&container.id, (&v4, &v6), Some(cgroup))?,

@@ -19,6 +19,9 @@ use crate::{
 /// The agent's configuration. Runtimes take the first by name.
 pub(crate) const CONFIGURATION: &str = "10-penstock.conflist";
 
+/// The folder that Debian keeps the reference plugins in.
+const REFERENCE: &str = "/usr/lib/cni";
+
 /// The plugin of a node's network.
 #[derive(Clone, Debug)]
 pub struct Plugin {
@@ -95,6 +98,19 @@ impl Node {
 }
 
 impl Plugin {
+    /// A reference plugin as Debian installs it, on a node, with a network configuration.
+    pub fn reference(node: &Node, network: Map<String, Value>) -> Result<Self> {
+        let folder = PathBuf::from(REFERENCE);
+        let kind = network.get("type").and_then(Value::as_str);
+        let program = folder.join(kind.context("a plugin has no type")?);
+        Ok(Self {
+            place: node.place(),
+            folder,
+            program,
+            network,
+        })
+    }
+
     /// Gives a container a network; the result.
     pub fn add(&self, container: &Container) -> Result<Value> {
         self.call("ADD", Some(container))
@@ -210,7 +226,8 @@ pub(crate) fn made(result: &Value) -> Result<(String, String, String)> {
     };
     ensure!(!v4.contains(':') && v6.contains(':'), "{result}");
     let interfaces = list("interfaces").unwrap_or_default();
-    let host_end = interfaces.iter().find(|interface| {
+    // Some name a bridge before it.
+    let host_end = interfaces.iter().rfind(|interface| {
         let sandbox = interface.get("sandbox").and_then(Value::as_str);
         sandbox.unwrap_or_default().is_empty()
     });

@@ -94,6 +94,11 @@ static RUNS: AtomicU32 = AtomicU32::new(0);
 impl Testbed {
     /// A bridge without nodes.
     pub fn new() -> Result<Self> {
+        Self::new_in(&std::env::temp_dir())
+    }
+
+    /// The same, with its folder in another one.
+    pub fn new_in(parent: &Path) -> Result<Self> {
         reap();
         if !fs::read_to_string("/proc/mounts").is_ok_and(|mounts| mounts.contains(" /sys/fs/bpf "))
         {
@@ -111,7 +116,7 @@ impl Testbed {
             prefix: prefix.clone(),
             nodes: 0,
             clients: 0,
-            folder: tempfile::tempdir().context("making a folder")?,
+            folder: tempfile::tempdir_in(parent).context("making a folder")?,
             routes: Vec::new(),
             namespaces: Vec::new(),
             cgroups: Vec::new(),

@@ -52,7 +52,7 @@ enum Command {
     },
     /// Format, clippy for the host and for the kernel side, dependency audit, house rules.
     Lint,
-    /// The side-by-side benchmark.
+    /// The side-by-side benchmark: some minutes, or everything with `-- --full` (docs/benchmarks.md).
     Bench {
         /// Passed on to the benchmark.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -97,6 +97,7 @@ fn main() -> Result<()> {
         }
         Command::Bench { arguments } => {
             prepare()?;
+            setup::contenders()?;
             binaries()?;
             in_root(
                 cargo("run")

@@ -49,6 +49,12 @@ const EMULATION: &[(&str, &str)] = &[
     ("/usr/bin/strip", "binutils"),
 ];
 
+/// What the benchmark compares with.
+const CONTENDERS: &[(&str, &str)] = &[
+    ("/usr/sbin/iptables", "iptables"),
+    ("/usr/sbin/nft", "nftables"),
+];
+
 const LINKER_VERSION: &str = "0.13.0";
 
 /// Everything that building and running needs.
@@ -69,6 +75,11 @@ pub fn all() -> Result<()> {
 /// What running other kernels needs besides.
 pub fn emulation() -> Result<()> {
     install(&packages_of(EMULATION))
+}
+
+/// What the benchmark compares with.
+pub fn contenders() -> Result<()> {
+    install(&packages_of(CONTENDERS))
 }
 
 fn packages_of(list: &[(&str, &'static str)]) -> Vec<&'static str> {

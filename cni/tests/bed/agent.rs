@@ -108,6 +108,7 @@ fn honest(request: &Request, state_dir: &Path) -> Answer {
     let Request::Wire {
         network,
         attachment,
+        ..
     } = request
     else {
         return Answer::Done;

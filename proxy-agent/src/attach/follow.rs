@@ -11,6 +11,7 @@ use std::{
     io,
     net::IpAddr,
     os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -41,6 +42,8 @@ use crate::{
 
 /// How long to let messages gather before looking: a pod's link comes with several.
 const SETTLE: Duration = Duration::from_millis(5);
+/// The same where the plugin is ours: it asks for its pods once they are complete.
+const SETTLE_WIRED: Duration = Duration::from_millis(20);
 /// How soon to look again while a namespace has no address yet, or an interface failed.
 const RETRY: Duration = Duration::from_millis(100);
 /// How often to look without any message.
@@ -108,6 +111,8 @@ pub type HostPorts = BTreeMap<ObjectName, Vec<HostPort>>;
 pub struct WireRequest {
     /// Which.
     pub attachment: AttachmentKey,
+    /// Where its network namespace may be.
+    pub netns: Option<PathBuf>,
     /// Where the answer goes.
     pub answer: oneshot::Sender<Answer>,
 }
@@ -143,6 +148,7 @@ pub struct Follower {
     excluded: Excluded,
     own_addresses: watch::Sender<Vec<IpAddr>>,
     known: HashMap<u64, Netns>,
+    files: netns::Namespaces,
     wiring: Option<Wiring>,
     /// How many looks an attachment without an interface still gets.
     patience: u32,
@@ -171,6 +177,7 @@ impl Follower {
             excluded,
             own_addresses,
             known: HashMap::new(),
+            files: netns::Namespaces::default(),
             wiring,
             patience: 0,
             status: Arc::default(),
@@ -190,29 +197,43 @@ impl Follower {
     async fn follow(&mut self, changed: &tokio::sync::Notify) -> io::Result<()> {
         let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
         let connection = tokio::spawn(connection);
+        let mut asked = Vec::new();
         let result = loop {
+            let hints = asked.iter();
+            let hints = hints.filter_map(|request: &WireRequest| request.netns.clone());
+            self.files.hint(hints);
             let is_settled = match self.look(&handle).await {
                 Ok(is_settled) => is_settled,
                 Err(error) => break Err(io::Error::other(error)),
             };
+            for request in asked.drain(..) {
+                self.answer(request);
+            }
             let pause = if is_settled { IDLE } else { RETRY };
+            let settle = if self.wiring.is_some() {
+                SETTLE_WIRED
+            } else {
+                SETTLE
+            };
             tokio::select! {
                 message = messages.next() => {
                     if message.is_none() {
                         break Err(io::Error::other("the netlink connection ended"));
                     }
-                    tokio::time::sleep(SETTLE).await;
+                    // Who asks for a pod does not wait for that.
+                    tokio::select! {
+                        () = tokio::time::sleep(settle) => {}
+                        request = next(&mut self.wiring) => asked.push(request),
+                    }
                     while futures::FutureExt::now_or_never(messages.next()).flatten().is_some() {}
                 }
                 () = changed.notified() => {}
-                request = next(&mut self.wiring) => {
-                    let result = self.look(&handle).await;
-                    if let Err(error) = result {
-                        break Err(io::Error::other(error));
-                    }
-                    self.answer(request);
-                }
+                request = next(&mut self.wiring) => asked.push(request),
                 () = tokio::time::sleep(pause) => {}
+            }
+            // One look does for all who ask at once.
+            if let Some(wiring) = &mut self.wiring {
+                asked.extend(std::iter::from_fn(|| wiring.requests.try_recv().ok()));
             }
         };
         connection.abort();
@@ -460,7 +481,8 @@ impl Follower {
         if wanted.is_empty() {
             return true;
         }
-        let namespaces = netns::by_id(handle).await;
+        let ids = wanted.iter().map(|(_, id)| *id).collect();
+        let namespaces = self.files.find(handle, &ids).await;
         let mut is_settled = true;
         for (index, id) in wanted {
             let identity = namespaces

@@ -4,7 +4,7 @@
 //! by what container runtimes and `ip netns` leave in /run/netns, and by processes.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -112,41 +112,96 @@ pub fn identify(namespace: File) -> io::Result<Identity> {
         })
 }
 
-/// Namespaces by the id that this namespace knows them under (IFLA_LINK_NETNSID).
-pub async fn by_id(handle: &rtnetlink::Handle) -> HashMap<i32, PathBuf> {
-    let mut found = HashMap::new();
-    let mut seen = std::collections::HashSet::new();
-    for path in candidates() {
-        let Ok(file) = File::open(&path) else {
-            continue;
-        };
-        let Ok(metadata) = file.metadata() else {
-            continue;
-        };
-        if !seen.insert((metadata.dev(), metadata.ino())) {
-            continue;
-        }
-        if let Some(id) = id_of(handle, &file).await {
-            found.entry(id).or_insert(path);
-        }
-    }
-    found
+/// Where namespaces are that this namespace knows by an id (IFLA_LINK_NETNSID), as far as it was
+/// asked: to ask the kernel about each of them for each new pod would take longer the more there are.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    /// Ids by device and inode. A file that is gone may have given its inode to another, so what is
+    /// remembered is only where to look first.
+    ids: HashMap<(u64, u64), i32>,
+    /// Files to look at before any others.
+    hints: Vec<PathBuf>,
 }
 
-/// Files that may be network namespaces: bind mounts first, since they outlive processes.
-fn candidates() -> Vec<PathBuf> {
-    let mut paths = Vec::new();
-    for folder in ["/run/netns", "/var/run/netns"] {
-        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-        paths.extend(entries.map(|entry| entry.path()));
+impl Namespaces {
+    /// Says where the next search should begin.
+    pub fn hint(&mut self, paths: impl Iterator<Item = PathBuf>) {
+        self.hints.clear();
+        self.hints.extend(paths);
     }
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    paths.extend(
-        processes
-            .filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok())
-            .map(|entry| entry.path().join("ns/net")),
-    );
-    paths
+
+    /// Looks for these ids.
+    pub async fn find(
+        &mut self,
+        handle: &rtnetlink::Handle,
+        wanted: &HashSet<i32>,
+    ) -> HashMap<i32, PathBuf> {
+        let mut found = HashMap::new();
+        let mut present = HashSet::new();
+        let mut others = Vec::new();
+        let hints = std::mem::take(&mut self.hints);
+        for path in hints.into_iter().chain(candidates()) {
+            if found.len() == wanted.len() {
+                // What was not come to is no reason to forget it.
+                return found;
+            }
+            let Ok(metadata) = fs::metadata(&path) else {
+                continue;
+            };
+            let file = (metadata.dev(), metadata.ino());
+            if !present.insert(file) {
+                continue;
+            }
+            match self.ids.get(&file) {
+                Some(id) if !wanted.contains(id) => others.push((path, file)),
+                _ => self.ask(handle, path, file, wanted, &mut found).await,
+            }
+        }
+        for (path, file) in others {
+            if found.len() == wanted.len() {
+                break;
+            }
+            self.ask(handle, path, file, wanted, &mut found).await;
+        }
+        self.ids.retain(|file, _| present.contains(file));
+        found
+    }
+
+    async fn ask(
+        &mut self,
+        handle: &rtnetlink::Handle,
+        path: PathBuf,
+        file: (u64, u64),
+        wanted: &HashSet<i32>,
+        found: &mut HashMap<i32, PathBuf>,
+    ) {
+        let Ok(namespace) = File::open(&path) else {
+            return;
+        };
+        match id_of(handle, &namespace).await {
+            Some(id) => {
+                self.ids.insert(file, id);
+                if wanted.contains(&id) {
+                    found.entry(id).or_insert(path);
+                }
+            }
+            // It may get one yet.
+            None => drop(self.ids.remove(&file)),
+        }
+    }
+}
+
+/// Files that may be network namespaces: bind mounts first, since they outlive processes. Each
+/// folder is only read when it is come to.
+fn candidates() -> impl Iterator<Item = PathBuf> {
+    let entries = |folder| fs::read_dir(folder).into_iter().flatten().flatten();
+    let mounts = ["/run/netns", "/var/run/netns"].into_iter();
+    let mounts = mounts.flat_map(entries).map(|entry| entry.path());
+    let processes = std::iter::once("/proc").flat_map(entries);
+    let processes = processes
+        .filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok())
+        .map(|entry| entry.path().join("ns/net"));
+    mounts.chain(processes)
 }
 
 /// The id of an open namespace, if this one has given it one.

@@ -166,7 +166,7 @@ struct NetworkArgs {
     #[arg(
         long,
         value_name = "DIR",
-        default_value = "/var/lib/penstock/cni",
+        default_value = "/run/penstock/cni",
         requires = "network"
     )]
     cni_state_dir: PathBuf,

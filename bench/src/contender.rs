@@ -1,0 +1,265 @@
+//! Who is compared: a client, a server, and a way between them that can be told from others.
+
+use std::{net::SocketAddr, rc::Rc};
+
+use anyhow::{Context, Result};
+use penstock_testbed::{Agent, Host, Process};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    load::{Summary, Workload},
+    turns::{Effort, Trial},
+};
+
+/// The processor of all clients.
+const CLIENT: &str = "0";
+/// The processor of all servers.
+const SERVER: &str = "1";
+/// Where servers serve.
+pub const PORT: u16 = 8080;
+/// The longest packet that leaves a socket, in octets: what segmentation offload makes at most.
+const LARGEST: f64 = 65_536.0;
+
+/// What a counter counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counts {
+    /// Each connection, or each datagram of a socket that is not connected.
+    Connections,
+    /// Each connection, or each UDP socket: what a connection tracker takes for new.
+    Flows,
+    /// Each packet from client to server.
+    Packets,
+    /// What hardly happens on this way.
+    Nothing,
+}
+
+/// A counter that tells whether traffic took the way that it is said to take.
+pub struct Witness {
+    what: String,
+    counts: Counts,
+    read: Box<dyn Fn() -> Result<u64>>,
+}
+
+impl Witness {
+    /// A counter.
+    pub fn new(what: &str, counts: Counts, read: impl Fn() -> Result<u64> + 'static) -> Self {
+        Self {
+            what: what.to_owned(),
+            counts,
+            read: Box::new(read),
+        }
+    }
+
+    /// A counter of Penstock's on a node, whose agent stays for as long.
+    pub fn agent(agent: &Rc<Agent>, counter: &'static str, counts: Counts) -> Self {
+        let agent = agent.clone();
+        Self::new(counter, counts, move || agent.count(counter))
+    }
+
+    /// The packets that an interface of a host sent.
+    pub fn interface(host: &Host, interface: &str) -> Self {
+        Self::interface_counts(host, interface, Counts::Packets)
+    }
+
+    /// That an interface of a host sends nothing.
+    pub fn unused(host: &Host, interface: &str) -> Self {
+        Self::interface_counts(host, interface, Counts::Nothing)
+    }
+
+    fn interface_counts(host: &Host, interface: &str, counts: Counts) -> Self {
+        let what = format!("packets sent by {interface}");
+        let (host, interface) = (host.clone(), interface.to_owned());
+        Self::new(&what, counts, move || {
+            let text = host.run("cat", &["/proc/thread-self/net/dev"])?;
+            sent(&text, &interface).with_context(|| format!("{interface} is not in {text}"))
+        })
+    }
+}
+
+/// The packets that an interface sent, in /proc/net/dev.
+fn sent(table: &str, interface: &str) -> Option<u64> {
+    let line = table.lines().find_map(|line| {
+        let (name, rest) = line.split_once(':')?;
+        (name.trim() == interface).then_some(rest)
+    })?;
+    // Eight columns of what was received, then octets and packets that were sent.
+    line.split_whitespace().nth(9)?.parse().ok()
+}
+
+/// What a counter said.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// What was counted.
+    pub what: String,
+    /// By how much it grew.
+    pub grew: u64,
+    /// By how much it had to grow at least.
+    pub at_least: u64,
+}
+
+/// One of those that are compared.
+pub struct Contender {
+    /// Its name in tables.
+    pub name: String,
+    client: Host,
+    target: SocketAddr,
+    witnesses: Vec<Witness>,
+    _server: Rc<Process>,
+}
+
+/// Starts a server.
+pub fn serve(host: &Host) -> Result<Rc<Process>> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let port = PORT.to_string();
+    let mut server = host.start(program, &["load", "--cpu", SERVER, "serve", &port])?;
+    let first = server.line().context("starting a server")?;
+    anyhow::ensure!(first == "ready", "the server said {first:?}");
+    Ok(Rc::new(server))
+}
+
+impl Contender {
+    /// A client's way to a target, behind which `server` is.
+    pub fn new(
+        name: &str,
+        client: &Host,
+        target: SocketAddr,
+        server: &Rc<Process>,
+        witnesses: Vec<Witness>,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            client: client.clone(),
+            target,
+            witnesses,
+            _server: server.clone(),
+        }
+    }
+
+    /// Its counters, now.
+    pub fn witnesses(&self) -> Result<Vec<u64>> {
+        let read = |witness: &Witness| {
+            (witness.read)().with_context(|| format!("{}: {}", self.name, witness.what))
+        };
+        self.witnesses.iter().map(read).collect()
+    }
+
+    /// Whether its counters say what they should, after so much traffic.
+    pub fn evidence(
+        &self,
+        before: &[u64],
+        workload: Workload,
+        turns: &[Summary],
+    ) -> Result<Vec<Evidence>> {
+        let after = self.witnesses()?;
+        let expected = Expected::of(workload, turns);
+        let counted = before
+            .iter()
+            .zip(&after)
+            .map(|(before, after)| after - before);
+        let mut all = Vec::new();
+        for (witness, grew) in self.witnesses.iter().zip(counted) {
+            let range = match witness.counts {
+                Counts::Connections => expected.connections..=u64::MAX,
+                Counts::Flows => expected.flows..=u64::MAX,
+                Counts::Packets => expected.packets..=u64::MAX,
+                // A neighbour or a multicast group may be asked for now and then.
+                Counts::Nothing => 0..=1 + expected.packets / 100,
+            };
+            let Self { name, .. } = self;
+            let (what, least, most) = (&witness.what, *range.start(), *range.end());
+            anyhow::ensure!(
+                range.contains(&grew),
+                "{name}: {what} grew by {grew}, not by {least} to {most}: the traffic took another way"
+            );
+            all.push(Evidence {
+                what: witness.what.clone(),
+                grew,
+                at_least: least,
+            });
+        }
+        Ok(all)
+    }
+
+    /// Whether there is an answer at all.
+    pub fn answers(&self) -> Result<()> {
+        let effort = Effort {
+            rounds: 1,
+            turn_ms: 1,
+            warm_up_ms: 0,
+        };
+        self.turn(&Trial::closed(Workload::Connect), effort)
+            .map(drop)
+    }
+
+    /// One turn.
+    pub fn turn(&self, trial: &Trial, effort: Effort) -> Result<Summary> {
+        let program = std::env::current_exe().context("finding this program")?;
+        let target = self.target.to_string();
+        let (measured, warm_up) = (effort.turn_ms.to_string(), effort.warm_up_ms.to_string());
+        let connections = trial.connections.to_string();
+        let mut arguments = vec!["load", "--cpu", CLIENT, "run"];
+        arguments.extend([trial.workload.argument(), &target, "--for-ms", &measured]);
+        arguments.extend(["--warm-up-ms", &warm_up, "--connections", &connections]);
+        let rate = trial.rate.map(|rate| rate.to_string());
+        if let Some(rate) = &rate {
+            arguments.extend(["--rate", rate]);
+        }
+        let mut client = self.client.start(program, &arguments)?;
+        let line = client
+            .line()
+            .with_context(|| format!("{}: {}", self.name, trial.name()))?;
+        serde_json::from_str(&line).with_context(|| format!("{line:?} is no summary"))
+    }
+}
+
+/// The least that so much traffic makes.
+struct Expected {
+    connections: u64,
+    flows: u64,
+    packets: u64,
+}
+
+impl Expected {
+    fn of(workload: Workload, turns: &[Summary]) -> Self {
+        let count: u64 = turns.iter().map(|turn| turn.count).sum();
+        let octets: f64 = turns
+            .iter()
+            .map(|turn| turn.bits_per_second * turn.seconds / 8.0)
+            .sum();
+        match workload {
+            Workload::Connect => Self {
+                connections: count,
+                flows: count,
+                packets: count,
+            },
+            Workload::UdpSendto => Self {
+                connections: count,
+                flows: turns.len() as u64,
+                packets: count,
+            },
+            Workload::TcpRr | Workload::UdpRr => Self {
+                connections: turns.len() as u64,
+                flows: turns.len() as u64,
+                packets: count,
+            },
+            Workload::Stream => Self {
+                connections: count,
+                flows: count,
+                packets: (octets / LARGEST) as u64,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sent_packets_are_in_the_tenth_column() {
+        let table = "Inter-|   Receive  |  Transmit\n face |bytes packets errs\n    \
+                     lo:  1 2 3 4 5 6 7 8 9 10 11\nveth12: 1 2 0 0 0 0 0 0 900 77 0 0\n";
+        assert_eq!(sent(table, "veth12"), Some(77));
+        assert_eq!(sent(table, "veth1"), None);
+    }
+}

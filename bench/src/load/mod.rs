@@ -1,0 +1,97 @@
+//! What the measurements send: this program started again, as a server or as a client.
+//!
+//! A server and a client are one process each, on one processor each, so that no contender is
+//! measured where the scheduler happened to put it.
+
+mod client;
+mod server;
+mod stream;
+mod summary;
+mod workload;
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+
+pub use summary::Summary;
+pub use workload::{Pace, Workload};
+
+/// The length of a request and of an answer, in octets.
+const MESSAGE: usize = 64;
+/// Connections that a server serves at once.
+const WORKERS: usize = 32;
+
+/// What a TCP connection is for: the first octet that a client sends.
+mod purpose {
+    /// Each message is answered by one.
+    pub(super) const ECHO: u8 = b'e';
+    /// One message is answered, then the server closes.
+    pub(super) const ONCE: u8 = b'o';
+    /// What comes is counted, and the count is the answer.
+    pub(super) const SINK: u8 = b's';
+}
+
+/// Serves, or asks and measures.
+#[derive(Args)]
+pub struct Load {
+    /// Stay on this processor.
+    #[arg(long)]
+    cpu: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answers on a port, TCP and UDP, both families, after saying "ready".
+    Serve {
+        /// The port.
+        port: u16,
+    },
+    /// Asks; one line of JSON tells how that went.
+    Run(Run),
+}
+
+/// What a client does.
+#[derive(Args)]
+struct Run {
+    /// What is sent.
+    workload: Workload,
+    /// Where to.
+    to: SocketAddr,
+    /// How long it is measured.
+    #[arg(long, default_value_t = 1_000)]
+    for_ms: u64,
+    /// How long it is done before, unmeasured.
+    #[arg(long, default_value_t = 200)]
+    warm_up_ms: u64,
+    /// Requests a second, begun when they are due and not when the last answer came.
+    #[arg(long)]
+    rate: Option<u32>,
+    /// Connections at once, of streams.
+    #[arg(long, default_value_t = 1)]
+    connections: usize,
+}
+
+/// Does what it says.
+pub fn run(load: &Load) -> Result<()> {
+    if let Some(cpu) = load.cpu {
+        stay_on(cpu)?;
+    }
+    match &load.command {
+        Command::Serve { port } => server::serve(*port),
+        Command::Run(run) => {
+            let summary = client::run(run)?;
+            println!("{}", serde_json::to_string(&summary).context("JSON")?);
+            Ok(())
+        }
+    }
+}
+
+fn stay_on(cpu: usize) -> Result<()> {
+    let mut cpus = nix::sched::CpuSet::new();
+    cpus.set(cpu).context("choosing a processor")?;
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)
+        .with_context(|| format!("staying on processor {cpu}"))
+}

@@ -1,0 +1,57 @@
+//! What can be sent.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// What is sent.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Workload {
+    /// Connects, asks, is answered, is closed: a connection for each request.
+    Connect,
+    /// Asks again and again over one TCP connection.
+    TcpRr,
+    /// Asks again and again over one UDP socket that is connected.
+    UdpRr,
+    /// Asks again and again over one UDP socket that is not connected.
+    UdpSendto,
+    /// Sends as much as goes over TCP connections.
+    Stream,
+}
+
+impl Workload {
+    /// Its name in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Connect => "TCP connect, request, close",
+            Self::TcpRr => "TCP request and response",
+            Self::UdpRr => "UDP request and response, connected socket",
+            Self::UdpSendto => "UDP request and response, unconnected socket",
+            Self::Stream => "TCP stream",
+        }
+    }
+
+    /// Its name on the command line.
+    pub const fn argument(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::TcpRr => "tcp-rr",
+            Self::UdpRr => "udp-rr",
+            Self::UdpSendto => "udp-sendto",
+            Self::Stream => "stream",
+        }
+    }
+}
+
+/// When the next request begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// When the last one is answered ("closed loop"): how fast it goes.
+    Closed,
+    /// When it is due, at so many a second ("open loop"). What waits for an answer that is late
+    /// counts its waiting, so that a stall is not one bad sample but as many as it delayed
+    /// ("coordinated omission").
+    Open(u32),
+}

@@ -1,0 +1,213 @@
+//! What the numbers are from: the machine, its programs, and whether anything else ran.
+
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// A machine on which this much of the processors is in use before anything was started, or that has
+/// as many processes waiting, is not idle.
+const IDLE: f64 = 0.05;
+/// How long the processors are watched.
+const WATCHED: Duration = Duration::from_secs(1);
+
+/// Where and when something was measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Machine {
+    /// Seconds since 1970.
+    pub time: u64,
+    /// Its kernel's release.
+    pub kernel: String,
+    /// Its processors' model.
+    pub processor: String,
+    /// How many they are.
+    pub processors: usize,
+    /// Its memory in MiB.
+    pub memory_mib: u64,
+    /// Whether it is a virtual one.
+    pub is_virtual: bool,
+    /// The programs that were compared, and their versions.
+    pub programs: Vec<(String, String)>,
+    /// Whether Penstock was built with optimisation.
+    pub is_release: bool,
+    /// What else ran, at the beginning and after each comparison.
+    pub quiet: Vec<Quiet>,
+}
+
+/// How quiet the machine was.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Quiet {
+    /// The part of all processors that was in use while this program waited.
+    pub busy: f64,
+    /// The load average of the last minute. After a comparison it is its own.
+    pub load: f64,
+}
+
+impl Quiet {
+    /// Watches the processors for a moment.
+    pub fn watch() -> Self {
+        let before = busy_and_all();
+        std::thread::sleep(WATCHED);
+        let after = busy_and_all();
+        let (busy, all) = (after.0 - before.0, after.1 - before.1);
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let first = load.split(' ').next();
+        Self {
+            busy: if all > 0.0 { busy / all } else { 1.0 },
+            load: first.and_then(|one| one.parse().ok()).unwrap_or_default(),
+        }
+    }
+
+    /// Whether nothing else ran.
+    pub fn is_idle(self) -> bool {
+        self.busy <= IDLE
+    }
+}
+
+/// The processors' time so far, used and all of it. What the machine's host took away counts as used.
+fn busy_and_all() -> (f64, f64) {
+    let text = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = text.lines().next().unwrap_or_default();
+    let times: Vec<f64> = line
+        .split_whitespace()
+        .skip(1)
+        // Guests' time is in user time already.
+        .take(8)
+        .filter_map(|time| time.parse().ok())
+        .collect();
+    let all: f64 = times.iter().sum();
+    let idle: f64 = times.iter().skip(3).take(2).sum();
+    (all - idle, all)
+}
+
+impl Machine {
+    /// This one, now.
+    pub fn look() -> Self {
+        let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let models: Vec<&str> = processors
+            .lines()
+            .filter_map(|line| line.strip_prefix("model name"))
+            .map(|rest| rest.trim_start_matches(['\t', ':', ' ']))
+            .collect();
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let memory = memory.lines().find_map(|line| kib(line, "MemTotal"));
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let flags = processors.lines().find(|line| line.starts_with("flags"));
+        Self {
+            time: since.map_or(0, |since| since.as_secs()),
+            kernel: kernel.trim().to_owned(),
+            processor: models.first().copied().unwrap_or("unknown").to_owned(),
+            processors: models.len(),
+            memory_mib: memory.unwrap_or_default() / 1_024,
+            is_virtual: flags.is_some_and(|flags| flags.split(' ').any(|one| one == "hypervisor")),
+            programs: programs(),
+            is_release: penstock_testbed::binary("penstock")
+                .is_ok_and(|path| path.components().any(|part| part.as_os_str() == "release")),
+            quiet: vec![Quiet::watch()],
+        }
+    }
+
+    /// Says what it is, and what is wrong with measuring on it.
+    pub fn introduce(&self) {
+        println!("{}", self.line());
+        for (program, version) in &self.programs {
+            println!("  {program}: {version}");
+        }
+        for reason in self.reservations() {
+            println!("WARNING: {reason}");
+        }
+    }
+
+    /// In a line.
+    pub fn line(&self) -> String {
+        let kind = if self.is_virtual {
+            ", a virtual machine"
+        } else {
+            ""
+        };
+        format!(
+            "Linux {} on {} x {}, {} MiB{kind}",
+            self.kernel, self.processors, self.processor, self.memory_mib
+        )
+    }
+
+    /// Why the numbers should not be relied upon.
+    pub fn reservations(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        let loud: Vec<f64> = self
+            .quiet
+            .iter()
+            .filter(|quiet| !quiet.is_idle())
+            .map(|quiet| quiet.busy * 100.0)
+            .collect();
+        if let Some(most) = loud.iter().copied().reduce(f64::max) {
+            let before = self.quiet.first().map_or(0.0, |quiet| quiet.load);
+            reasons.push(format!(
+                "the machine was not idle: other processes used up to {most:.0} % of it (load average \
+                 before: {before:.2}); these numbers are provisional"
+            ));
+        }
+        if !self.is_release {
+            reasons.push("Penstock was built without optimisation".to_owned());
+        }
+        if self.processors < 3 {
+            reasons.push(format!(
+                "{} processors: client and server share them with everything else",
+                self.processors
+            ));
+        }
+        reasons
+    }
+}
+
+/// Each compared program's own word for its version; those that aren't there are left out.
+fn programs() -> Vec<(String, String)> {
+    let mut found = vec![(
+        "penstock".to_owned(),
+        format!("{}{}", env!("CARGO_PKG_VERSION"), commit()),
+    )];
+    let packages = ["containernetworking-plugins", "iptables", "nftables"];
+    for package in packages {
+        let query = ["-W", "-f", "${Version}", package];
+        if let Some(version) = said("dpkg-query", &query) {
+            found.push((package.to_owned(), version));
+        }
+    }
+    let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(std::path::PathBuf::from);
+    let proxy = assets.map(|assets| assets.join("kube-proxy"));
+    if let Some(version) = proxy.and_then(|proxy| said(proxy, &["--version"])) {
+        found.push(("kube-proxy".to_owned(), version));
+    }
+    found
+}
+
+fn commit() -> String {
+    let folder = env!("CARGO_MANIFEST_DIR");
+    let described = said("git", &["-C", folder, "describe", "--always", "--dirty"]);
+    described.map_or_else(String::new, |commit| format!(" ({commit})"))
+}
+
+/// The first line that a program prints.
+fn said(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let line = text.lines().next()?.trim();
+    (output.status.success() && !line.is_empty()).then(|| line.to_owned())
+}
+
+/// A line of a file of /proc that is about that.
+fn kib(line: &str, field: &str) -> Option<u64> {
+    let value = line.strip_prefix(field)?.strip_prefix(':')?;
+    value.split_whitespace().next()?.parse().ok()
+}
+
+/// A line of a process's /proc status in MiB.
+pub fn memory(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let value = status.lines().find_map(|line| kib(line, field));
+    value.unwrap_or_default() / 1_024
+}

@@ -1,0 +1,123 @@
+//! Pod to pod from node to node: plain routes, the kernel's VXLAN as flannel sets it up, Penstock.
+
+use std::rc::Rc;
+
+use anyhow::Result;
+use penstock_testbed::{Agent, Host, Node, Source, Testbed};
+
+use super::{INTERFACE, MTU, TRIALS, set_mtu};
+use crate::{
+    contender::{Contender, Counts, PORT, Witness, serve},
+    turns::{self, Effort, Outcome},
+};
+
+/// flannel's device.
+const DEVICE: &str = "flannel.1";
+/// The nodes' link to each other.
+const UPLINK: &str = "eth0";
+
+/// Measures.
+pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
+    let mut testbed = Testbed::new()?;
+    let contenders = [
+        routed(&mut testbed)?,
+        flannel(&mut testbed)?,
+        penstock(&mut testbed)?,
+    ];
+    turns::take("Pods of two nodes", &contenders, &TRIALS, effort)
+}
+
+/// The nodes' network knows where pods are: no encapsulation.
+fn routed(testbed: &mut Testbed) -> Result<Contender> {
+    let ([first, _], [client, server]) = pods(testbed)?;
+    Ok(Contender::new(
+        "the kernel's routes, no overlay",
+        &client,
+        (server.ip4, PORT).into(),
+        &serve(&server)?,
+        vec![Witness::interface(&first.host, UPLINK)],
+    ))
+}
+
+/// One VXLAN device a node without learning; for each other node a permanent neighbour, where its
+/// Ethernet address is ("FDB"), and a route (flannel's backend/vxlan).
+fn flannel(testbed: &mut Testbed) -> Result<Contender> {
+    let ([first, second], [client, server]) = pods(testbed)?;
+    tunnel(&first, &second)?;
+    tunnel(&second, &first)?;
+    Ok(Contender::new(
+        "the kernel's VXLAN",
+        &client,
+        (server.ip4, PORT).into(),
+        &serve(&server)?,
+        vec![Witness::interface(&first.host, DEVICE)],
+    ))
+}
+
+/// Two nodes with a pod each on the kernel's routes.
+fn pods(testbed: &mut Testbed) -> Result<([Node; 2], [Host; 2])> {
+    let nodes = [testbed.node()?, testbed.node()?];
+    let mut pod = |node: &Node| {
+        let pod = testbed.pod(node)?;
+        set_mtu(&node.host, &pod.interface)?;
+        set_mtu(&pod.host, INTERFACE)?;
+        Ok::<_, anyhow::Error>(pod.host)
+    };
+    let [first, second] = &nodes;
+    let pods = [pod(first)?, pod(second)?];
+    Ok((nodes, pods))
+}
+
+/// A node's end of flannel's network, towards one other node.
+fn tunnel(node: &Node, other: &Node) -> Result<()> {
+    let mac = |node: &Node| format!("02:00:00:00:03:{:02x}", node.number);
+    let ((own, _), (range, _)) = (node.pod_ranges(), other.pod_ranges());
+    // The first address of a range is its node's.
+    let first = |range: &str| range.replace("/24", "");
+    let script = format!(
+        "ip link add {DEVICE} address {own_mac} mtu {MTU} type vxlan id 1 local {local} dev {UPLINK} dstport 8472 nolearning
+         ip addr add {own_address}/32 dev {DEVICE}
+         ip link set {DEVICE} up
+         ip route del {range}
+         ip neigh add {address} lladdr {mac} dev {DEVICE} nud permanent
+         bridge fdb add {mac} dev {DEVICE} dst {remote} self permanent
+         ip route add {range} via {address} dev {DEVICE} onlink",
+        own_mac = mac(node),
+        local = node.host.ip4,
+        own_address = first(&own),
+        address = first(&range),
+        mac = mac(other),
+        remote = other.host.ip4,
+    );
+    node.host.run("sh", &["-ec", &script]).map(drop)
+}
+
+/// Penstock's overlay.
+fn penstock(testbed: &mut Testbed) -> Result<Contender> {
+    let nodes = [testbed.network_node()?, testbed.network_node()?];
+    let [first, second] = &nodes;
+    let mut agents = Vec::new();
+    for node in &nodes {
+        node.knows(&[first, second])?;
+        let options = ["--log-level", "info"];
+        let agent = Agent::start_network(node, &Source::Manifests, &options)?;
+        let status = agent.status()?;
+        let mtu = status.pointer("/network/overlay_mtu");
+        anyhow::ensure!(mtu == Some(&MTU.into()), "the overlay carries {mtu:?}");
+        agents.push(Rc::new(agent));
+    }
+    let (client, server) = (testbed.network_pod(first)?, testbed.network_pod(second)?);
+    let [sender, receiver] = agents.as_slice() else {
+        anyhow::bail!("two agents were started")
+    };
+    Ok(Contender::new(
+        "Penstock's VXLAN",
+        &client.host,
+        (server.host.ip4, PORT).into(),
+        &serve(&server.host)?,
+        vec![
+            Witness::agent(sender, "overlay_sent", Counts::Packets),
+            Witness::agent(receiver, "delivered", Counts::Packets),
+        ],
+    ))
+}

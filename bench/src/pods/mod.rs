@@ -1,0 +1,41 @@
+//! Pod networks beside each other: pod to pod on one node, and from node to node.
+
+mod across;
+mod one_node;
+
+use anyhow::Result;
+use penstock_testbed::Host;
+
+use crate::{
+    load::Workload,
+    turns::{Effort, Outcome, Trial},
+};
+
+/// What every pod's interface carries: what VXLAN leaves of 1,500 where nodes have IPv6, too.
+const MTU: u32 = 1_430;
+
+/// A pod's interface.
+const INTERFACE: &str = "eth0";
+
+/// What is measured between pods.
+const TRIALS: [Trial; 5] = [
+    Trial::closed(Workload::TcpRr),
+    Trial::open(Workload::TcpRr, 5_000),
+    Trial::closed(Workload::UdpRr),
+    Trial::closed(Workload::Stream),
+    Trial::streams(8),
+];
+
+/// Measures.
+pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
+    let mut outcomes = one_node::measure(effort)?;
+    outcomes.extend(across::measure(effort)?);
+    Ok(outcomes)
+}
+
+/// Sets what an interface carries.
+fn set_mtu(host: &Host, interface: &str) -> Result<()> {
+    let mtu = MTU.to_string();
+    host.run("ip", &["link", "set", interface, "mtu", &mtu])
+        .map(drop)
+}

@@ -1,0 +1,108 @@
+//! Results in words: lines while it is measured, a file of Markdown in the end.
+
+use std::fmt::Write;
+
+use crate::{
+    figures::Median,
+    results::Results,
+    turns::{Metric, Outcome, Turns},
+};
+
+/// Says what came out of a trial.
+pub fn print(outcome: &Outcome) {
+    println!("{}: {}", outcome.title, outcome.what);
+    for metric in &outcome.metrics {
+        let (unit, scale) = unit(outcome, *metric);
+        for turns in &outcome.turns {
+            println!(
+                "  {:10} {:40} {:>24} {unit:8}{}",
+                metric.name(),
+                turns.contender,
+                spread(turns.median(*metric), scale),
+                against(outcome, turns, *metric)
+                    .map_or_else(String::new, |ratio| format!(" ratio {ratio}")),
+            );
+        }
+    }
+}
+
+/// The unit for a metric of all contenders, and how many of the metric's own it is.
+pub fn unit(outcome: &Outcome, metric: Metric) -> (&'static str, f64) {
+    metric.unit(outcome.turns.iter().map(|turns| turns.median(metric).value))
+}
+
+/// A median and its interval.
+fn spread(median: Median, scale: f64) -> String {
+    let Median { value, low, high } = median;
+    let (value, low, high) = (value / scale, low / scale, high / scale);
+    let digits = if value < 100.0 { 2 } else { 0 };
+    format!("{value:.digits$} ({low:.digits$} to {high:.digits$})")
+}
+
+/// How a contender compares with the first, which does not compare with itself.
+fn against(outcome: &Outcome, turns: &Turns, metric: Metric) -> Option<String> {
+    let first = outcome.turns.first()?;
+    (turns.contender != first.contender).then(|| turns.ratio(first, metric).shown())
+}
+
+/// The whole report. `plots` are titles and files.
+pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
+    let mut text = String::from("# Measurements\n\n");
+    // Writing to a string can't fail.
+    let _ = writeln!(
+        text,
+        "{}. Made by `cargo xtask bench`.\n",
+        results.machine.line()
+    );
+    for reason in results.machine.reservations() {
+        let _ = writeln!(text, "**Mind: {reason}.**\n");
+    }
+    for (program, version) in &results.machine.programs {
+        let _ = writeln!(text, "* {program}: {version}");
+    }
+    text.push_str(
+        "\nMedians of all rounds with their 95 % interval. A ratio compares with the first line of \
+         its table, round by round; one whose interval includes 1 is called no difference.\n",
+    );
+    let mut title = "";
+    for outcome in &results.outcomes {
+        if outcome.title != title {
+            title = &outcome.title;
+            let _ = writeln!(text, "\n## {title}\n");
+            for (_, file) in plots.iter().filter(|(plotted, _)| plotted == title) {
+                let _ = writeln!(text, "![{title}]({file})\n");
+            }
+        }
+        let rounds = outcome
+            .turns
+            .first()
+            .map_or(0, |turns| turns.summaries.len());
+        let _ = writeln!(text, "### {}, {rounds} rounds\n", outcome.what);
+        table(&mut text, outcome);
+    }
+    text
+}
+
+fn table(text: &mut String, outcome: &Outcome) {
+    let heads: Vec<String> = outcome
+        .metrics
+        .iter()
+        .map(|metric| format!("{} in {} | ratio", metric.name(), unit(outcome, *metric).0))
+        .collect();
+    let _ = writeln!(text, "| | {} |", heads.join(" | "));
+    let _ = writeln!(text, "| --- |{}", " --- | --- |".repeat(heads.len()));
+    for turns in &outcome.turns {
+        let _ = write!(text, "| {} |", turns.contender);
+        for metric in &outcome.metrics {
+            let (_, scale) = unit(outcome, *metric);
+            let ratio = against(outcome, turns, *metric).unwrap_or_default();
+            let _ = write!(
+                text,
+                " {} | {ratio} |",
+                spread(turns.median(*metric), scale)
+            );
+        }
+        text.push('\n');
+    }
+    text.push('\n');
+}

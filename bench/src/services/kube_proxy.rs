@@ -1,0 +1,191 @@
+//! The real kube-proxy in its iptables mode, on a node of the testbed, with a real API server.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+use penstock_testbed::{ApiServer, Host, Node, Process, Testbed, patiently};
+use serde_json::json;
+
+use super::{
+    Places,
+    objects::{self, SERVICE_PORT},
+};
+
+/// A node's kube-proxy, and who tells it of services.
+pub struct KubeProxy {
+    // Dropped from top to bottom.
+    _process: Process,
+    _api: ApiServer,
+    /// Which services come first and last in its rules.
+    pub first_and_last: [Places; 2],
+}
+
+impl KubeProxy {
+    /// Starts it with programs from `assets`, and waits until it has rules for so many services.
+    pub fn start(
+        testbed: &mut Testbed,
+        assets: &Path,
+        node: &Node,
+        count: usize,
+        server: &Host,
+    ) -> Result<Self> {
+        let host = testbed.client()?;
+        let api = ApiServer::start(assets, &host, testbed.folder())?;
+        for list in objects::lists(count, server) {
+            api.create(&list)?;
+        }
+        let config = testbed.folder().join("kube-proxy.json");
+        let text = configuration(node, &api.kubeconfig()).to_string();
+        fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
+        let config = config.to_str().context("a folder's name is no text")?;
+        let log = testbed.folder().join("kube-proxy.log");
+        let program = assets.join("kube-proxy");
+        let mut process = node
+            .host
+            .start_logging(program, &["--config", config], &log)?;
+        let first_and_last = patiently("kube-proxy has written its rules", || {
+            anyhow::ensure!(
+                process.is_running(),
+                "kube-proxy ended: {}",
+                fs::read_to_string(&log).unwrap_or_default()
+            );
+            let rules = rules(&node.host, &[])?;
+            let ports = ports(&rules);
+            // One of the API server's own besides.
+            let expected: usize = (0..count)
+                .map(|number| objects::protocols(number).len())
+                .sum();
+            anyhow::ensure!(
+                ports.len() >= expected,
+                "{} of {expected} ports have rules",
+                ports.len()
+            );
+            Ok(first_and_last(&ports))
+        })?;
+        Ok(Self {
+            _process: process,
+            _api: api,
+            first_and_last: first_and_last.context("no service has rules")?,
+        })
+    }
+}
+
+fn configuration(node: &Node, kubeconfig: &Path) -> serde_json::Value {
+    json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": "iptables",
+        "hostnameOverride": node.name(),
+        // Said, so that it does not look for the node's object.
+        "bindAddress": node.host.ip4.to_string(),
+        "clusterCIDR": "10.244.0.0/16",
+        "clientConnection": { "kubeconfig": kubeconfig },
+        // The machine's limits are not a namespace's to change.
+        "conntrack": {
+            "maxPerCore": 0,
+            "min": 0,
+            "tcpCloseWaitTimeout": "0s",
+            "tcpEstablishedTimeout": "0s",
+        },
+    })
+}
+
+/// The rules of the nat table.
+fn rules(node: &Host, options: &[&str]) -> Result<String> {
+    node.run("iptables-save", &[&["-t", "nat"], options].concat())
+}
+
+/// A port that has a rule: its protocol and the service's address.
+type Port<'a> = (&'a str, &'a str);
+
+/// The ports that have rules, in the order in which the kernel looks at them.
+fn ports(rules: &str) -> Vec<Port<'_>> {
+    let port = format!("--dport {SERVICE_PORT} ");
+    let rules = rules.lines().filter(|rule| {
+        rule.starts_with("-A KUBE-SERVICES ")
+            && rule.contains(" -j KUBE-SVC-")
+            && rule.contains(&port)
+    });
+    let after =
+        |rule: &'_ str, word: &str| -> Option<usize> { Some(rule.find(word)? + word.len()) };
+    rules
+        .filter_map(|rule| {
+            let ip = rule.get(after(rule, " -d ")?..)?.split('/').next()?;
+            let protocol = rule.get(after(rule, " -p ")?..)?.split(' ').next()?;
+            Some((protocol, ip))
+        })
+        .collect()
+}
+
+fn first_and_last(ports: &[Port]) -> Option<[Places; 2]> {
+    let of = |wanted: &str| {
+        let mut ips = ports
+            .iter()
+            .filter(|(protocol, _)| *protocol == wanted)
+            .filter_map(|(_, ip)| ip.parse().ok());
+        let first = ips.next()?;
+        Some([first, ips.next_back().unwrap_or(first)])
+    };
+    let ([tcp_first, tcp_last], [udp_first, udp_last]) = (of("tcp")?, of("udp")?);
+    Some([
+        Places {
+            tcp: tcp_first,
+            udp: udp_first,
+        },
+        Places {
+            tcp: tcp_last,
+            udp: udp_last,
+        },
+    ])
+}
+
+/// Connections that were translated on a node.
+pub fn translated(node: &Host) -> Result<u64> {
+    Ok(translations(&rules(node, &["-c"])?))
+}
+
+/// The sum of the counters of rules that translate.
+fn translations(rules: &str) -> u64 {
+    let translating = rules.lines().filter(|rule| rule.contains(" -j DNAT "));
+    translating
+        .filter_map(|rule| {
+            rule.strip_prefix('[')?
+                .split(':')
+                .next()?
+                .parse::<u64>()
+                .ok()
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: &str = "\
+:KUBE-SERVICES - [0:0]
+-A KUBE-SERVICES ! -s 10.244.0.0/16 -d 10.96.1.2/32 -p tcp -m comment --comment \"default/s2:tcp cluster IP\" -m tcp --dport 80 -j KUBE-MARK-MASQ
+-A KUBE-SERVICES -d 10.96.1.2/32 -p tcp -m comment --comment \"default/s2:tcp cluster IP\" -m tcp --dport 80 -j KUBE-SVC-AAAA
+-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m comment --comment \"default/kubernetes:https cluster IP\" -m tcp --dport 443 -j KUBE-SVC-NPX4
+-A KUBE-SERVICES -d 10.96.1.0/32 -p udp -m comment --comment \"default/s0:udp cluster IP\" -m udp --dport 80 -j KUBE-SVC-BBBB
+-A KUBE-SERVICES -d 10.96.1.0/32 -p tcp -m comment --comment \"default/s0:tcp cluster IP\" -m tcp --dport 80 -j KUBE-SVC-CCCC
+";
+
+    #[test]
+    fn the_first_and_the_last_are_in_the_order_of_rules() {
+        let ports = ports(RULES);
+        assert_eq!(ports.len(), 3);
+        let [first, last] = first_and_last(&ports).unwrap();
+        assert_eq!(first.tcp.to_string(), "10.96.1.2");
+        assert_eq!(last.tcp.to_string(), "10.96.1.0");
+        assert_eq!(first.udp, last.udp);
+    }
+
+    #[test]
+    fn counters_of_translations_are_added_up() {
+        let rules = "[7:420] -A KUBE-SEP-A -p tcp -m tcp -j DNAT --to-destination 10.0.0.1:80\n\
+                     [9:540] -A KUBE-SERVICES -d 10.96.1.2/32 -j KUBE-SVC-AAAA\n\
+                     [5:300] -A KUBE-SEP-B -p udp -m udp -j DNAT --to-destination 10.0.0.1:80\n";
+        assert_eq!(translations(rules), 12);
+    }
+}

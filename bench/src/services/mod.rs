@@ -1,0 +1,253 @@
+//! Ways to a ClusterIP beside each other: none at all, Penstock's two, kube-proxy's.
+//!
+//! Every contender has a node of its own with a client and a server, and the same services, whose
+//! one endpoint is that server.
+
+mod kube_proxy;
+mod nftables;
+mod objects;
+
+use std::{
+    fmt::{Display, Formatter},
+    net::IpAddr,
+    path::PathBuf,
+    rc::Rc,
+};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use penstock_testbed::{Agent, Host, Node, Pod, Process, Source, Testbed, patiently};
+
+use crate::{
+    contender::{Contender, Counts, PORT, Witness, serve},
+    load::Workload,
+    turns::{self, Effort, Outcome, Trial},
+};
+use kube_proxy::KubeProxy;
+use objects::SERVICE_PORT;
+
+/// What is measured over TCP.
+const TCP: [Trial; 4] = [
+    Trial::closed(Workload::Connect),
+    Trial::open(Workload::Connect, 1_000),
+    Trial::closed(Workload::TcpRr),
+    Trial::closed(Workload::Stream),
+];
+/// What is measured over UDP.
+const UDP: [Trial; 2] = [
+    Trial::closed(Workload::UdpRr),
+    Trial::closed(Workload::UdpSendto),
+];
+
+/// The services that are asked, one a protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    tcp: IpAddr,
+    udp: IpAddr,
+}
+
+/// How a contender reaches services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Way {
+    /// Not at all: it asks the pod.
+    Direct,
+    /// Penstock, where the socket connects.
+    Socket,
+    /// Penstock, packet by packet.
+    Packet,
+    /// kube-proxy in iptables mode.
+    Iptables,
+    /// The rules of kube-proxy's nftables mode.
+    Nftables,
+}
+
+impl Way {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Direct,
+        Self::Socket,
+        Self::Packet,
+        Self::Iptables,
+        Self::Nftables,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "no service, the pod's address",
+            Self::Socket => "Penstock, at the socket",
+            Self::Packet => "Penstock, packet by packet",
+            Self::Iptables => "kube-proxy, iptables",
+            Self::Nftables => "kube-proxy's rules, nftables",
+        }
+    }
+}
+
+impl Display for Way {
+    fn fmt(&self, formatter: &mut Formatter) -> std::fmt::Result {
+        let value = self.to_possible_value();
+        formatter.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
+}
+
+/// A contender's node.
+struct Lane {
+    way: Way,
+    node: Node,
+    client: Host,
+    server: Pod,
+    serving: Rc<Process>,
+    agent: Option<Rc<Agent>>,
+    _kube_proxy: Option<KubeProxy>,
+}
+
+impl Lane {
+    fn new(testbed: &mut Testbed, way: Way) -> Result<Self> {
+        let node = testbed.node()?;
+        let (client, server) = (testbed.pod(&node)?, testbed.pod(&node)?);
+        let client = match way {
+            Way::Packet => client.host.without_socket_hooks(),
+            _ => client.host,
+        };
+        Ok(Self {
+            way,
+            serving: serve(&server.host)?,
+            node,
+            client,
+            server,
+            agent: None,
+            _kube_proxy: None,
+        })
+    }
+
+    /// Programs so many services; which of them come first and last, where there is an order.
+    fn program(
+        &mut self,
+        testbed: &mut Testbed,
+        assets: Option<&PathBuf>,
+        count: usize,
+    ) -> Result<Option<[Places; 2]>> {
+        let server = &self.server.host;
+        match self.way {
+            Way::Direct => {}
+            Way::Socket | Way::Packet => {
+                objects::write(&self.node.manifests, count, server)?;
+                let agent = Agent::start(&self.node, &Source::Manifests, &["--log-level", "info"])?;
+                agent.wait_for_pods(2)?;
+                self.agent = Some(Rc::new(agent));
+            }
+            Way::Iptables => {
+                let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
+                let proxy = KubeProxy::start(testbed, assets, &self.node, count, server)?;
+                let order = proxy.first_and_last;
+                self._kube_proxy = Some(proxy);
+                return Ok(Some(order));
+            }
+            Way::Nftables => nftables::load(count, server, &self.node, testbed.folder())?,
+        }
+        Ok(None)
+    }
+
+    /// What tells that traffic to services took this way.
+    fn witnesses(&self) -> Vec<Witness> {
+        let node = self.node.host.clone();
+        let arrives = Witness::interface(&node, &self.server.interface);
+        let ours = |counters: &'static [&'static str], counts| {
+            self.agent.as_ref().map(|agent| {
+                let agent = agent.clone();
+                Witness::new(&counters.join(" and "), counts, move || {
+                    counters.iter().map(|counter| agent.count(counter)).sum()
+                })
+            })
+        };
+        const AT_SOCKETS: &[&str] = &["socket_connect", "socket_datagram"];
+        const IN_PACKETS: &[&str] = &["packet_request"];
+        let mut all = vec![arrives];
+        match self.way {
+            Way::Direct => {}
+            Way::Socket => {
+                all.extend(ours(AT_SOCKETS, Counts::Connections));
+                all.extend(ours(IN_PACKETS, Counts::Nothing));
+            }
+            Way::Packet => {
+                all.extend(ours(AT_SOCKETS, Counts::Nothing));
+                all.extend(ours(IN_PACKETS, Counts::Packets));
+            }
+            Way::Iptables => all.push(Witness::new("DNAT rules", Counts::Flows, move || {
+                kube_proxy::translated(&node)
+            })),
+            Way::Nftables => all.push(Witness::new("dnat rules", Counts::Flows, move || {
+                nftables::translated(&node)
+            })),
+        }
+        all
+    }
+
+    fn contender(&self, service: IpAddr) -> Contender {
+        let target = match self.way {
+            Way::Direct => (self.server.host.ip4, PORT),
+            _ => (service, SERVICE_PORT),
+        };
+        Contender::new(
+            self.way.name(),
+            &self.client,
+            target.into(),
+            &self.serving,
+            self.witnesses(),
+        )
+    }
+}
+
+/// Measures some ways with each number of services.
+pub fn measure(counts: &[usize], ways: &[Way], effort: Effort) -> Result<Vec<Outcome>> {
+    let mut ways = ways.to_vec();
+    let assets = penstock_testbed::require_api_server();
+    let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
+    if assets.is_none() && ways.contains(&Way::Iptables) {
+        println!("WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables mode is left out");
+        ways.retain(|way| *way != Way::Iptables);
+    }
+    let mut outcomes = Vec::new();
+    for count in counts {
+        outcomes.extend(with(*count, &ways, assets.as_ref(), effort)?);
+    }
+    Ok(outcomes)
+}
+
+fn with(
+    count: usize,
+    ways: &[Way],
+    assets: Option<&PathBuf>,
+    effort: Effort,
+) -> Result<Vec<Outcome>> {
+    anyhow::ensure!(count > 0, "there has to be a service to be asked");
+    let mut testbed = Testbed::new()?;
+    let mut lanes = Vec::new();
+    // kube-proxy's rules have an order of their own; without it any two services will do.
+    let mut order = objects::ends(count)?;
+    for way in ways {
+        let mut lane = Lane::new(&mut testbed, *way)?;
+        if let Some(found) = lane.program(&mut testbed, assets, count)? {
+            order = found;
+        }
+        lanes.push(lane);
+    }
+    let [first, last] = order;
+    let mut outcomes = Vec::new();
+    for (which, places) in [("first", first), ("last", last)] {
+        let title = match (count, which) {
+            (1, _) => "1 service".to_owned(),
+            _ => format!("{count} services, the {which}"),
+        };
+        for (trials, ip) in [(&TCP[..], places.tcp), (&UDP[..], places.udp)] {
+            let contenders: Vec<Contender> = lanes.iter().map(|lane| lane.contender(ip)).collect();
+            for contender in &contenders {
+                patiently("the service answers", || contender.answers())?;
+            }
+            outcomes.extend(turns::take(&title, &contenders, trials, effort)?);
+        }
+        if first == last {
+            break;
+        }
+    }
+    Ok(outcomes)
+}

@@ -1,0 +1,97 @@
+//! Services whose one endpoint is the measured server, so that any of them can be asked.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+use penstock_testbed::Host;
+use serde_json::{Value, json};
+
+use super::Places;
+use crate::{cluster::service_ip, contender::PORT};
+
+/// The port of services.
+pub const SERVICE_PORT: u16 = 80;
+/// One service of so many has a UDP port beside its TCP port.
+const WITH_UDP: usize = 50;
+/// Objects in a file.
+const PER_FILE: usize = 500;
+
+/// The protocols of a service's ports.
+pub fn protocols(number: usize) -> &'static [&'static str] {
+    if number.is_multiple_of(WITH_UDP) {
+        &["TCP", "UDP"]
+    } else {
+        &["TCP"]
+    }
+}
+
+/// The first service, and the last that has a UDP port too.
+pub fn ends(count: usize) -> Result<[Places; 2]> {
+    let last = (count - 1) / WITH_UDP * WITH_UDP;
+    let place = |number| -> Result<Places> {
+        let ip = service_ip(number).parse().context("an address")?;
+        Ok(Places { tcp: ip, udp: ip })
+    };
+    Ok([place(0)?, place(last)?])
+}
+
+fn ports(number: usize, target: impl Fn(&str) -> Value) -> Value {
+    protocols(number)
+        .iter()
+        .map(|protocol| target(protocol))
+        .collect()
+}
+
+/// Service `number`.
+fn service(number: usize) -> Value {
+    let ip = service_ip(number);
+    let port = |protocol: &str| {
+        let name = protocol.to_lowercase();
+        json!({ "name": name, "port": SERVICE_PORT, "protocol": protocol, "targetPort": PORT })
+    };
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": format!("s{number}"), "namespace": "default" },
+        "spec": { "type": "ClusterIP", "clusterIP": ip, "ports": ports(number, port) },
+    })
+}
+
+/// Its slice.
+fn slice(number: usize, server: &Host) -> Value {
+    let port = |protocol: &str| json!({ "name": protocol.to_lowercase(), "port": PORT, "protocol": protocol });
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("s{number}-x"), "namespace": "default",
+            "labels": { "kubernetes.io/service-name": format!("s{number}") },
+        },
+        "addressType": "IPv4",
+        "ports": ports(number, port),
+        "endpoints": [{
+            "addresses": [server.ip4.to_string()],
+            "conditions": { "ready": true },
+        }],
+    })
+}
+
+/// So many services, in lists of a size that programs take.
+pub fn lists(count: usize, server: &Host) -> impl Iterator<Item = Value> {
+    let starts = (0..count).step_by(PER_FILE);
+    starts.map(move |start| {
+        let numbers = start..(start + PER_FILE).min(count);
+        let items: Vec<Value> = numbers
+            .flat_map(|number| [service(number), slice(number, server)])
+            .collect();
+        json!({ "apiVersion": "v1", "kind": "List", "items": items })
+    })
+}
+
+/// Writes them as manifests.
+pub fn write(folder: &Path, count: usize, server: &Host) -> Result<()> {
+    for (number, list) in lists(count, server).enumerate() {
+        let path = folder.join(format!("services-{number:04}.json"));
+        fs::write(&path, list.to_string())
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}

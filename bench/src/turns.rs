@@ -1,0 +1,219 @@
+//! Contenders take turns: whatever drifts meanwhile, drifts for all.
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    contender::{Contender, Evidence},
+    figures::Median,
+    load::{Summary, Workload},
+};
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// How often each contender gets its turn.
+    pub rounds: usize,
+    /// How long a turn is.
+    pub turn_ms: u64,
+    /// How long it is done before, unmeasured.
+    pub warm_up_ms: u64,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trial {
+    /// What is sent.
+    pub workload: Workload,
+    /// Requests a second; as many as go if `None`.
+    pub rate: Option<u32>,
+    /// Connections at once, of streams.
+    pub connections: usize,
+}
+
+impl Trial {
+    /// As many requests as go, or one stream.
+    pub const fn closed(workload: Workload) -> Self {
+        Self {
+            workload,
+            rate: None,
+            connections: 1,
+        }
+    }
+
+    /// So many requests a second.
+    pub const fn open(workload: Workload, rate: u32) -> Self {
+        Self {
+            rate: Some(rate),
+            ..Self::closed(workload)
+        }
+    }
+
+    /// Several streams at once.
+    pub const fn streams(connections: usize) -> Self {
+        Self {
+            connections,
+            ..Self::closed(Workload::Stream)
+        }
+    }
+
+    /// Its name in tables.
+    pub fn name(&self) -> String {
+        let name = self.workload.name();
+        match (self.rate, self.connections) {
+            (Some(rate), _) => format!("{name}, {rate} a second"),
+            (None, 1) => name.to_owned(),
+            (None, connections) => format!("{connections} x {name}"),
+        }
+    }
+
+    /// What of it is compared.
+    pub fn metrics(&self) -> &'static [Metric] {
+        match self.workload {
+            Workload::Stream => &[Metric::Bits],
+            _ => &[Metric::P50, Metric::P99],
+        }
+    }
+}
+
+/// A number of a turn's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    /// The median time.
+    P50,
+    /// The time that one of a hundred exceeds.
+    P99,
+    /// Bits that arrived in a second.
+    Bits,
+}
+
+impl Metric {
+    fn of(self, summary: &Summary) -> f64 {
+        match self {
+            Self::P50 => summary.p50 as f64,
+            Self::P99 => summary.p99 as f64,
+            Self::Bits => summary.bits_per_second,
+        }
+    }
+
+    /// Its name in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::P50 => "p50",
+            Self::P99 => "p99",
+            Self::Bits => "throughput",
+        }
+    }
+
+    /// The unit that such values are shown in, and how many of a metric's own are one of these.
+    pub fn unit(self, values: impl Iterator<Item = f64>) -> (&'static str, f64) {
+        let most = values.fold(0.0, f64::max);
+        match self {
+            Self::P50 | Self::P99 if most < 1e7 => ("µs", 1e3),
+            Self::P50 | Self::P99 => ("ms", 1e6),
+            Self::Bits => ("Gbit/s", 1e9),
+        }
+    }
+
+    /// Whether less of it is better.
+    pub const fn is_less_better(self) -> bool {
+        !matches!(self, Self::Bits)
+    }
+}
+
+/// All turns of a trial.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    /// What was compared.
+    pub title: String,
+    /// What was measured.
+    pub what: String,
+    /// What of it is compared.
+    pub metrics: Vec<Metric>,
+    /// Everybody's turns. All others are compared with the first.
+    pub turns: Vec<Turns>,
+}
+
+/// A contender's turns.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Turns {
+    /// Its name.
+    pub contender: String,
+    /// What its clients saw.
+    pub summaries: Vec<Summary>,
+    /// That its traffic took its way.
+    pub evidence: Vec<Evidence>,
+}
+
+impl Turns {
+    /// The median of a metric.
+    pub fn median(&self, metric: Metric) -> Median {
+        Median::of(&self.values(metric))
+    }
+
+    fn values(&self, metric: Metric) -> Vec<f64> {
+        let summaries = self.summaries.iter();
+        summaries.map(|summary| metric.of(summary)).collect()
+    }
+
+    /// The ratio to another's, round by round.
+    pub fn ratio(&self, to: &Self, metric: Metric) -> Median {
+        let (ours, theirs) = (self.values(metric), to.values(metric));
+        let ratios = ours.iter().zip(&theirs).map(|(ours, theirs)| ours / theirs);
+        Median::of(&ratios.collect::<Vec<_>>())
+    }
+}
+
+/// In which order who takes its turn: nobody always comes after the same.
+pub fn order<'a, A, B>(
+    contenders: &'a [A],
+    turns: &'a mut [B],
+    round: usize,
+) -> Vec<(&'a A, &'a mut B)> {
+    let mut order: Vec<_> = contenders.iter().zip(turns).collect();
+    order.rotate_left(round % contenders.len().max(1));
+    if round % 2 == 1 {
+        order.reverse();
+    }
+    order
+}
+
+/// Measures some trials of some contenders, of which the first is what the others are compared with.
+pub fn take(
+    title: &str,
+    contenders: &[Contender],
+    trials: &[Trial],
+    effort: Effort,
+) -> Result<Vec<Outcome>> {
+    let mut outcomes = Vec::new();
+    for trial in trials {
+        let before: Vec<Vec<u64>> = contenders
+            .iter()
+            .map(Contender::witnesses)
+            .collect::<Result<_>>()?;
+        let mut summaries: Vec<Vec<Summary>> = vec![Vec::new(); contenders.len()];
+        for round in 0..effort.rounds {
+            for (contender, summaries) in order(contenders, &mut summaries, round) {
+                summaries.push(contender.turn(trial, effort)?);
+            }
+        }
+        let mut turns = Vec::new();
+        for ((contender, summaries), before) in contenders.iter().zip(summaries).zip(&before) {
+            turns.push(Turns {
+                contender: contender.name.clone(),
+                evidence: contender.evidence(before, trial.workload, &summaries)?,
+                summaries,
+            });
+        }
+        let outcome = Outcome {
+            title: title.to_owned(),
+            what: trial.name(),
+            metrics: trial.metrics().to_vec(),
+            turns,
+        };
+        crate::report::print(&outcome);
+        outcomes.push(outcome);
+    }
+    Ok(outcomes)
+}
