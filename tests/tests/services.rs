@@ -212,3 +212,33 @@ fn pods_with_the_opt_out_label_are_left_to_the_packet_path() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_port_that_reached_a_service_reaches_its_backend_too() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let _agent = scene.agent(&[])?;
+    let client = scene.client.host.without_socket_hooks();
+    for (port, service) in (40_000..).zip(frontends(10, 80)) {
+        let port = port.to_string();
+        let from = ["--port", &port];
+        let answer = client.ask("tcp", &service.to_string(), &from)?;
+        let server = scene
+            .servers
+            .iter()
+            .find(|pod| pod.host.name == text(&answer, "server"));
+        let server = &server.expect("a backend answers").host;
+        let ip = if service.is_ipv4() {
+            server.ip4
+        } else {
+            server.ip6
+        };
+        let direct = SocketAddr::new(ip, 8080).to_string();
+        let answer = client.ask("tcp", &direct, &from)?;
+        assert_eq!(text(&answer, "server"), server.name, "{direct}: {answer}");
+    }
+    Ok(())
+}

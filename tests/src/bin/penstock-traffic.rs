@@ -5,12 +5,19 @@
 use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use nix::sys::{
+    socket::{
+        AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect,
+        setsockopt, socket, sockopt,
+    },
+    time::{TimeVal, TimeValLike},
+};
 use serde_json::json;
 
 /// Serves and asks.
@@ -249,8 +256,11 @@ fn read_line(stream: &mut TcpStream) -> std::io::Result<String> {
     }
 }
 
-fn ask_tcp(to: SocketAddr, _port: u16, timeout: Duration) -> std::io::Result<serde_json::Value> {
-    let mut stream = TcpStream::connect_timeout(&to, timeout)?;
+fn ask_tcp(to: SocketAddr, port: u16, timeout: Duration) -> std::io::Result<serde_json::Value> {
+    let mut stream = match port {
+        0 => TcpStream::connect_timeout(&to, timeout)?,
+        port => connect_from(port, to, timeout)?,
+    };
     stream.set_read_timeout(Some(timeout))?;
     stream.set_nodelay(true)?;
     stream.write_all(b"?")?;
@@ -258,6 +268,24 @@ fn ask_tcp(to: SocketAddr, _port: u16, timeout: Duration) -> std::io::Result<ser
     let peer = plain(stream.peer_addr()?).to_string();
     let own = plain(stream.local_addr()?).to_string();
     Ok(parsed(&line, &peer, &own))
+}
+
+/// Connects from a port, also one that was used a moment ago.
+fn connect_from(port: u16, to: SocketAddr, timeout: Duration) -> std::io::Result<TcpStream> {
+    let (family, any): (_, IpAddr) = match to {
+        SocketAddr::V4(_) => (AddressFamily::Inet, [0, 0, 0, 0].into()),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, Ipv6Addr::UNSPECIFIED.into()),
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let limit = TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX));
+    setsockopt(&socket, sockopt::SendTimeout, &limit)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    bind(
+        socket.as_raw_fd(),
+        &SockaddrStorage::from(SocketAddr::new(any, port)),
+    )?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    Ok(TcpStream::from(socket))
 }
 
 fn parsed(line: &str, peer: &str, own: &str) -> serde_json::Value {
