@@ -88,6 +88,16 @@ pub fn may_continue<F: Family, M: Maps<F>>(
     true
 }
 
+/// Whether a reply is of another connection, which the client opened past the service from the same
+/// port once this one was over: a backend agrees to a connection at its beginning only.
+#[inline(always)]
+pub fn is_anothers<A: Addr>(flow: &Flow<A>, segment: &Segment<A>) -> bool {
+    let agrees = tcp::SYN | tcp::ACK;
+    flow.proto == Proto::TCP
+        && flow.state == FlowState::CLOSING
+        && segment.tcp_flags & agrees == agrees
+}
+
 /// Notes a packet of a flow.
 #[inline(always)]
 pub fn follow<F: Family, M: Maps<F>>(

@@ -339,6 +339,10 @@ pub(crate) fn reply<F: Family, M: Maps<F>>(
             Back::Foreign
         });
     };
+    if flow::is_anothers(&known.flow, &segment) {
+        flow::retire(maps, &known);
+        return Ok(None);
+    }
     parse::remember_ports::<F>(maps, header, &segment);
     flow::follow(maps, &known, &segment, true);
     let (src, dst) = known.ends();
