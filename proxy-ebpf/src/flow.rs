@@ -91,10 +91,10 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 /// Whether a reply is of another connection, which the client opened past the service from the same
 /// port once this one was over: a backend agrees to a connection at its beginning only.
 #[inline(always)]
-pub fn is_anothers<A: Addr>(flow: &Flow<A>, segment: &Segment<A>) -> bool {
+pub fn is_anothers<A: Addr, R>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
     let agrees = tcp::SYN | tcp::ACK;
-    flow.proto == Proto::TCP
-        && flow.state == FlowState::CLOSING
+    segment.proto == Proto::TCP
+        && known.state == FlowState::CLOSING
         && segment.tcp_flags & agrees == agrees
 }
 

@@ -339,9 +339,9 @@ pub(crate) fn reply<F: Family, M: Maps<F>>(
             Back::Foreign
         });
     };
-    if flow::is_anothers(&known.flow, &segment) {
+    if flow::is_anothers(&known, &segment) {
         flow::retire(maps, &known);
-        return Ok(None);
+        return Ok(Back::Foreign);
     }
     parse::remember_ports::<F>(maps, header, &segment);
     flow::follow(maps, &known, &segment, true);
