@@ -466,33 +466,11 @@ impl Agent {
             .as_ref()
             .map(|network| network.borrow().clone());
         let network = network.unwrap_or_default();
-        let (mut overlay4, mut overlay6) = (V4::default(), V6::default());
-        for address in &network.addresses {
-            match address {
-                IpAddr::V4(ip) => overlay4 = V4::from(*ip),
-                IpAddr::V6(ip) => overlay6 = V6::from(*ip),
-            }
-        }
         let config = Config {
             node4,
             node6,
             excluded_cgroups,
-            network: if network.overlay_ifindex == 0 {
-                0
-            } else {
-                NetworkFlags::FORWARD
-                    | if network.masquerades {
-                        NetworkFlags::MASQUERADE
-                    } else {
-                        0
-                    }
-            },
-            overlay_ifindex: network.overlay_ifindex,
-            overlay_mtu: network.overlay_mtu,
-            overlay_vni: network.vni,
-            overlay4,
-            overlay6,
-            ..Config::default()
+            ..self.network_config(&network)
         };
         let written = self.config.set(0, config, 0);
         if let Err(error) = &written {
@@ -534,6 +512,39 @@ impl Agent {
             tracing::info!("no longer a problem: network: {over}");
         }
         self.network_problem = problem;
+    }
+
+    /// The network's part of what the programs are told. Until it is ready that is what an earlier
+    /// agent told them: pods' flows go on as they began.
+    fn network_config(&self, network: &network::State) -> Config {
+        if self.network.is_none() {
+            return Config::default();
+        }
+        if !network.is_ready {
+            // The map has had no other value than zeros where it can't be read.
+            return self.config.get(&0, 0).unwrap_or_default();
+        }
+        let masquerade = if network.masquerades {
+            NetworkFlags::MASQUERADE
+        } else {
+            0
+        };
+        let (mut overlay4, mut overlay6) = (V4::default(), V6::default());
+        for address in &network.addresses {
+            match address {
+                IpAddr::V4(ip) => overlay4 = V4::from(*ip),
+                IpAddr::V6(ip) => overlay6 = V6::from(*ip),
+            }
+        }
+        Config {
+            network: NetworkFlags::FORWARD | masquerade,
+            overlay_ifindex: network.overlay_ifindex,
+            overlay_mtu: network.overlay_mtu,
+            overlay_vni: network.vni,
+            overlay4,
+            overlay6,
+            ..Config::default()
+        }
     }
 
     fn look_for_cgroups(&mut self) {

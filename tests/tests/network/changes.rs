@@ -22,7 +22,7 @@ fn nodes_come_and_go() -> Result<()> {
     let [client, near, far] = [0, 1, 2].map(|index: usize| net.pods[index].clone());
     reaches(&client.host, &far.host)?;
     let [first, second] = [0, 1].map(|index: usize| net.nodes[index].clone());
-    undisturbed(&[(&client, &near)], || {
+    undisturbed(&[(&client.host, &near.host)], || {
         first.knows(&[&first])?;
         is_out_of_reach(&client.host, &far.host)?;
         first.knows(&[&first, &second])?;
@@ -32,17 +32,20 @@ fn nodes_come_and_go() -> Result<()> {
     // A third one joins while the others talk.
     let third = net.testbed.network_node()?;
     net.nodes.push(third.clone());
-    undisturbed(&[(&client, &near), (&client, &far)], || {
-        net.all_know_all()?;
-        net.agents
-            .push(Agent::start_network(&third, &Source::Manifests, &[])?);
-        let pod = net.pod(2)?;
-        for old in [&client, &near, &far] {
-            is_reached(&old.host, &pod.host)?;
-            is_reached(&pod.host, &old.host)?;
-        }
-        Ok(())
-    })?;
+    undisturbed(
+        &[(&client.host, &near.host), (&client.host, &far.host)],
+        || {
+            net.all_know_all()?;
+            net.agents
+                .push(Agent::start_network(&third, &Source::Manifests, &[])?);
+            let pod = net.pod(2)?;
+            for old in [&client, &near, &far] {
+                is_reached(&old.host, &pod.host)?;
+                is_reached(&pod.host, &old.host)?;
+            }
+            Ok(())
+        },
+    )?;
     Ok(())
 }
 
@@ -107,7 +110,7 @@ fn an_api_server_tells_who_the_nodes_are() -> Result<()> {
     }
 
     // Its restart is no end of the nodes.
-    undisturbed(&[(here, there)], || api.restart())?;
+    undisturbed(&[(&here.host, &there.host)], || api.restart())?;
     api.delete("node", &nodes[1].name())?;
     is_out_of_reach(&here.host, &there.host)?;
     api.create(&nodes[1].object())?;
@@ -123,7 +126,11 @@ fn killing_agents_disturbs_no_pod() -> Result<()> {
     let [client, near, far] = [0, 1, 2].map(|index: usize| net.pods[index].clone());
     let node = net.nodes[0].clone();
     let waiting = net.testbed.container_on(&node)?;
-    undisturbed(&[(&client, &near), (&client, &far)], || {
+    let outside = net.testbed.client()?;
+    let server = outside.serve(8080)?;
+    net.keep(server);
+    let others = [&near.host, &far.host, &outside];
+    undisturbed(&others.map(|other| (&client.host, other)), || {
         for _ in 0..5 {
             net.agents.iter_mut().for_each(Agent::kill);
             is_refused_for_now(&node, &waiting)?;

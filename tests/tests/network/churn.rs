@@ -39,7 +39,7 @@ fn a_thousand_pods_come_and_go_and_leave_nothing() -> Result<()> {
     }
     let before = all_traces(&net)?;
     let started = Instant::now();
-    let [client, near, far] = [0, 1, 2].map(|index: usize| &net.pods[index]);
+    let [client, near, far] = [0, 1, 2].map(|index: usize| &net.pods[index].host);
     let times = undisturbed(&[(client, near), (client, far), (far, client)], || {
         let nodes = net.nodes.iter().zip(&containers);
         let times: Result<Vec<_>> = std::thread::scope(|scope| {

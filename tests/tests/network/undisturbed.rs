@@ -6,17 +6,17 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use penstock_testbed::Pod;
+use penstock_testbed::Host;
 use serde_json::{Value, json};
 
-/// Between each pair of pods, while `what` is done: a socket that asks by UDP all the time, and
+/// Between each pair of hosts, while `what` is done: a socket that asks by UDP all the time, and
 /// connections that come and go, in both families. Every question has to be answered.
-pub fn undisturbed<T>(pairs: &[(&Pod, &Pod)], what: impl FnOnce() -> Result<T>) -> Result<T> {
+pub fn undisturbed<T>(pairs: &[(&Host, &Host)], what: impl FnOnce() -> Result<T>) -> Result<T> {
     let is_over = &AtomicBool::new(false);
     std::thread::scope(|scope| {
         let mut asking = Vec::new();
         for &(from, to) in pairs {
-            for ip in [to.host.ip4, to.host.ip6] {
+            for ip in [to.ip4, to.ip6] {
                 asking.push(scope.spawn(move || keeps(from, to, ip, is_over)));
             }
             asking.push(scope.spawn(move || connects(from, to, is_over)));
@@ -32,19 +32,17 @@ pub fn undisturbed<T>(pairs: &[(&Pod, &Pod)], what: impl FnOnce() -> Result<T>) 
 }
 
 /// Asks over one socket; how often.
-fn keeps(from: &Pod, to: &Pod, ip: IpAddr, is_over: &AtomicBool) -> Result<u64> {
+fn keeps(from: &Host, to: &Host, ip: IpAddr, is_over: &AtomicBool) -> Result<u64> {
     let at = SocketAddr::new(ip, 8080).to_string();
     let options = ["--interval-ms", "5", "--timeout-ms", "5000"];
-    let mut asking = from
-        .host
-        .traffic(&[&["keep", "udp-connected", &at], &options[..]].concat())?;
+    let mut asking = from.traffic(&[&["keep", "udp-connected", &at], &options[..]].concat())?;
     let mut asked = 0;
     while !is_over.load(Ordering::Relaxed) {
         let answer: Value = serde_json::from_str(&asking.line()?)?;
         ensure!(
-            answer["server"] == to.host.name,
+            answer["server"] == to.name,
             "{} asked {at}, for the {asked}th time: {answer}",
-            from.host.name
+            from.name
         );
         asked += 1;
     }
@@ -52,16 +50,16 @@ fn keeps(from: &Pod, to: &Pod, ip: IpAddr, is_over: &AtomicBool) -> Result<u64> 
 }
 
 /// Connects again and again; how often.
-fn connects(from: &Pod, to: &Pod, is_over: &AtomicBool) -> Result<u64> {
-    let [v4, v6] = [to.host.ip4, to.host.ip6].map(|ip| SocketAddr::new(ip, 8080).to_string());
+fn connects(from: &Host, to: &Host, is_over: &AtomicBool) -> Result<u64> {
+    let [v4, v6] = [to.ip4, to.ip6].map(|ip| SocketAddr::new(ip, 8080).to_string());
     let mut asked = 0;
     while !is_over.load(Ordering::Relaxed) {
         let options = ["--for-ms", "1000", "--pause-ms", "5"];
         let arguments = [&["load", &v4, &v6], &options[..]].concat();
-        let mut load = from.host.traffic(&arguments)?;
+        let mut load = from.traffic(&arguments)?;
         let report: Value = serde_json::from_str(&load.line()?)?;
         ensure!(report["failed"] == json!([]), "{report}");
-        ensure!(report["servers"] == json!([to.host.name]), "{report}");
+        ensure!(report["servers"] == json!([to.name]), "{report}");
         asked += report["done"].as_u64().unwrap_or_default();
     }
     Ok(asked)
