@@ -4,6 +4,7 @@
 
 mod kernels;
 mod lint;
+mod plugin;
 mod run;
 mod setup;
 
@@ -65,8 +66,16 @@ fn main() -> Result<()> {
         Command::Setup => setup::all(),
         Command::Build { release } => {
             setup::all()?;
-            let profile: &[&str] = if release { &["--release"] } else { &[] };
-            in_root(cargo("build").arg("--workspace").args(profile))
+            if !release {
+                return in_root(cargo("build").arg("--workspace"));
+            }
+            in_root(cargo("build").args([
+                "--workspace",
+                "--exclude",
+                "penstock-cni",
+                "--release",
+            ]))?;
+            plugin::build()
         }
         Command::Demo { arguments } => {
             prepare()?;
