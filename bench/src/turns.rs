@@ -165,14 +165,15 @@ impl Turns {
     }
 }
 
-/// In which order who takes its turn: nobody always comes after the same.
+/// In which order who takes its turn: forwards and backwards, and each begins as often as others, so
+/// that nobody always comes after the same.
 pub fn order<'a, A, B>(
     contenders: &'a [A],
     turns: &'a mut [B],
     round: usize,
 ) -> Vec<(&'a A, &'a mut B)> {
     let mut order: Vec<_> = contenders.iter().zip(turns).collect();
-    order.rotate_left(round % contenders.len().max(1));
+    order.rotate_left(round / 2 % contenders.len().max(1));
     if round % 2 == 1 {
         order.reverse();
     }
@@ -216,4 +217,62 @@ pub fn take(
         outcomes.push(outcome);
     }
     Ok(outcomes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn orders(contenders: &[usize]) -> Vec<Vec<usize>> {
+        let rounds = 0..2 * contenders.len();
+        let mut turns = vec![(); contenders.len()];
+        rounds
+            .map(|round| {
+                let order = order(contenders, &mut turns, round);
+                order
+                    .into_iter()
+                    .map(|(contender, ())| *contender)
+                    .collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn everybody_begins_as_often() {
+        for count in 2..6 {
+            let contenders: Vec<usize> = (0..count).collect();
+            let orders = orders(&contenders);
+            for contender in &contenders {
+                let begins = orders
+                    .iter()
+                    .filter(|order| order.first() == Some(contender));
+                assert_eq!(begins.count(), 2, "{orders:?}");
+                let ends = orders
+                    .iter()
+                    .filter(|order| order.last() == Some(contender));
+                assert_eq!(ends.count(), 2, "{orders:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn ratios_are_of_the_same_round() {
+        let turns = |times: [u64; 6]| Turns {
+            contender: String::new(),
+            summaries: times
+                .map(|p50| Summary {
+                    p50,
+                    ..Summary::default()
+                })
+                .to_vec(),
+            evidence: Vec::new(),
+        };
+        // What drifts drifts for both: twice as long in every round.
+        let (slow, fast) = (
+            turns([20, 40, 80, 200, 600, 2_000]),
+            turns([10, 20, 40, 100, 300, 1_000]),
+        );
+        let ratio = slow.ratio(&fast, Metric::P50);
+        assert_eq!((ratio.low, ratio.value, ratio.high), (2.0, 2.0, 2.0));
+    }
 }
