@@ -25,6 +25,7 @@ use crate::{
     },
     dataplane::{bpf::Bpf, pins::Pins},
     flows::Sweeper,
+    health,
     ipc::{self, Query},
     model::{
         node_ports::NodePorts,
@@ -172,6 +173,9 @@ pub async fn run(options: Options) -> Result<Ending> {
     sweep_flows(&pins)?;
     let steer = steer_udp(&pins)?;
 
+    let (health_checks, checks) = tokio::sync::watch::channel(Arc::default());
+    let unchecked = health::Problems::default();
+    tokio::spawn(health::run(checks, unchecked.clone()));
     let mut world = World::new(&options.node_name);
     world.set_node_addresses(detected);
     world.set_node_ports(options.node_ports);
@@ -192,6 +196,8 @@ pub async fn run(options: Options) -> Result<Ending> {
         network: network_state,
         wires,
         steer,
+        health_checks,
+        unchecked,
         started: Instant::now(),
         was_settled: false,
         was_synced: false,
@@ -352,6 +358,8 @@ struct Agent {
     network: Option<tokio::sync::watch::Receiver<network::State>>,
     wires: mpsc::Sender<WireRequest>,
     steer: Arc<Notify>,
+    health_checks: tokio::sync::watch::Sender<Arc<health::Checks>>,
+    unchecked: health::Problems,
     started: Instant,
     was_settled: bool,
     was_synced: bool,
@@ -416,11 +424,38 @@ impl Agent {
             self.was_synced = true;
             self.update_node();
         }
+        self.tell_health_checks();
         if !self.was_settled && self.reconciler.is_settled() {
             self.was_settled = true;
             let (services, _, endpoints) = self.reconciler.world.sizes();
             tracing::info!("serving {services} services with {endpoints} endpoints");
         }
+    }
+
+    /// Tells the servers of health checks what to answer.
+    fn tell_health_checks(&self) {
+        let world = &self.reconciler.world;
+        let ports = world.health_checks().into_iter();
+        let checks = health::Checks {
+            ports: ports
+                .map(|(port, (service, local_endpoints))| {
+                    let check = health::Check {
+                        service,
+                        local_endpoints,
+                    };
+                    (port, check)
+                })
+                .collect(),
+            // One service that can't be programmed is no reason to leave all others out.
+            is_proxy_healthy: world.is_synced(),
+        };
+        self.health_checks.send_if_modified(|known| {
+            let is_new = **known != checks;
+            if is_new {
+                *known = Arc::new(checks);
+            }
+            is_new
+        });
     }
 
     /// Until when nothing is to be done without an event.
@@ -489,6 +524,7 @@ impl Agent {
         let unswept = self.reconciler.unswept().map(str::to_owned);
         let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
         problems.extend(lock(&self.interfaces).problems.iter().cloned());
+        problems.extend(lock(&self.unchecked).values().cloned());
         if let Some(network) = &self.network {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }

@@ -11,6 +11,7 @@ pub mod attach;
 pub mod cli;
 pub mod dataplane;
 pub mod flows;
+pub mod health;
 pub mod ipc;
 pub mod model;
 pub mod network;

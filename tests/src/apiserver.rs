@@ -109,7 +109,8 @@ impl ApiServer {
     /// Makes an object that is not there, also where [`Self::apply`] would merge what must not be
     /// merged, like a node's addresses of one type.
     pub fn create(&self, object: &Value) -> Result<()> {
-        self.kubectl(&["create", "--validate=false"], Some(object)).map(drop)
+        self.kubectl(&["create", "--validate=false"], Some(object))
+            .map(drop)
     }
 
     /// Deletes an object.

@@ -31,6 +31,7 @@ const LINKER: &[(&str, &str)] = &[
 const PROGRAMS: &[(&str, &str)] = &[
     ("/usr/bin/containerd", "containerd"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("/usr/bin/curl", "curl"),
     ("/usr/sbin/ethtool", "ethtool"),
     ("/bin/ip", "iproute2"),
     ("/usr/sbin/iptables", "iptables"),

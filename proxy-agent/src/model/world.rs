@@ -16,7 +16,7 @@ use super::{
     node_ports::NodePorts,
     object::{
         EndpointSlice, Event, ExcludedPod, Family, Kind, Node, Object, ObjectName, Protocol,
-        Rejection, Service, ServicePort,
+        Rejection, Service, ServicePort, TrafficPolicy,
     },
     port::{FrontendKind, HostPort, Port, PortBackend, PortFrontend, PortKey, Scope},
 };
@@ -47,6 +47,8 @@ pub struct World {
     node_ports: NodePorts,
     /// Where that is.
     node_port_ips: BTreeSet<IpAddr>,
+    /// Services that load balancers ask this node about.
+    checked: BTreeSet<ObjectName>,
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
     /// What pods of this node asked for.
@@ -73,6 +75,7 @@ impl World {
             claims: HashMap::new(),
             node_ports: NodePorts::default(),
             node_port_ips: BTreeSet::new(),
+            checked: BTreeSet::new(),
             node_port_services: BTreeSet::new(),
             host_ports: BTreeMap::new(),
             excluded: BTreeMap::new(),
@@ -408,6 +411,36 @@ impl World {
         served
     }
 
+    /// By `healthCheckNodePort`: the service, and how many of its endpoints on this node are ready.
+    /// Those that only terminate do not count (KEP-1669).
+    pub fn health_checks(&self) -> BTreeMap<u16, (ObjectName, usize)> {
+        let checked = self.checked.iter();
+        checked
+            .filter_map(|name| {
+                let port = self.services.get(name)?.health_check_port?;
+                Some((port.get(), (name.clone(), self.ready_here(name))))
+            })
+            .collect()
+    }
+
+    /// The more of either family, since endpoints have an address of each.
+    fn ready_here(&self, service: &ObjectName) -> usize {
+        let count = |family| {
+            let slices = self
+                .slices_of(service)
+                .filter(|slice| slice.family == family);
+            let here = slices
+                .flat_map(|slice| &slice.endpoints)
+                .filter(|endpoint| {
+                    endpoint.ready && endpoint.node.as_deref() == Some(&self.node_name)
+                });
+            here.map(|endpoint| endpoint.address)
+                .collect::<BTreeSet<_>>()
+                .len()
+        };
+        count(Family::V4).max(count(Family::V6))
+    }
+
     /// Every frontend that a service wants and does not get, with the reason.
     pub fn conflicts(&self) -> Vec<Rejection> {
         let mut conflicts: Vec<Rejection> = self
@@ -566,6 +599,9 @@ impl World {
         if service.ports.iter().any(|port| port.node_port.is_some()) {
             self.node_port_services.insert(service.name.clone());
         }
+        if service.health_check_port.is_some() && service.external_policy == TrafficPolicy::Local {
+            self.checked.insert(service.name.clone());
+        }
         self.dirty.insert(service.name.clone());
         self.services.insert(service.name.clone(), service);
     }
@@ -575,6 +611,7 @@ impl World {
             self.unclaim_one(claimed, (service.created_secs, service.name.clone()));
         }
         self.node_port_services.remove(&service.name);
+        self.checked.remove(&service.name);
     }
 
     fn claim(&mut self, claimed: Claimed, claim: Claim) {

@@ -9,6 +9,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod health;
 mod inside;
 mod outside;
 mod stage;
