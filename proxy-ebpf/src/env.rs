@@ -17,6 +17,8 @@ pub trait Env {
     fn now_secs(&self) -> u32;
     /// A random word.
     fn random(&self) -> u32;
+    /// How many took their turn at a block of slots, which this call is one of from now on.
+    fn turn(&self, block: u32) -> u32;
     /// This node's settings.
     fn config(&self) -> Config;
     /// An interface to the outside.

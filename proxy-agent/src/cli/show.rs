@@ -4,7 +4,7 @@ use std::{io::ErrorKind, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use aya::maps::{Map, PerCpuArray};
-use penstock_common::Counter;
+use penstock_common::{Algorithm, Counter};
 use serde::Serialize;
 
 use super::{Look, Output, pinned};
@@ -244,11 +244,16 @@ fn cell(name: Option<&str>) -> String {
         .to_owned()
 }
 
+/// Where the algorithms stand in the table of services, if one is not the default.
+const ALGORITHM_COLUMN: usize = 4;
+
 pub(super) async fn services(look: &Look) -> Result<()> {
     let ports = ports(look).await?;
     if look.output == Output::Json {
         return json(&ports);
     }
+    let default = Algorithm::default().label();
+    let has_algorithms = ports.iter().any(|port| port.algorithm != default);
     let row = |port: &report::Port| {
         let active = port
             .backends
@@ -268,30 +273,35 @@ pub(super) async fn services(look: &Look) -> Result<()> {
             0 => "-".to_owned(),
             seconds => format!("{seconds} s"),
         };
-        vec![
+        let mut cells = vec![
             cell(port.service.as_deref()),
             cell(port.port.as_deref()),
             port.protocol.clone(),
             port.frontends.join(" "),
             affinity,
             backends,
-        ]
+        ];
+        if has_algorithms {
+            cells.insert(ALGORITHM_COLUMN, port.algorithm.clone());
+        }
+        cells
     };
     let rows: Vec<Vec<String>> = ports.iter().map(row).collect();
     if rows.is_empty() {
         println!("no services");
     } else {
-        table(
-            &[
-                "SERVICE",
-                "PORT",
-                "PROTOCOL",
-                "FRONTENDS",
-                "AFFINITY",
-                "BACKENDS",
-            ],
-            &rows,
-        );
+        let mut head = vec![
+            "SERVICE",
+            "PORT",
+            "PROTOCOL",
+            "FRONTENDS",
+            "AFFINITY",
+            "BACKENDS",
+        ];
+        if has_algorithms {
+            head.insert(ALGORITHM_COLUMN, "ALGORITHM");
+        }
+        table(&head, &rows);
     }
     Ok(())
 }

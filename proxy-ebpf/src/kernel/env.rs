@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "map elements are shared memory")]
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
     ptr::{addr_of, addr_of_mut},
 };
 
@@ -58,6 +58,20 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     fn random(&self) -> u32 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn turn(&self, block: u32) -> u32 {
+        match TURNS.get_ptr_mut(block) {
+            // SAFETY: a mapped element (see `copy`), an aligned word that everybody changes
+            // atomically. One that is recycled meanwhile moves another block's turn on by one.
+            Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(turn, 1) },
+            None => {
+                // A full LRU map makes room; an error means contention, and somebody else's is in.
+                let _ = TURNS.insert(block, 1, 0);
+                0
+            }
+        }
     }
 
     #[inline(always)]
