@@ -116,7 +116,7 @@ fn annotations_that_say_nothing_known_are_refused() {
              source-hash, maglev, weighted",
         ),
         (algorithm("''"), "penstock.io/algorithm \"\" is none of"),
-        (algorithm("[random]"), "invalid type"),
+        (algorithm("[random]"), "expected string"),
         (weights("10.244.0.5"), "is not address=weight"),
         (weights("pod=1"), "address \"pod\" is no IP address"),
         (

@@ -81,18 +81,24 @@ pub fn backend<F: Family>(
     if candidates.slots.count == 0 {
         return Err(candidates.refusal);
     }
-    if frontend.affinity_secs == 0 {
-        return by_algorithm(maps, frontend, candidates.slots, &client);
-    }
     let key = AffinityKey {
         service: frontend.service,
         client,
     };
-    let now = maps.now_secs();
-    let chosen = match bound(maps, frontend, candidates.flags, &key, now) {
+    let has_affinity = frontend.affinity_secs != 0;
+    let now = if has_affinity { maps.now_secs() } else { 0 };
+    let known = if has_affinity {
+        bound(maps, frontend, candidates.flags, &key, now)
+    } else {
+        None
+    };
+    let chosen = match known {
         Some(chosen) => chosen,
         None => by_algorithm(maps, frontend, candidates.slots, &key.client)?,
     };
+    if !has_affinity {
+        return Ok(chosen);
+    }
     let entry = Affinity {
         backend: chosen.id,
         generation: chosen.backend.generation,

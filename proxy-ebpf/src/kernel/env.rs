@@ -46,6 +46,21 @@ fn copy<T: Plain>(element: *const T) -> T {
     unsafe { element.read_volatile() }
 }
 
+/// [`Env::turn`], a function of its own: where it is called from, stacks have no room.
+#[inline(never)]
+fn take_turn(block: u32) -> u32 {
+    match TURNS.get_ptr_mut(block) {
+        // SAFETY: a mapped element (see `copy`), an aligned word that everybody changes
+        // atomically. One that is recycled meanwhile moves another block's turn on by one.
+        Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(turn, 1) },
+        None => {
+            // A full LRU map makes room; an error means contention, and somebody else's is in.
+            let _ = TURNS.insert(block, 1, 0);
+            0
+        }
+    }
+}
+
 impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn now_secs(&self) -> u32 {
@@ -62,16 +77,7 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
 
     #[inline(always)]
     fn turn(&self, block: u32) -> u32 {
-        match TURNS.get_ptr_mut(block) {
-            // SAFETY: a mapped element (see `copy`), an aligned word that everybody changes
-            // atomically. One that is recycled meanwhile moves another block's turn on by one.
-            Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(turn, 1) },
-            None => {
-                // A full LRU map makes room; an error means contention, and somebody else's is in.
-                let _ = TURNS.insert(block, 1, 0);
-                0
-            }
-        }
+        take_turn(block)
     }
 
     #[inline(always)]
