@@ -230,7 +230,10 @@ mod tests {
     fn this_table_is_every_nodes_and_versions() {
         // Nodes of different versions must agree: if this fails, clients move at an upgrade.
         let table = maglev(&members([1, 2, 3]));
-        assert_eq!(table[..16], [0, 1, 1, 2, 1, 2, 2, 1, 2, 1, 2, 0, 1, 1, 2, 1]);
+        assert_eq!(
+            table[..16],
+            [0, 1, 1, 2, 1, 2, 2, 1, 2, 1, 2, 0, 1, 1, 2, 1]
+        );
     }
 
     proptest! {
