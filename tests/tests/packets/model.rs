@@ -313,13 +313,13 @@ impl Model {
         let Some(id) = self.by_reply.get(&key).copied() else {
             return same(done, NEXT, input);
         };
-        self.remember(&segment);
         let flow = self.flows[id].as_ref().expect("indexed flows exist");
         if flow.proto == TCP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
             // Of a connection past the service, from the port that this one had.
             self.remove(id);
             return same(done, NEXT, input);
         }
+        self.remember(&segment);
         self.follow(id, &segment, true);
         self.counted(Counter::PacketReply);
         let flow = self.flows[id].clone().expect("indexed flows exist");
