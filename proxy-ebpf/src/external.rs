@@ -133,6 +133,10 @@ fn open_flow<F: Family, M: Maps<F>>(
 ) -> Result<(), Counter> {
     let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
     let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
+    if !segment.has_transport {
+        // The flow that its first fragment began is over.
+        return Err(Counter::FragmentUnmatched);
+    }
     // Pods of other nodes come this way too, where the network does not hide them.
     let origin = if maps.route(&segment.src).is_some() {
         Origin::Cluster

@@ -209,6 +209,10 @@ pub(crate) fn owns_all_ports<F: Family, M: Maps<F>>(maps: &M, addr: &F::Addr) ->
 fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Result<(), Counter> {
     let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
     let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
+    if !segment.has_transport {
+        // The flow that its first fragment began is over.
+        return Err(Counter::FragmentUnmatched);
+    }
     let chosen = select::backend(maps, &frontend, Origin::Cluster, segment.src)?;
     let opening = flow::opening(maps, segment, &chosen);
     let is_hairpin = opening.flags & FlowFlags::HAIRPIN != 0;

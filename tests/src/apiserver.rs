@@ -10,10 +10,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::{
-    eventually,
     host::Host,
     process::{self, Process},
-    wait,
+    wait::{self, patiently},
 };
 
 const TOKEN: &str = "testbed-token";
@@ -53,7 +52,7 @@ impl ApiServer {
     }
 
     fn wait(&mut self) -> Result<()> {
-        eventually("the API server is ready", || {
+        patiently("the API server is ready", || {
             anyhow::ensure!(
                 self.etcd.is_running(),
                 "etcd ended; see {}",

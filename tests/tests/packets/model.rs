@@ -193,6 +193,9 @@ impl Model {
         let Some(service) = found else {
             return self.refused(input, segment, done, Counter::UndefinedPort);
         };
+        if segment.header.is_later {
+            return self.drops(input, done, Counter::FragmentUnmatched);
+        }
         if service.backends.is_empty() {
             if service.drops_when_empty {
                 return self.drops(input, done, Counter::NoLocalEndpoints);
@@ -208,17 +211,11 @@ impl Model {
             .copied()
             .filter(|backend| backend.0 == out.dst)
             .collect();
-        let (backend, source) = if segment.header.is_later {
-            let backend = *allowed.first().ok_or("not a backend of the service")?;
-            (backend, None)
-        } else {
-            let (source, port) = frame::ports(done.frame, out.transport).ok_or("no ports")?;
-            let backend = (out.dst, port);
-            if !allowed.contains(&backend) {
-                return Err(format!("{backend:?} is no backend of {service:?}"));
-            }
-            (backend, Some(source))
-        };
+        let (source, port) = frame::ports(done.frame, out.transport).ok_or("no ports")?;
+        let backend = (out.dst, port);
+        if !allowed.contains(&backend) {
+            return Err(format!("{backend:?} is no backend of {service:?}"));
+        }
         let is_hairpin = backend.0 == segment.src.0;
         let node = self
             .nodes
@@ -234,10 +231,7 @@ impl Model {
         let proto = segment.header.proto;
         let is_free =
             |model: &Self, source| !model.by_reply.contains_key(&(proto, backend, source));
-        let source = match source {
-            Some(port) => (source_addr, port),
-            None => return Err("a later fragment opened a flow".into()),
-        };
+        let source = (source_addr, source);
         let keeps = !is_hairpin && is_free(self, wish);
         if keeps && source != wish {
             return Err(format!("source {source:?} although {wish:?} was free"));
@@ -319,6 +313,12 @@ impl Model {
         let Some(id) = self.by_reply.get(&key).copied() else {
             return same(done, NEXT, input);
         };
+        let flow = self.flows[id].as_ref().expect("indexed flows exist");
+        if flow.proto == TCP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
+            // Of a connection past the service, from the port that this one had.
+            self.remove(id);
+            return same(done, NEXT, input);
+        }
         self.remember(&segment);
         self.follow(id, &segment, true);
         self.counted(Counter::PacketReply);
