@@ -51,8 +51,9 @@ fn copy<T: Plain>(element: *const T) -> T {
 fn take_turn(block: u32) -> u32 {
     match TURNS.get_ptr_mut(block) {
         // SAFETY: a mapped element (see `copy`), an aligned word that everybody changes
-        // atomically. One that is recycled meanwhile moves another block's turn on by one.
-        Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(turn, 1) },
+        // atomically. One that is recycled meanwhile moves another block's turn on by one. Of a
+        // relaxed addition LLVM's BPF target forgets the result.
+        Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(turn, 1) },
         None => {
             // A full LRU map makes room; an error means contention, and somebody else's is in.
             let _ = TURNS.insert(block, 1, 0);
