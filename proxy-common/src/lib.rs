@@ -13,7 +13,7 @@
 //! | `SLOTS` | array | slot → [`BackendId`] | agent | the service is reported and retried |
 //! | `BACKENDS4/6` | array | [`BackendId`] → [`Backend`] | agent | the service is reported and retried |
 //! | `AFFINITY4/6` | LRU hash | [`AffinityKey`] → [`Affinity`] | programs | the least recently used client is forgotten |
-//! | `TURNS` | LRU hash | a block's first slot → how many took their turn | programs | an idle service's turns begin anew |
+//! | `TURNS` | LRU hash | a block's first slot → whose turn is next | programs | an idle service's turns begin anew |
 //! | `SOURCE_RANGES4/6` | LPM trie | [`SourceRange`] → 1 | agent | the service is reported and retried |
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |

@@ -17,7 +17,7 @@ pub trait Env {
     fn now_secs(&self) -> u32;
     /// A random word.
     fn random(&self) -> u32;
-    /// How many took their turn at a block of slots, which this call is one of from now on.
+    /// Whose turn it is at a block of slots: one more than at the last call, whatever the first.
     fn turn(&self, block: u32) -> u32;
     /// This node's settings.
     fn config(&self) -> Config;

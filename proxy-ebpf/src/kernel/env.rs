@@ -55,9 +55,12 @@ fn take_turn(block: u32) -> u32 {
         // relaxed addition LLVM's BPF target forgets the result.
         Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(turn, 1) },
         None => {
+            // Blocks are replaced when endpoints change, and nobody is to be first each time.
+            // SAFETY: the helper takes no argument.
+            let first = unsafe { bpf_get_prandom_u32() } >> 1;
             // A full LRU map makes room; an error means contention, and somebody else's is in.
-            let _ = TURNS.insert(block, 1, 0);
-            0
+            let _ = TURNS.insert(block, first + 1, 0);
+            first
         }
     }
 }

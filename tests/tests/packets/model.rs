@@ -185,19 +185,15 @@ impl Model {
     }
 
     /// Who gets a client that nothing binds, where that is not left to chance.
-    fn due(&mut self, service: &Service, client: IpAddr) -> Option<Endpoint> {
+    fn due(&self, service: &Service, client: IpAddr) -> Option<Endpoint> {
         if service.has_affinity {
             return None;
         }
         let count = service.backends.len();
         let place = match service.algorithm {
             Algorithm::Random | Algorithm::Weighted => return None,
-            Algorithm::RoundRobin => {
-                let key = (service.frontend, service.proto);
-                let turn = self.turns.entry(key).or_default();
-                *turn += 1;
-                (*turn - 1) % count
-            }
+            // Who is first is left to chance.
+            Algorithm::RoundRobin => self.turns.get(&(service.frontend, service.proto))? % count,
             Algorithm::SourceHash | Algorithm::Maglev => {
                 let hash = match client {
                     IpAddr::V4(ip) => client_hash(&V4::from(ip)),
@@ -270,6 +266,11 @@ impl Model {
             && due != backend
         {
             return Err(format!("{due:?} was due, got {backend:?} of {service:?}"));
+        }
+        let mut backends = service.backends.iter();
+        if let Some(place) = backends.position(|other| *other == backend) {
+            let key = (service.frontend, service.proto);
+            self.turns.insert(key, place + 1);
         }
         if service.has_affinity {
             let key = (service.frontend, proto, segment.src.0);
