@@ -510,6 +510,42 @@ fn services(numbers: std::ops::Range<u8>) -> Truth {
 }
 
 #[test]
+fn a_load_balancer_is_not_told_of_endpoints_without_weight() {
+    let truth = services(0..1);
+    let Some(Object::Service(service)) = truth.0.into_values().next() else {
+        panic!("there is a service");
+    };
+    let slice = Step::Slice {
+        name: 0,
+        service: 0,
+        v6: false,
+        // Two that are ready, and here.
+        endpoints: vec![(1, 9), (2, 9)],
+        weights: 0,
+        port: 1,
+    };
+    let mut world = World::new("here");
+    let slice = object(&slice).expect("a slice");
+    world.apply(Event::Applied(slice)).expect("a slice");
+    for (algorithm, expected) in [(Algorithm::Random, 2), (Algorithm::Weighted, 1)] {
+        let checked = Service {
+            algorithm,
+            external_policy: TrafficPolicy::Local,
+            health_check_port: NonZeroU16::new(32_000),
+            ..service.clone()
+        };
+        let event = Event::Applied(Object::Service(checked));
+        world.apply(event).expect("a service");
+        let counts: Vec<usize> = world
+            .health_checks()
+            .into_values()
+            .map(|(_, n)| n)
+            .collect();
+        assert_eq!(counts, [expected], "{algorithm:?}");
+    }
+}
+
+#[test]
 fn an_address_that_an_earlier_agent_did_not_write_is_written() {
     let truth = services(0..3);
     let mut reconciler = start(Memory::default(), &truth, &Local::default());

@@ -55,11 +55,12 @@ pub(super) fn own_texts<'de, D: Deserializer<'de>>(
             while let Some(key) = access.next_key::<String>()? {
                 if !key.starts_with(super::OWN_PREFIX) {
                     access.next_value::<IgnoredAny>()?;
-                } else if texts.contains_key(&key) {
-                    return Err(twice(&key));
-                } else {
-                    texts.insert(key, access.next_value()?);
+                    continue;
                 }
+                if texts.contains_key(&key) {
+                    return Err(twice(&key));
+                }
+                texts.insert(key, access.next_value()?);
             }
             Ok(texts)
         }

@@ -423,22 +423,26 @@ impl World {
         let checked = self.checked.iter();
         checked
             .filter_map(|name| {
-                let port = self.services.get(name)?.health_check_port?;
-                Some((port.get(), (name.clone(), self.ready_here(name))))
+                let service = self.services.get(name)?;
+                let port = service.health_check_port?;
+                Some((port.get(), (name.clone(), self.ready_here(service))))
             })
             .collect()
     }
 
-    /// The more of either family, since endpoints have an address of each.
-    fn ready_here(&self, service: &ObjectName) -> usize {
+    /// The more of either family, since endpoints have an address of each. Those whose weight keeps
+    /// new connections away do not count.
+    fn ready_here(&self, service: &Service) -> usize {
+        let is_weighted = service.algorithm == Algorithm::Weighted;
         let count = |family| {
             let slices = self
-                .slices_of(service)
+                .slices_of(&service.name)
                 .filter(|slice| slice.family == family);
             let here = slices
                 .flat_map(|slice| &slice.endpoints)
                 .filter(|endpoint| {
-                    endpoint.ready && endpoint.node.as_deref() == Some(&self.node_name)
+                    let is_here = endpoint.node.as_deref() == Some(&self.node_name);
+                    endpoint.ready && is_here && (endpoint.weight > 0 || !is_weighted)
                 });
             here.map(|endpoint| endpoint.address)
                 .collect::<BTreeSet<_>>()
