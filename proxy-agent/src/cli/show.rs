@@ -244,8 +244,8 @@ fn cell(name: Option<&str>) -> String {
         .to_owned()
 }
 
-/// Where the algorithms stand in the table of services, if one is not the default.
-const ALGORITHM_COLUMN: usize = 4;
+/// Where the columns of services begin that are shown if one is not the default.
+const UNUSUAL_COLUMNS: usize = 4;
 
 pub(super) async fn services(look: &Look) -> Result<()> {
     let ports = ports(look).await?;
@@ -254,6 +254,20 @@ pub(super) async fn services(look: &Look) -> Result<()> {
     }
     let default = Algorithm::default().label();
     let has_algorithms = ports.iter().any(|port| port.algorithm != default);
+    let policy = |port: &report::Port| {
+        let report::Policies {
+            internal_policy,
+            external_policy,
+            ..
+        } = &port.policies;
+        match external_policy {
+            Some(external) if external != internal_policy => {
+                format!("{internal_policy}, outside {external}")
+            }
+            _ => internal_policy.clone(),
+        }
+    };
+    let has_policies = ports.iter().any(|port| policy(port).contains("Local"));
     let row = |port: &report::Port| {
         let active = port
             .backends
@@ -282,7 +296,10 @@ pub(super) async fn services(look: &Look) -> Result<()> {
             backends,
         ];
         if has_algorithms {
-            cells.insert(ALGORITHM_COLUMN, port.algorithm.clone());
+            cells.insert(UNUSUAL_COLUMNS, port.algorithm.clone());
+        }
+        if has_policies {
+            cells.insert(UNUSUAL_COLUMNS, policy(port));
         }
         cells
     };
@@ -299,7 +316,10 @@ pub(super) async fn services(look: &Look) -> Result<()> {
             "BACKENDS",
         ];
         if has_algorithms {
-            head.insert(ALGORITHM_COLUMN, "ALGORITHM");
+            head.insert(UNUSUAL_COLUMNS, "ALGORITHM");
+        }
+        if has_policies {
+            head.insert(UNUSUAL_COLUMNS, "POLICY");
         }
         table(&head, &rows);
     }
