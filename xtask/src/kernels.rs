@@ -43,8 +43,8 @@ const KERNELS: &[Kernel] = &[
 /// A file of `tests/tests` and the tests of it that are run.
 type Group = (&'static str, &'static [&'static str]);
 
-/// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); both refusals,
-/// errors about packets, traces, and agents that are replaced.
+/// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
+/// atomically); both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -55,6 +55,10 @@ const TESTS: &[Group] = &[
         ],
     ),
     ("changes", &["udp_leaves_a_backend_that_is_removed"]),
+    (
+        "algorithms",
+        &["turns_go_round_and_affinity_comes_before_them"],
+    ),
     (
         "trouble",
         &[
