@@ -9,7 +9,7 @@ use penstock_testbed::{Host, PROTOCOLS};
 
 use crate::{
     objects::{Object, UNDEFINED},
-    service::{Kind, Service},
+    service::{Kind, Role, Service},
     side::Side,
 };
 
@@ -64,9 +64,13 @@ impl Client {
         )
     }
 
-    /// Whether its sockets are translated, where Penstock is.
-    pub fn has_socket_hooks(self) -> bool {
-        matches!(self, Self::Pod | Self::Server | Self::Host)
+    /// Who it is, where it may be a backend.
+    pub fn role(self) -> Option<Role> {
+        match self {
+            Self::Server => Some(Role::Here(0)),
+            Self::ServerByPackets => Some(Role::Here(1)),
+            _ => None,
+        }
     }
 }
 

@@ -14,6 +14,8 @@
 )]
 
 mod cases;
+mod comparison;
+mod differences;
 mod objects;
 mod outcome;
 mod random;
@@ -21,9 +23,9 @@ mod service;
 mod side;
 mod stage;
 
-use std::time::{Duration, Instant};
-
 use anyhow::Result;
+use comparison::Comparison;
+use differences::Difference;
 use penstock_testbed::require_kube_proxy;
 use random::Random;
 use stage::Stage;
@@ -42,24 +44,22 @@ fn penstock_answers_as_kube_proxy_does() -> Result<()> {
     let count = setting("PENSTOCK_SERVICES", 12) as usize;
     let services = service::services(&mut Random(seed), count);
     let cases = cases::cases(&services);
-    let begin = Instant::now();
     let stage = Stage::new(&assets, &services)?;
-    eprintln!("{} cases, stage {:?}", cases.len(), begin.elapsed());
-    let effort = outcome::Effort {
-        times: 6,
-        timeout: Duration::from_millis(500),
-    };
-    let ours = outcome::outcomes(&stage, &stage.sides[0], &services, &cases, effort)?;
-    eprintln!("ours {:?}", begin.elapsed());
-    let theirs = outcome::outcomes(&stage, &stage.sides[1], &services, &cases, effort)?;
-    eprintln!("theirs {:?}", begin.elapsed());
-    for ((case, ours), theirs) in cases.iter().zip(&ours).zip(&theirs) {
-        if ours != theirs {
-            eprintln!(
-                "{} | {case} | {ours} | {theirs}",
-                services[case.service].text()
-            );
-        }
+    let comparison = Comparison::make(&stage, &services, &cases)?;
+    let table = comparison.table();
+    assert!(table.is_empty(), "seed {seed}:\n{table}");
+    // What is never met is no difference any more.
+    let met = comparison.met();
+    for difference in Difference::ALL {
+        assert!(met.contains(&difference), "{}", difference.heading());
     }
     Ok(())
+}
+
+#[test]
+fn every_difference_has_its_reason_in_the_documentation() {
+    let text = include_str!("../../../docs/differences.md");
+    let headings: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    let known: Vec<&str> = Difference::ALL.map(Difference::heading).into();
+    assert_eq!(headings, known);
 }

@@ -41,20 +41,6 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    pub fn of_answers(answers: impl IntoIterator<Item = (Role, Origin)>) -> Self {
-        Self {
-            answers: answers.into_iter().collect(),
-            failures: BTreeSet::new(),
-        }
-    }
-
-    pub fn of_failure(failure: Failure) -> Self {
-        Self {
-            answers: BTreeSet::new(),
-            failures: [failure].into(),
-        }
-    }
-
     fn new(found: &Findings, case: &Case, service: &Service, side: &Side, client: &Host) -> Self {
         let mut outcome = Self::default();
         let to = case.to(service, side).to_string();

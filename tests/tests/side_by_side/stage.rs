@@ -12,8 +12,6 @@ use crate::{objects::Object, service::Service, side::Side};
 
 /// Where pods and nodes serve.
 const PORTS: [u16; 2] = [8080, 9090];
-/// The gateway of both nodes, which takes whatever comes and never answers.
-const NOWHERE: [&str; 2] = ["172.31.0.254", "fd00:31::fe"];
 
 pub struct Stage {
     // Dropped from top to bottom.
@@ -89,15 +87,14 @@ impl Stage {
 
 fn sides(testbed: &mut Testbed) -> Result<[Side; 2]> {
     let outside = testbed.client()?;
-    outside.run(
-        "sysctl",
-        &[
-            "-qw",
-            "net.ipv4.conf.all.accept_redirects=0",
-            "net.ipv4.conf.eth0.accept_redirects=0",
-            "net.ipv6.conf.eth0.accept_redirects=0",
-        ],
-    )?;
+    // The gateway of both nodes, which takes whatever comes and never answers.
+    let nowhere = testbed.client()?;
+    for host in [&outside, &nowhere] {
+        // What a node does not serve it sends on to its gateway, which is the client's neighbour.
+        set(host, "net.ipv4.conf.all.accept_redirects=0")?;
+        set(host, "net.ipv4.conf.eth0.accept_redirects=0")?;
+        set(host, "net.ipv6.conf.eth0.accept_redirects=0")?;
+    }
     let nodes = [testbed.node()?, testbed.node()?, testbed.node()?];
     let mut pods = |node: &Node| -> Result<[Pod; 2]> {
         Ok([testbed.pod(node)?, testbed.pod(node)?])
@@ -107,7 +104,7 @@ fn sides(testbed: &mut Testbed) -> Result<[Side; 2]> {
     let [elsewhere, _] = pods(&nodes[2])?;
     let side = |number: usize| -> Result<Side> {
         let (node, other) = (nodes[number].clone(), nodes[1 - number].clone());
-        let second = second_addresses(&node, testbed.folder())?;
+        let second = second_addresses(&node, &nowhere, testbed.folder())?;
         Ok(Side {
             name: ["p", "k"][number],
             is_penstock: number == 0,
@@ -124,23 +121,26 @@ fn sides(testbed: &mut Testbed) -> Result<[Side; 2]> {
     Ok([side(0)?, side(1)?])
 }
 
-/// Gives a node one more address of each family, and a gateway to nowhere.
-fn second_addresses(node: &Node, folder: &Path) -> Result<[IpAddr; 2]> {
+/// Gives a node one more address of each family, a gateway to nowhere, and no limit for refusals.
+fn second_addresses(node: &Node, nowhere: &Host, folder: &Path) -> Result<[IpAddr; 2]> {
     let number = 100 + node.number;
     let texts = [format!("172.31.0.{number}"), format!("fd00:31::{number}")];
-    let [v4, v6] = NOWHERE;
     let lines = format!(
         "addr add {}/24 dev eth0\n\
          addr add {}/64 dev eth0 nodad preferred_lft 0\n\
-         neigh add {v4} lladdr 02:00:00:00:00:fe dev eth0 nud permanent\n\
-         neigh add {v6} lladdr 02:00:00:00:00:fe dev eth0 nud permanent\n\
-         route add default via {v4} dev eth0\n\
-         route add default via {v6} dev eth0\n",
-        texts[0], texts[1]
+         route add default via {} dev eth0\n\
+         route add default via {} dev eth0\n",
+        texts[0], texts[1], nowhere.ip4, nowhere.ip6
     );
     ip(&node.host, folder, &lines)?;
+    set(&node.host, "net.ipv4.icmp_ratelimit=0")?;
+    set(&node.host, "net.ipv6.icmp.ratelimit=0")?;
     let [v4, v6] = texts.map(|text| text.parse().context("an address"));
     Ok([v4?, v6?])
+}
+
+fn set(host: &Host, sysctl: &str) -> Result<()> {
+    host.run("sysctl", &["-qw", sysctl]).map(drop)
 }
 
 /// Runs `ip` once for many lines.
