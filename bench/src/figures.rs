@@ -46,12 +46,14 @@ impl Median {
         }
     }
 
-    /// Whether a ratio says anything: its interval leaves 1 out.
+    /// Whether a ratio says anything: its interval leaves 1 out, and is no wider than the way from 1
+    /// to the median. Both are measured as ratios, so that twice and half are equally far from 1.
     pub fn is_difference(self) -> bool {
-        self.high < 1.0 || 1.0 < self.low
+        let is_beside = self.high < 1.0 || 1.0 < self.low;
+        is_beside && (self.high / self.low).ln() <= self.value.ln().abs()
     }
 
-    /// In words; a ratio is only named where its interval leaves 1 out.
+    /// In words; a ratio is only named where it says something.
     pub fn shown(self) -> String {
         let Self { value, low, high } = self;
         if !self.is_difference() {
@@ -99,5 +101,10 @@ mod tests {
                 .starts_with("no difference")
         );
         assert!(Median::of(&[1.2, 1.3, 1.4]).shown().starts_with("1.3"));
+        // Beside 1, but nobody knows where.
+        assert!(!Median::of(&[1.01, 1.1, 3.0]).is_difference());
+        assert!(!Median::of(&[0.02, 0.7, 0.99]).is_difference());
+        assert!(Median::of(&[0.25, 0.3, 0.4]).is_difference());
+        assert!(!Median::of(&[0.0, 0.0, 0.0]).is_difference());
     }
 }

@@ -69,6 +69,17 @@ fn object<'a>(
     }
 }
 
+/// A member by its name, however its letters are written: containerd's are Go's own names, and
+/// plugins in Go do not tell them apart.
+fn member<'a>(object: &'a Value, name: &str) -> Option<&'a Value> {
+    let mut members = object.as_object()?.iter();
+    object.get(name).or_else(|| {
+        members
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value)
+    })
+}
+
 /// The elements of a list, each with its path, if there is a list.
 fn elements<'a>(
     runtime: &'a Map<String, Value>,
@@ -125,7 +136,7 @@ fn host_ports(runtime: &Map<String, Value>) -> Result<Vec<HostPort>, Failure> {
 /// One port; `None` where `hostPort` is 0, by which runtimes say that there is none.
 fn host_port(path: &str, value: &Value) -> Result<Option<HostPort>, Failure> {
     let port = |key: &str| -> Result<u16, Failure> {
-        let number = value.get(key).and_then(Value::as_u64);
+        let number = member(value, key).and_then(Value::as_u64);
         number
             .and_then(|number| u16::try_from(number).ok())
             .ok_or_else(|| {
@@ -152,7 +163,7 @@ fn host_port(path: &str, value: &Value) -> Result<Option<HostPort>, Failure> {
             "has to be a number from 1 to 65535",
         ));
     }
-    let protocol = match value.get("protocol") {
+    let protocol = match member(value, "protocol") {
         None | Some(Value::Null) => "tcp".to_owned(),
         Some(protocol) => protocol.as_str().unwrap_or_default().to_ascii_lowercase(),
     };
@@ -162,7 +173,7 @@ fn host_port(path: &str, value: &Value) -> Result<Option<HostPort>, Failure> {
             "has to be \"tcp\", \"udp\" or \"sctp\"",
         ));
     }
-    let host_ip = match value.get("hostIP") {
+    let host_ip = match member(value, "hostIP") {
         None | Some(Value::Null) => None,
         Some(ip) => match ip.as_str() {
             Some("") => None,
@@ -190,7 +201,7 @@ fn bandwidth(runtime: &Map<String, Value>) -> Result<Option<Bandwidth>, Failure>
         Some(found @ Value::Object(_)) => found,
         Some(_) => return Err(Failure::config(PATH, "is not an object; write {…}")),
     };
-    let number = |key: &str| match found.get(key) {
+    let number = |key: &str| match member(found, key) {
         None | Some(Value::Null) => Ok(0),
         Some(value) => value.as_u64().ok_or_else(|| {
             Failure::config(
@@ -258,13 +269,15 @@ mod tests {
                 {"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "::1"},
                 {"hostPort": 9, "containerPort": 9, "protocol": "sctp"},
                 {"hostPort": 0, "containerPort": 81},
+                // As containerd writes it.
+                {"HostPort": 8081, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""},
             ],
-            "bandwidth": {"ingressRate": 8_000, "ingressBurst": 80_000},
+            "bandwidth": {"IngressRate": 8_000, "ingressBurst": 80_000},
             "ips": ["10.0.0.5/24"],
             "somethingElse": true,
         }))
         .unwrap();
-        assert_eq!(found.host_ports.len(), 3);
+        assert_eq!(found.host_ports.len(), 4);
         assert_eq!(found.host_ports.first().unwrap().protocol, "tcp");
         assert_eq!(found.bandwidth.unwrap().ingress_rate, 8_000);
         assert_eq!(parse(Value::Null).unwrap(), Capabilities::default());

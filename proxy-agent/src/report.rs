@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use penstock_cni::state::Attachment;
-use penstock_common::{BackendFlags, FrontendFlags};
+use penstock_common::{Algorithm, BackendFlags, FrontendFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -131,6 +131,9 @@ pub struct Port {
     pub frontends: Vec<String>,
     /// Seconds of session affinity, 0 without.
     pub affinity_secs: u32,
+    /// How new connections are spread over backends.
+    #[serde(default)]
+    pub algorithm: String,
     /// Who may serve whom.
     #[serde(flatten)]
     pub policies: Policies,
@@ -182,6 +185,7 @@ impl From<&PortView> for Port {
                 .map(|(ip, port, _)| endpoint(*ip, *port))
                 .collect(),
             affinity_secs: first.affinity_secs,
+            algorithm: Algorithm::of(first.flags).label().to_owned(),
             policies: Policies::of(flags),
             backends: view
                 .backends

@@ -12,6 +12,7 @@ use penstock_agent::{
     api::{Decoded, Decoder},
     model::object::{Kind, Object},
 };
+use penstock_common::Algorithm;
 use proptest::prelude::*;
 
 const GOOD: &str = r#"apiVersion: v1
@@ -57,6 +58,87 @@ fn good_documents_are_understood() {
     assert_eq!(service.created_secs, 1_704_067_200);
     assert!(slice.endpoints[0].ready && slice.endpoints[0].serving);
     assert_eq!(slice.service, service.name);
+}
+
+/// The example with annotations for the service and for the endpoint slice.
+fn annotated(service: &str, slice: &str) -> String {
+    let namespace = "namespace: shop, ";
+    let (head, tail) = GOOD.split_once("---").expect("two documents");
+    let with = |text: &str, annotation: &str| {
+        text.replacen(
+            namespace,
+            &format!("{namespace}annotations: {{{annotation}}}, "),
+            1,
+        )
+    };
+    format!("{}---{}", with(head, service), with(tail, slice))
+}
+
+#[test]
+fn annotations_say_algorithms_and_weights() {
+    for algorithm in Algorithm::ALL {
+        let text = annotated(
+            // Somebody else's may be anything.
+            &format!("other: [1], penstock.io/algorithm: {}", algorithm.label()),
+            "",
+        );
+        let found = objects(&text);
+        let [Object::Service(service), Object::EndpointSlice(slice)] = found.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(service.algorithm, algorithm);
+        assert_eq!(slice.endpoints[0].weight, 1, "where nothing is said");
+    }
+    for (weights, weight) in [
+        (r#"'{"10.244.0.5": 3, "10.244.0.6": 1}'"#, 3),
+        (r#"'{"10.244.0.6": 3}'"#, 1),
+        ("' 10.244.0.5=7, fd00::1 = 65535,'", 7),
+        ("10.244.0.5=0", 0),
+        ("''", 1),
+        ("'{}'", 1),
+    ] {
+        let found = objects(&annotated("", &format!("penstock.io/weights: {weights}")));
+        let [_, Object::EndpointSlice(slice)] = found.as_slice() else {
+            panic!("{weights}: {found:?}");
+        };
+        assert_eq!(slice.endpoints[0].weight, weight, "{weights}");
+    }
+}
+
+#[test]
+fn annotations_that_say_nothing_known_are_refused() {
+    let algorithm = |name: &str| annotated(&format!("penstock.io/algorithm: {name}"), "");
+    let weights = |text: &str| annotated("", &format!("penstock.io/weights: '{text}'"));
+    for (text, reason) in [
+        (
+            algorithm("least-connections"),
+            "annotation penstock.io/algorithm \"least-connections\" is none of random, round-robin, \
+             source-hash, maglev, weighted",
+        ),
+        (algorithm("''"), "penstock.io/algorithm \"\" is none of"),
+        (algorithm("[random]"), "expected string"),
+        (weights("10.244.0.5"), "is not address=weight"),
+        (weights("pod=1"), "address \"pod\" is no IP address"),
+        (
+            weights("10.244.0.5=65536"),
+            "no whole number from 0 to 65535",
+        ),
+        (weights("10.244.0.5=-1"), "no whole number"),
+        (
+            weights("10.244.0.5=1,10.244.0.5=2"),
+            "10.244.0.5 is there twice",
+        ),
+        (weights(r#"{"10.244.0.5": 1.5}"#), "no whole number"),
+        (weights(r#"{"10.244.0.5": 1} x"#), "can't be decoded"),
+        (
+            weights(r#"{"10.244.0.5": 1, "10.244.0.5": 2}"#),
+            "is there twice",
+        ),
+    ] {
+        let refused = refusals(&text, false);
+        assert_eq!(refused.len(), 1, "{text}: {refused:?}");
+        assert!(refused[0].contains(reason), "{reason}: {refused:?}");
+    }
 }
 
 #[test]

@@ -23,6 +23,7 @@ use penstock_agent::{
     },
     reconcile::Reconciler,
 };
+use penstock_common::Algorithm;
 use proptest::prelude::*;
 
 /// One thing that happens.
@@ -35,6 +36,7 @@ enum Step {
         created: u8,
         local: bool,
         affinity: bool,
+        algorithm: u8,
         outside: Outside,
     },
     Slice {
@@ -42,6 +44,8 @@ enum Step {
         service: u8,
         v6: bool,
         endpoints: Vec<(u8, u8)>,
+        /// Added to each endpoint's number in the slice, modulo 4.
+        weights: u8,
         port: u8,
     },
     /// Pods with these host ports.
@@ -92,16 +96,16 @@ fn outside() -> impl Strategy<Value = Outside> {
 fn step() -> impl Strategy<Value = Step> {
     let endpoints = proptest::collection::vec((0..12u8, 0..32u8), 0..6);
     prop_oneof![
-        4 => (0..5u8, 0..6u8, 1..3u8, 0..3u8, any::<bool>(), any::<bool>(), outside()).prop_map(
-            |(name, ip, ports, created, local, affinity, outside)| Step::Service {
-                name, ip, ports, created, local, affinity, outside
+        4 => (0..5u8, 0..6u8, 1..3u8, 0..3u8, any::<bool>(), any::<bool>(), 0..8u8, outside()).prop_map(
+            |(name, ip, ports, created, local, affinity, algorithm, outside)| Step::Service {
+                name, ip, ports, created, local, affinity, algorithm, outside
             }
         ),
         1 => proptest::collection::vec((0..3u8, 0..3u8), 0..3).prop_map(Step::HostPorts),
         1 => (0..3u8, any::<bool>()).prop_map(|(which, loopback)| Step::NodePorts(which, loopback)),
-        6 => (0..8u8, 0..5u8, any::<bool>(), endpoints, 0..3u8).prop_map(
-            |(name, service, v6, endpoints, port)| Step::Slice {
-                name, service, v6, endpoints, port
+        6 => (0..8u8, 0..5u8, any::<bool>(), endpoints, 0..4u8, 0..3u8).prop_map(
+            |(name, service, v6, endpoints, weights, port)| Step::Slice {
+                name, service, v6, endpoints, weights, port
             }
         ),
         2 => (0..5u8).prop_map(Step::DeleteService),
@@ -195,6 +199,7 @@ fn object(step: &Step) -> Option<Object> {
             created,
             local,
             affinity,
+            algorithm,
             outside,
         } => Object::Service(Service {
             name: name("web", *number),
@@ -217,6 +222,11 @@ fn object(step: &Step) -> Option<Object> {
                 })
                 .collect(),
             affinity_secs: affinity.then_some(60),
+            // The default more often than others.
+            algorithm: Algorithm::ALL
+                .get(usize::from(*algorithm))
+                .copied()
+                .unwrap_or_default(),
             internal_policy: policy(*local),
             external_policy: policy(outside.local),
             // 172.18.0.2 is the node's own.
@@ -232,6 +242,7 @@ fn object(step: &Step) -> Option<Object> {
             service,
             v6,
             endpoints,
+            weights,
             port,
         } => {
             let address = |host: u8| -> IpAddr {
@@ -259,11 +270,13 @@ fn object(step: &Step) -> Option<Object> {
                     .collect(),
                 endpoints: endpoints
                     .iter()
-                    .map(|(host, bits)| Endpoint {
+                    .zip(*weights..)
+                    .map(|((host, bits), weight)| Endpoint {
                         address: address(*host),
                         ready: bits & 1 != 0,
                         serving: bits & 3 != 0,
                         terminating: bits & 4 != 0,
+                        weight: u16::from(weight % 4),
                         node: Some(if bits & 8 != 0 { "here" } else { "there" }.into()),
                         for_zones: if bits & 16 != 0 {
                             Box::new(["z0".into()])
@@ -487,6 +500,7 @@ fn services(numbers: std::ops::Range<u8>) -> Truth {
             created: 0,
             local: false,
             affinity: false,
+            algorithm: u8::MAX,
             outside: Outside::default(),
         };
         let object = object(&service).expect("a service");

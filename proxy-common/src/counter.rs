@@ -41,6 +41,9 @@ counters! {
     SocketConnect = "socket_connect", COUNT;
     /// Datagrams of unconnected sockets sent to a backend.
     SocketDatagram = "socket_datagram", COUNT;
+    /// Sockets that show their backend's address as their peer's, the kernel having had no storage for
+    /// the service's.
+    PeerForgotten = "socket_peer_forgotten", COUNT;
     /// Packets to a service translated at a pod.
     PacketRequest = "packet_request", COUNT;
     /// Packets from the outside to a service, translated.

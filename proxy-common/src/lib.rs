@@ -13,6 +13,7 @@
 //! | `SLOTS` | array | slot → [`BackendId`] | agent | the service is reported and retried |
 //! | `BACKENDS4/6` | array | [`BackendId`] → [`Backend`] | agent | the service is reported and retried |
 //! | `AFFINITY4/6` | LRU hash | [`AffinityKey`] → [`Affinity`] | programs | the least recently used client is forgotten |
+//! | `TURNS` | LRU hash | a block's first slot → whose turn is next | programs | an idle service's turns begin anew |
 //! | `SOURCE_RANGES4/6` | LPM trie | [`SourceRange`] → 1 | agent | the service is reported and retried |
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
@@ -31,6 +32,7 @@
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
 #![cfg_attr(target_arch = "bpf", no_std)]
 
+mod algorithm;
 mod config;
 mod counter;
 mod flow;
@@ -40,6 +42,7 @@ mod plain;
 mod service;
 mod socket;
 
+pub use algorithm::{Algorithm, client_hash};
 pub use config::{Config, NetworkFlags, Timeouts};
 pub use counter::Counter;
 pub use flow::{
@@ -77,6 +80,8 @@ pub mod limits {
     pub const BACKENDS: u32 = 524_288;
     /// Clients of one family that are bound to a backend.
     pub const AFFINITY: u32 = 65_536;
+    /// Blocks of services that go round robin.
+    pub const TURNS: u32 = 16_384;
     /// Flows of one family that are translated packet by packet.
     pub const FLOWS: u32 = 131_072;
     /// Fragmented datagrams of one family whose ports are remembered.

@@ -83,6 +83,12 @@ impl FrontendFlags {
     pub const EXTERNAL_LOCAL: u32 = 8;
     /// Only clients that `SOURCE_RANGES` names may come.
     pub const SOURCE_RANGES: u32 = 16;
+    /// New connections take the slots in turns ([`crate::Algorithm`]).
+    pub const BY_TURN: u32 = 1 << 16;
+    /// A client's address says which slot it gets.
+    pub const BY_CLIENT: u32 = 1 << 17;
+    /// A backend may be in several slots of a block.
+    pub const REPEATS: u32 = 1 << 18;
 }
 
 /// Where the traffic to a [`FrontendKey`] goes.
@@ -244,7 +250,7 @@ pub struct Affinity {
     pub used_secs: u32,
 }
 
-/// Which of `count` slots `random` picks, each with equal chance (multiply and shift; Lemire 2016).
+/// Which of `count` slots a random word or a hash picks, each with equal chance (multiply and shift; Lemire 2016).
 #[inline(always)]
 pub const fn slot_at(random: u32, count: u32) -> u32 {
     ((random as u64 * count as u64) >> 32) as u32

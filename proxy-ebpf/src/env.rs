@@ -17,6 +17,8 @@ pub trait Env {
     fn now_secs(&self) -> u32;
     /// A random word.
     fn random(&self) -> u32;
+    /// Whose turn it is at a block of slots: one more than at the last call, whatever the first.
+    fn turn(&self, block: u32) -> u32;
     /// This node's settings.
     fn config(&self) -> Config;
     /// An interface to the outside.

@@ -5,7 +5,7 @@
 
 use penstock_common::{
     Addr, Affinity, AffinityKey, Backend, BackendFlags, BackendId, Counter, Frontend,
-    FrontendFlags, ServiceId, SlotRange, SourceRange, slot_at,
+    FrontendFlags, SlotRange, SourceRange, client_hash, slot_at,
 };
 
 use crate::{env::Maps, family::Family};
@@ -81,18 +81,24 @@ pub fn backend<F: Family>(
     if candidates.slots.count == 0 {
         return Err(candidates.refusal);
     }
-    if frontend.affinity_secs == 0 {
-        return random(maps, frontend.service, candidates.slots);
-    }
     let key = AffinityKey {
         service: frontend.service,
         client,
     };
-    let now = maps.now_secs();
-    let chosen = match bound(maps, frontend, candidates.flags, &key, now) {
-        Some(chosen) => chosen,
-        None => random(maps, frontend.service, candidates.slots)?,
+    let has_affinity = frontend.affinity_secs != 0;
+    let now = if has_affinity { maps.now_secs() } else { 0 };
+    let known = if has_affinity {
+        bound(maps, frontend, candidates.flags, &key, now)
+    } else {
+        None
     };
+    let chosen = match known {
+        Some(chosen) => chosen,
+        None => by_algorithm(maps, frontend, candidates.slots, &key.client)?,
+    };
+    if !has_affinity {
+        return Ok(chosen);
+    }
     let entry = Affinity {
         backend: chosen.id,
         generation: chosen.backend.generation,
@@ -122,18 +128,27 @@ fn bound<F: Family>(
     })
 }
 
-/// Any backend, each with equal chance.
+/// The backend whose turn it is, by the service's algorithm (`Algorithm`): chance, order or the
+/// client's address names a slot.
 #[inline(always)]
-fn random<F: Family>(
+fn by_algorithm<F: Family>(
     maps: &impl Maps<F>,
-    service: ServiceId,
+    frontend: &Frontend,
     slots: SlotRange,
+    client: &F::Addr,
 ) -> Result<Chosen<F::Addr>, Counter> {
-    let slot = slots.base.wrapping_add(slot_at(maps.random(), slots.count));
+    let index = if frontend.flags & FrontendFlags::BY_TURN != 0 {
+        maps.turn(slots.base).checked_rem(slots.count).unwrap_or(0)
+    } else if frontend.flags & FrontendFlags::BY_CLIENT != 0 {
+        slot_at(client_hash(client), slots.count)
+    } else {
+        slot_at(maps.random(), slots.count)
+    };
+    let slot = slots.base.wrapping_add(index);
     let id = maps.slot(slot).ok_or(Counter::BackendMissing)?;
     let backend = maps.backend(id).ok_or(Counter::BackendMissing)?;
     // A slot that names another service's backend can only be met while its block is recycled.
-    if backend.service != service || backend.addr.is_unspecified() {
+    if backend.service != frontend.service || backend.addr.is_unspecified() {
         return Err(Counter::BackendMissing);
     }
     Ok(Chosen { id, backend })

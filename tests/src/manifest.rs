@@ -9,6 +9,17 @@ use crate::{
     testbed::{Node, Pod},
 };
 
+/// Sets an object's annotation.
+fn annotate(object: &mut Value, name: &str, value: &str) {
+    let metadata = object.pointer_mut("/metadata");
+    if let Some(metadata) = metadata.and_then(Value::as_object_mut) {
+        let annotations = metadata.entry("annotations").or_insert_with(|| json!({}));
+        if let Some(annotations) = annotations.as_object_mut() {
+            annotations.insert(name.to_owned(), value.into());
+        }
+    }
+}
+
 /// A Service in the making.
 #[derive(Clone, Debug)]
 pub struct Service(Value);
@@ -58,6 +69,13 @@ impl Service {
         balanced
     }
 
+    /// Sets an annotation.
+    #[must_use]
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        annotate(&mut self.0, name, value);
+        self
+    }
+
     /// Sets a field of its spec.
     #[must_use]
     pub fn set(mut self, field: &str, value: impl Into<Value>) -> Self {
@@ -101,6 +119,13 @@ impl Slice {
         if let Some(ports) = self.0.pointer_mut("/ports").and_then(Value::as_array_mut) {
             ports.push(json!({ "name": name, "port": port, "protocol": protocol }));
         }
+        self
+    }
+
+    /// Sets an annotation.
+    #[must_use]
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        annotate(&mut self.0, name, value);
         self
     }
 

@@ -32,8 +32,6 @@ struct Network {
     cni: fn(&Node) -> Cni,
     /// Starts a node's agent.
     agent: fn(&KubernetesNode, &Source) -> Result<Agent>,
-    /// Whether ports of a node lead to pods that ask for it. Penstock's do not yet.
-    has_host_ports: bool,
     /// How it names the node's ends of pods' links.
     pod_interfaces: &'static str,
     /// Interfaces that it keeps when no pod is left.
@@ -46,7 +44,6 @@ struct Network {
 const PENSTOCK: Network = Network {
     cni: |_| Cni::default(),
     agent: |node, source| node.network_agent(source, &[]),
-    has_host_ports: false,
     pod_interfaces: "pn*",
     keeps: &[],
     given: |node| traces(&node.node, &node.node.bpffs, &node.node.cni_state_dir()),
@@ -81,7 +78,6 @@ const REFERENCE: Network = Network {
         }
     },
     agent: |node, source| node.agent(source, &[]),
-    has_host_ports: true,
     pod_interfaces: "veth*",
     keeps: &["cni0"],
     given: |node| {
@@ -114,13 +110,9 @@ fn penstocks_network_carries_pods_and_keeps_nothing_of_them() -> Result<()> {
 fn carries_pods_and_keeps_nothing_of_them(assets: &Path, network: &Network) -> Result<()> {
     let stage = Stage::new(assets, network)?;
     let [here, there] = [0, 1].map(|number| &stage.cluster.nodes[number].node);
-    let mut near = PodObject::new("near", here);
-    if network.has_host_ports {
-        near = near.host_port(8081);
-    }
     let pods = stage.cluster.run(&[
         PodObject::new("client", here),
-        near,
+        PodObject::new("near", here).host_port(8081),
         PodObject::new("far", there),
     ])?;
     stage.passed("pods are ready");
@@ -130,9 +122,7 @@ fn carries_pods_and_keeps_nothing_of_them(assets: &Path, network: &Network) -> R
     stage.agents[0].wait_for_hooks(&[client, near])?;
     stage.agents[1].wait_for_hooks(&[far])?;
     stage.everybody_reaches(&pods)?;
-    if network.has_host_ports {
-        stage.reach_the_host_port(&[&there.host, &far.host], near)?;
-    }
+    stage.reach_the_host_port(&[&there.host, &far.host], near)?;
     stage.reaches_services(client, [near, far])?;
     stage.end(&["client", "near", "far"])?;
 

@@ -1,12 +1,12 @@
 //! EndpointSlices.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use super::{
-    Decoded, HEADLESS, Interner, SERVICE_NAME, check_name, cut, object_name,
+    Decoded, HEADLESS, Interner, SERVICE_NAME, WEIGHTS, check_name, cut, object_name,
     raw::{Endpoint as RawEndpoint, Hint, Raw},
     service::{port_number, protocol},
-    usable_ip,
+    usable_ip, weights,
 };
 use crate::model::object::{
     Endpoint, EndpointPort, EndpointSlice, Family, Kind, Object, ObjectName,
@@ -46,12 +46,17 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
             port: port_number(number)?,
         });
     }
+    let weights = match raw.metadata.annotation(WEIGHTS) {
+        Some(text) => weights::decode(text)?,
+        None => HashMap::new(),
+    };
     let endpoints: Result<Vec<Endpoint>, String> = raw
         .endpoints
         .iter()
         .enumerate()
         .map(|(number, raw)| {
-            endpoint(raw, family, names).map_err(|reason| format!("endpoint {number}: {reason}"))
+            endpoint(raw, family, &weights, names)
+                .map_err(|reason| format!("endpoint {number}: {reason}"))
         })
         .collect();
     let slice = EndpointSlice {
@@ -64,7 +69,12 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
     Ok(Decoded::Object(Object::EndpointSlice(slice)))
 }
 
-fn endpoint(raw: &RawEndpoint, family: Family, names: &mut Interner) -> Result<Endpoint, String> {
+fn endpoint(
+    raw: &RawEndpoint,
+    family: Family,
+    weights: &HashMap<IpAddr, u16>,
+    names: &mut Interner,
+) -> Result<Endpoint, String> {
     let text = raw.addresses.first().ok_or("has no address")?;
     let address: IpAddr = usable_ip("address", text)?;
     if Family::of(address) != family {
@@ -86,6 +96,7 @@ fn endpoint(raw: &RawEndpoint, family: Family, names: &mut Interner) -> Result<E
         ready,
         serving: raw.conditions.serving.unwrap_or(ready),
         terminating,
+        weight: weights.get(&address).copied().unwrap_or(1),
         node: raw.node_name.as_deref().map(|name| names.get(name)),
         for_zones,
         for_nodes,

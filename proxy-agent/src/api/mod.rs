@@ -9,6 +9,7 @@ mod intern;
 mod raw;
 mod service;
 mod unique;
+mod weights;
 
 use std::net::IpAddr;
 
@@ -22,6 +23,13 @@ use crate::model::object::{Event, ExcludedPod, Kind, Node, Object, ObjectName, R
 pub const SOCKET_HOOKS_LABEL: &str = "penstock.io/socket-hooks";
 /// Its value.
 pub const SOCKET_HOOKS_DISABLED: &str = "disabled";
+
+/// The annotation by which a service says how new connections are spread over its backends.
+pub const ALGORITHM: &str = "penstock.io/algorithm";
+/// The annotation by which an endpoint slice says how much its endpoints get.
+pub const WEIGHTS: &str = "penstock.io/weights";
+/// What all of Penstock's labels and annotations begin with.
+const OWN_PREFIX: &str = "penstock.io/";
 
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";

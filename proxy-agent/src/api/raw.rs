@@ -54,11 +54,18 @@ pub(super) struct Metadata {
     pub(super) creation_timestamp: Option<String>,
     #[serde(default, deserialize_with = "unique::texts")]
     pub(super) labels: HashMap<String, String>,
+    /// Penstock's own.
+    #[serde(default, deserialize_with = "unique::own_texts")]
+    pub(super) annotations: HashMap<String, String>,
 }
 
 impl Metadata {
     pub(super) fn label(&self, name: &str) -> Option<&str> {
         self.labels.get(name).map(String::as_str)
+    }
+
+    pub(super) fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.get(name).map(String::as_str)
     }
 }
 

@@ -7,9 +7,11 @@ use std::{
 };
 
 use ipnetwork::IpNetwork;
+use penstock_common::Algorithm;
 
 use super::{
-    Decoded, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut, object_name, plain,
+    ALGORITHM, Decoded, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut, object_name,
+    plain,
     raw::{Raw, ServicePort as RawPort, ServiceSpec, ServiceStatus},
     usable_ip,
 };
@@ -60,6 +62,7 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         cluster_ips,
         ports,
         affinity_secs: affinity(&spec)?,
+        algorithm: algorithm(raw.metadata.annotation(ALGORITHM))?,
         internal_policy: policy(
             "internalTrafficPolicy",
             spec.internal_traffic_policy.as_deref(),
@@ -84,6 +87,16 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
             _ => None,
         },
     })))
+}
+
+fn algorithm(name: Option<&str>) -> Result<Algorithm, String> {
+    let Some(name) = name else {
+        return Ok(Algorithm::default());
+    };
+    Algorithm::named(name).ok_or_else(|| {
+        let known = Algorithm::ALL.map(Algorithm::label).join(", ");
+        format!("annotation {ALGORITHM} {:?} is none of {known}", cut(name))
+    })
 }
 
 fn policy(field: &str, text: Option<&str>) -> Result<TrafficPolicy, String> {

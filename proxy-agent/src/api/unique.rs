@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{Error, MapAccess, SeqAccess, Visitor},
+    de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Number, Value};
 
@@ -20,6 +20,52 @@ pub(super) fn texts<'de, D: Deserializer<'de>>(
 ) -> Result<HashMap<String, String>, D::Error> {
     let texts = Option::<Texts>::deserialize(deserializer)?;
     Ok(texts.map(|Texts(texts)| texts).unwrap_or_default())
+}
+
+/// Reads names of Penstock's own with their texts. Others' may be large, and are not kept.
+pub(super) fn own_texts<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<HashMap<String, String>, D::Error> {
+    struct Own;
+
+    impl<'de> Visitor<'de> for Own {
+        type Value = HashMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("names and texts")
+        }
+
+        fn visit_none<E>(self) -> Result<Self::Value, E> {
+            Ok(HashMap::new())
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(HashMap::new())
+        }
+
+        fn visit_some<D: Deserializer<'de>>(
+            self,
+            deserializer: D,
+        ) -> Result<Self::Value, D::Error> {
+            deserializer.deserialize_map(self)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
+            let mut texts = HashMap::new();
+            while let Some(key) = access.next_key::<String>()? {
+                if !key.starts_with(super::OWN_PREFIX) {
+                    access.next_value::<IgnoredAny>()?;
+                } else if texts.contains_key(&key) {
+                    return Err(twice(&key));
+                } else {
+                    texts.insert(key, access.next_value()?);
+                }
+            }
+            Ok(texts)
+        }
+    }
+
+    deserializer.deserialize_option(Own)
 }
 
 fn twice<E: Error>(key: &str) -> E {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Display};
 
-use penstock_common::{Addr, Be16, ServiceId};
+use penstock_common::{Addr, Algorithm, Be16, ServiceId};
 
 use crate::{
     dataplane::{FamilyState, MapState},
@@ -32,6 +32,7 @@ fn family<A: Addr + Ord + Display>(
             id: frontend.service.0,
             frontends: Vec::new(),
             affinity_secs: frontend.affinity_secs,
+            algorithm: Algorithm::of(frontend.flags).label().to_owned(),
             policies: Policies::default(),
             backends: Vec::new(),
         });

@@ -4,7 +4,7 @@ use std::{io::ErrorKind, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use aya::maps::{Map, PerCpuArray};
-use penstock_common::Counter;
+use penstock_common::{Algorithm, Counter};
 use serde::Serialize;
 
 use super::{Look, Output, pinned};
@@ -244,11 +244,30 @@ fn cell(name: Option<&str>) -> String {
         .to_owned()
 }
 
+/// Where the columns of services begin that are shown if one is not the default.
+const UNUSUAL_COLUMNS: usize = 4;
+
 pub(super) async fn services(look: &Look) -> Result<()> {
     let ports = ports(look).await?;
     if look.output == Output::Json {
         return json(&ports);
     }
+    let default = Algorithm::default().label();
+    let has_algorithms = ports.iter().any(|port| port.algorithm != default);
+    let policy = |port: &report::Port| {
+        let report::Policies {
+            internal_policy,
+            external_policy,
+            ..
+        } = &port.policies;
+        match external_policy {
+            Some(external) if external != internal_policy => {
+                format!("{internal_policy}, outside {external}")
+            }
+            _ => internal_policy.clone(),
+        }
+    };
+    let has_policies = ports.iter().any(|port| policy(port).contains("Local"));
     let row = |port: &report::Port| {
         let active = port
             .backends
@@ -268,30 +287,41 @@ pub(super) async fn services(look: &Look) -> Result<()> {
             0 => "-".to_owned(),
             seconds => format!("{seconds} s"),
         };
-        vec![
+        let mut cells = vec![
             cell(port.service.as_deref()),
             cell(port.port.as_deref()),
             port.protocol.clone(),
             port.frontends.join(" "),
             affinity,
             backends,
-        ]
+        ];
+        if has_algorithms {
+            cells.insert(UNUSUAL_COLUMNS, port.algorithm.clone());
+        }
+        if has_policies {
+            cells.insert(UNUSUAL_COLUMNS, policy(port));
+        }
+        cells
     };
     let rows: Vec<Vec<String>> = ports.iter().map(row).collect();
     if rows.is_empty() {
         println!("no services");
     } else {
-        table(
-            &[
-                "SERVICE",
-                "PORT",
-                "PROTOCOL",
-                "FRONTENDS",
-                "AFFINITY",
-                "BACKENDS",
-            ],
-            &rows,
-        );
+        let mut head = vec![
+            "SERVICE",
+            "PORT",
+            "PROTOCOL",
+            "FRONTENDS",
+            "AFFINITY",
+            "BACKENDS",
+        ];
+        if has_algorithms {
+            head.insert(UNUSUAL_COLUMNS, "ALGORITHM");
+        }
+        if has_policies {
+            head.insert(UNUSUAL_COLUMNS, "POLICY");
+        }
+        table(&head, &rows);
     }
     Ok(())
 }

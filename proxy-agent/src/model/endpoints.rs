@@ -6,6 +6,8 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
+use penstock_common::Algorithm;
+
 use super::{
     object::{Endpoint, EndpointSlice, Family, Node, Protocol},
     port::PortBackend,
@@ -79,6 +81,7 @@ pub fn choose<'a>(
                 port,
                 in_cluster: in_cluster(endpoint),
                 in_local: in_local(endpoint),
+                weight: endpoint.weight,
             };
             (backend, endpoint.serving)
         })
@@ -88,6 +91,18 @@ pub fn choose<'a>(
     Choice {
         backends,
         has_endpoints: any(&|endpoint| endpoint.ready || is_terminating(endpoint)),
+    }
+}
+
+/// Lets weights count where the algorithm asks for them: without one, a backend rests.
+pub fn weigh(backends: &mut [PortBackend], algorithm: Algorithm) {
+    let counts = algorithm == Algorithm::Weighted;
+    for backend in backends {
+        if counts && backend.weight == 0 {
+            backend.in_cluster = false;
+            backend.in_local = false;
+        }
+        backend.weight = if counts { backend.weight.max(1) } else { 1 };
     }
 }
 
@@ -108,6 +123,7 @@ fn merge<'a>(
             endpoint.ready,
             endpoint.serving,
             !endpoint.terminating,
+            endpoint.weight,
         )
     };
     let mut merged: BTreeMap<(IpAddr, u16), &Endpoint> = BTreeMap::new();

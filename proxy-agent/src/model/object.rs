@@ -7,6 +7,7 @@
 use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnetwork::IpNetwork;
+use penstock_common::Algorithm;
 
 /// A namespaced object's name. Cluster-wide objects have an empty namespace.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -108,6 +109,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// The timeout of ClientIP session affinity in seconds, 1 to 86,400; `None` without affinity.
     pub affinity_secs: Option<u32>,
+    /// Who gets a new connection that no affinity binds.
+    pub algorithm: Algorithm,
     /// `internalTrafficPolicy`.
     pub internal_policy: TrafficPolicy,
     /// `externalTrafficPolicy`.
@@ -172,6 +175,9 @@ pub struct Endpoint {
     pub serving: bool,
     /// It is being deleted.
     pub terminating: bool,
+    /// How much of new connections it gets under [`Algorithm::Weighted`], relative to others; 0 for
+    /// none.
+    pub weight: u16,
     /// The node that it runs on.
     pub node: Option<Arc<str>>,
     /// The zones whose traffic it should get; empty without a hint (KEP-2433).

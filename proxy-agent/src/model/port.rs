@@ -3,6 +3,7 @@
 use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnetwork::IpNetwork;
+use penstock_common::Algorithm;
 
 use super::object::{Family, ObjectName, Protocol, TrafficPolicy};
 
@@ -116,6 +117,8 @@ pub struct PortBackend {
     pub in_cluster: bool,
     /// New connections of scope [`Scope::Local`] may go there.
     pub in_local: bool,
+    /// How much of them, relative to the others; not 0, and only [`Algorithm::Weighted`] asks.
+    pub weight: u16,
 }
 
 impl PortBackend {
@@ -139,6 +142,8 @@ pub struct Port {
     pub source_ranges: Vec<IpNetwork>,
     /// Seconds of session affinity, 0 without.
     pub affinity_secs: u32,
+    /// Who gets a new connection that no affinity binds.
+    pub algorithm: Algorithm,
     /// Whether there are endpoints, wherever they are: without, clients are refused; with, those of
     /// an empty [`Scope::Local`] meet silence.
     pub has_endpoints: bool,

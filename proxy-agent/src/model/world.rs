@@ -11,6 +11,8 @@ use std::{
     sync::Arc,
 };
 
+use penstock_common::Algorithm;
+
 use super::{
     endpoints::{self, Place},
     node_ports::NodePorts,
@@ -248,12 +250,13 @@ impl World {
                 if frontends.is_empty() {
                     continue;
                 }
-                let choice = endpoints::choose(
+                let mut choice = endpoints::choose(
                     self.slices_of(name),
                     family,
                     (&port.name, port.protocol),
                     Place::of(&self.node_name, self.node()),
                 );
+                endpoints::weigh(&mut choice.backends, service.algorithm);
                 let ranges = service.source_ranges.iter().copied();
                 ports.push(Port {
                     key: PortKey {
@@ -267,6 +270,7 @@ impl World {
                         .filter(|range| Family::of(range.ip()) == family)
                         .collect(),
                     affinity_secs: service.affinity_secs.unwrap_or(0),
+                    algorithm: service.algorithm,
                     has_endpoints: choice.has_endpoints,
                     backends: choice.backends,
                 });
@@ -398,12 +402,14 @@ impl World {
                     frontends,
                     source_ranges: Vec::new(),
                     affinity_secs: 0,
+                    algorithm: Algorithm::default(),
                     has_endpoints: true,
                     backends: vec![PortBackend {
                         address: *backend,
                         port: port.pod_port.get(),
                         in_cluster: true,
                         in_local: false,
+                        weight: 1,
                     }],
                 });
             }

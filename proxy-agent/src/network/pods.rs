@@ -104,12 +104,16 @@ impl Pods {
                 ) else {
                     continue;
                 };
+                // The unspecified address means every one of its family, as for a socket.
+                let is_wanted = |ip: &&IpAddr| {
+                    let asked = asked.host_ip;
+                    asked.is_none_or(|asked| asked.is_ipv4() == ip.is_ipv4())
+                };
                 all.entry(name.clone()).or_default().push(HostPort {
-                    // The unspecified address means every one, as for a socket.
                     ip: asked.host_ip.filter(|ip| !ip.is_unspecified()),
                     port,
                     protocol,
-                    pod_ips: attachment.ips.clone(),
+                    pod_ips: attachment.ips.iter().filter(is_wanted).copied().collect(),
                     pod_port,
                 });
             }

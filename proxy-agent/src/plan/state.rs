@@ -6,10 +6,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,
+    net::IpAddr,
 };
 
 use penstock_common::{
-    AddressKind, BackendFlags, BackendId, FrontendFlags, FrontendKey, SlotRange, SourceRange,
+    AddressKind, Algorithm, BackendFlags, BackendId, FrontendFlags, FrontendKey, SlotRange,
+    SourceRange,
 };
 
 use super::side::PlannedAddr;
@@ -75,6 +77,10 @@ fn write_family<A: PlannedAddr>(
         if frontend.affinity_secs > 0 {
             let _ = write!(text, " affinity {}s", frontend.affinity_secs);
         }
+        let algorithm = Algorithm::of(frontend.flags);
+        if algorithm != Algorithm::default() {
+            let _ = write!(text, " {}", algorithm.label());
+        }
         let is = |flag| frontend.flags & flag != 0;
         if is(FrontendFlags::EXTERNAL) {
             text.push_str(" external");
@@ -94,10 +100,16 @@ fn write_family<A: PlannedAddr>(
                 let _ = writeln!(text, "  allow {}/{bits}", range.range.addr.into_ip());
             }
         }
-        write_slots(text, "backend", frontend.slots, state, slots);
+        write_slots(text, ("backend", algorithm), frontend.slots, state, slots);
         if is(FrontendFlags::LOCAL) != is(FrontendFlags::EXTERNAL_LOCAL) {
             match when_empty(frontend.external, FrontendFlags::EXTERNAL_LOCAL) {
-                "" => write_slots(text, "outside", frontend.external, state, slots),
+                "" => write_slots(
+                    text,
+                    ("outside", algorithm),
+                    frontend.external,
+                    state,
+                    slots,
+                ),
                 empty => {
                     let _ = writeln!(text, "  outside{empty}");
                 }
@@ -117,21 +129,52 @@ fn write_family<A: PlannedAddr>(
 
 fn write_slots<A: PlannedAddr>(
     text: &mut String,
-    word: &str,
+    (word, algorithm): (&str, Algorithm),
     range: SlotRange,
     state: &FamilyState<A>,
     slots: &BTreeMap<u32, BackendId>,
 ) {
-    for slot in range.base..range.base.saturating_add(range.count) {
-        let backend = slots.get(&slot).and_then(|id| state.backends.get(id));
-        let _ = match backend {
-            Some(backend) => {
-                let ip = backend.addr.into_ip();
-                writeln!(text, "  {word} {ip} {}", backend.port)
-            }
-            None => writeln!(text, "  {word} missing"),
-        };
+    let held: Vec<Option<(IpAddr, u16)>> = (range.base..range.base.saturating_add(range.count))
+        .map(|slot| {
+            let backend = slots.get(&slot).and_then(|id| state.backends.get(id))?;
+            Some((backend.addr.into_ip(), backend.port.to_host()))
+        })
+        .collect();
+    let mut shares: BTreeMap<Option<(IpAddr, u16)>, usize> = BTreeMap::new();
+    for slot in &held {
+        *shares.entry(*slot).or_default() += 1;
     }
+    let line = |text: &mut String, slot: Option<(IpAddr, u16)>, share: &str| {
+        let _ = match slot {
+            Some((ip, port)) => writeln!(text, "  {word} {ip} {port}{share}"),
+            None => writeln!(text, "  {word} missing{share}"),
+        };
+    };
+    match algorithm {
+        Algorithm::Random | Algorithm::RoundRobin | Algorithm::SourceHash => {
+            held.iter().for_each(|slot| line(text, *slot, ""));
+        }
+        Algorithm::Maglev | Algorithm::Weighted => {
+            for (slot, share) in shares {
+                line(text, slot, &format!(" {share} of {}", held.len()));
+            }
+        }
+    }
+    // The order of a table decides who gets whom; two that read alike here are alike.
+    if algorithm == Algorithm::Maglev && !held.is_empty() {
+        let mut words = String::new();
+        for slot in &held {
+            line(&mut words, *slot, "");
+        }
+        let _ = writeln!(text, "  {word} table {:016x}", fnv(words.as_bytes()));
+    }
+}
+
+/// FNV-1a, to tell tables apart in a line.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 fn check_family<A: PlannedAddr>(

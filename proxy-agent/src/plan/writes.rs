@@ -13,6 +13,7 @@ use penstock_common::{
 use super::{
     blocks::Blocks,
     side::{Held, PlannedAddr, PortState, Side, Uses},
+    slots::{self, Member},
 };
 use crate::{
     dataplane::{Change, FamilyChange},
@@ -181,10 +182,15 @@ pub(super) fn plan_port<A: PlannedAddr>(
             own_steps.push(step(Phase::TakeBackends, put(flags)));
         }
         wanted.insert(key);
+        let member = Member {
+            addr,
+            port: key.1,
+            weight: backend.weight,
+        };
         for scope in scopes.iter().filter(|scope| backend.is_in(**scope)) {
             match scope {
-                Scope::Cluster => in_cluster.push(held.id),
-                Scope::Local => in_local.push(held.id),
+                Scope::Cluster => in_cluster.push((held.id, member)),
+                Scope::Local => in_local.push((held.id, member)),
             }
         }
     }
@@ -199,7 +205,8 @@ pub(super) fn plan_port<A: PlannedAddr>(
 
     let state = side.port(id);
     let mut new_blocks = Vec::new();
-    let mut block = |content: Vec<BackendId>| -> Result<SlotRange, PlanError> {
+    let mut block = |selected: Vec<(BackendId, Member<A>)>| -> Result<SlotRange, PlanError> {
+        let content = content_of(port, &selected);
         if content.is_empty() {
             return Ok(SlotRange::default());
         }
@@ -276,7 +283,7 @@ pub(super) fn plan_port<A: PlannedAddr>(
         let key = FrontendKey::new(addr, number, proto(port.key.protocol));
         let frontend = Frontend {
             service: id,
-            flags: flags_of(port, wanted, local.count == 0),
+            flags: flags_of(port, wanted, local.count == 0) | port.algorithm.flags(),
             slots: of_scope(wanted.internal),
             external: of_scope(wanted.external),
             affinity_secs: port.affinity_secs,
@@ -300,6 +307,16 @@ pub(super) fn plan_port<A: PlannedAddr>(
         .extend(new.into_iter().map(|id| (family, id)));
     steps.extend(own_steps);
     Ok(())
+}
+
+/// What a block of these backends holds.
+fn content_of<A: PlannedAddr>(port: &Port, selected: &[(BackendId, Member<A>)]) -> Vec<BackendId> {
+    let members: Vec<Member<A>> = selected.iter().map(|(_, member)| *member).collect();
+    slots::fill(port.algorithm, &members)
+        .into_iter()
+        .filter_map(|place| selected.get(place))
+        .map(|(id, _)| *id)
+        .collect()
 }
 
 fn flag_of(scope: Scope) -> u32 {

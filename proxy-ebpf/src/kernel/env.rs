@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "map elements are shared memory")]
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
     ptr::{addr_of, addr_of_mut},
 };
 
@@ -46,6 +46,25 @@ fn copy<T: Plain>(element: *const T) -> T {
     unsafe { element.read_volatile() }
 }
 
+/// [`Env::turn`], a function of its own: where it is called from, stacks have no room.
+#[inline(never)]
+fn take_turn(block: u32) -> u32 {
+    match TURNS.get_ptr_mut(block) {
+        // SAFETY: a mapped element (see `copy`), an aligned word that everybody changes
+        // atomically. One that is recycled meanwhile moves another block's turn on by one. Of a
+        // relaxed addition LLVM's BPF target forgets the result.
+        Some(turn) => unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(turn, 1) },
+        None => {
+            // Blocks are replaced when endpoints change, and nobody is to be first each time.
+            // SAFETY: the helper takes no argument.
+            let first = unsafe { bpf_get_prandom_u32() } >> 1;
+            // A full LRU map makes room; an error means contention, and somebody else's is in.
+            let _ = TURNS.insert(block, first + 1, 0);
+            first
+        }
+    }
+}
+
 impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn now_secs(&self) -> u32 {
@@ -58,6 +77,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     fn random(&self) -> u32 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn turn(&self, block: u32) -> u32 {
+        take_turn(block)
     }
 
     #[inline(always)]

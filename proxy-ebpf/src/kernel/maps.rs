@@ -59,6 +59,8 @@ family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOW
 #[map]
 pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);
 #[map]
+pub(crate) static TURNS: LruHashMap<u32, u32> = LruHashMap::pinned(limits::TURNS, 0);
+#[map]
 pub(crate) static UPLINKS: HashMap<u32, Uplink> =
     HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
 #[map]

@@ -13,8 +13,8 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext},
 };
 use penstock_common::{
-    Be16, ConnectedUdp, Datagram, DatagramKey, Netns, Proto, SockEndpoint, SocketPeer, V4, V6,
-    limits,
+    Be16, ConnectedUdp, Counter, Datagram, DatagramKey, Netns, Proto, SockEndpoint, SocketPeer, V4,
+    V6, limits,
 };
 use penstock_ebpf::{env::Env, socket::Socket};
 
@@ -98,6 +98,9 @@ impl<'a> HookSocket<'a> {
         0
     }
 }
+
+/// How often a socket's storage is asked for.
+const STORAGE_TRIES: u32 = 8;
 
 impl Socket for HookSocket<'_> {
     #[inline(always)]
@@ -200,13 +203,25 @@ impl Socket for HookSocket<'_> {
 
     #[inline(always)]
     fn set_peer(&self, peer: &SocketPeer) {
-        // SAFETY: as above. Without memory for it the application sees the backend's address.
-        unsafe {
-            let stored = SOCKETS.get_or_insert_ptr_mut(self.context, None);
-            if !stored.is_null() {
-                stored.write_volatile(*peer);
+        // Linux from 7 on allocates storage without waiting for anything, which fails now and then
+        // although there is memory.
+        let mut tries = 0;
+        while tries < STORAGE_TRIES {
+            // SAFETY: as above.
+            unsafe {
+                let stored = SOCKETS.get_or_insert_ptr_mut(self.context, None);
+                if !stored.is_null() {
+                    stored.write_volatile(*peer);
+                    return;
+                }
             }
+            tries += 1;
         }
+        // The application sees the backend's address.
+        let kernel = Kernel {
+            context: self.context,
+        };
+        kernel.count(Counter::PeerForgotten);
     }
 
     #[inline(always)]

@@ -173,7 +173,7 @@ impl Kernel {
                 key,
                 Frontend {
                     service: id,
-                    flags,
+                    flags: flags | service.algorithm.flags(),
                     slots,
                     external: slots,
                     affinity_secs,

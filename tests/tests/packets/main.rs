@@ -20,6 +20,7 @@ use std::net::IpAddr;
 use frame::{Spec, TCP, UDP};
 use kernel::Kernel;
 use model::{Done, Hook, Model, Service};
+use penstock_common::Algorithm;
 
 /// xorshift64*: small, and the same on every machine.
 struct Random(u64);
@@ -60,6 +61,19 @@ const CLIENTS: [&str; 6] = [
 const NODES: [&str; 2] = ["172.18.0.2", "fd00:30::2"];
 const OTHERS: [&str; 4] = ["10.244.9.9", "1.1.1.1", "fd00:244:9::9", "2606::1"];
 
+/// How a service spreads clients, by its address and protocol.
+fn algorithm_of(host: u8, proto: u8) -> Algorithm {
+    match (host, proto) {
+        (1, TCP) | (4, UDP) => Algorithm::RoundRobin,
+        (1, UDP) => Algorithm::SourceHash,
+        (2, TCP) => Algorithm::Maglev,
+        // Affinity comes first.
+        (3, TCP) => Algorithm::RoundRobin,
+        (3, UDP) => Algorithm::SourceHash,
+        _ => Algorithm::Random,
+    }
+}
+
 fn model() -> Model {
     let mut model = Model::default();
     model.nodes = NODES.map(ip).into();
@@ -74,6 +88,7 @@ fn model() -> Model {
                 backends,
                 drops_when_empty: drops,
                 has_affinity: affinity,
+                algorithm: algorithm_of(host, proto),
             });
         };
         let pod = |host: u8, port| (ip(&format!("{pods}{host}")), port);

@@ -9,7 +9,7 @@ use std::{
     net::IpAddr,
 };
 
-use penstock_common::Counter;
+use penstock_common::{Algorithm, Counter, V4, V6, client_hash, slot_at};
 
 use crate::frame::{self, Header, TCP, UDP};
 
@@ -22,6 +22,7 @@ pub struct Service {
     pub backends: Vec<Endpoint>,
     pub drops_when_empty: bool,
     pub has_affinity: bool,
+    pub algorithm: Algorithm,
 }
 
 #[derive(Clone, Debug)]
@@ -51,6 +52,7 @@ pub struct Model {
     by_request: HashMap<(u8, Endpoint, Endpoint), usize>,
     by_reply: HashMap<(u8, Endpoint, Endpoint), usize>,
     affinity: HashMap<(Endpoint, u8, IpAddr), Endpoint>,
+    turns: HashMap<(Endpoint, u8), usize>,
     fragments: HashMap<(IpAddr, IpAddr, u32, u8), (u16, u16)>,
     pub counts: BTreeMap<Counter, u64>,
     errors_sent: u64,
@@ -182,6 +184,27 @@ impl Model {
         }
     }
 
+    /// Who gets a client that nothing binds, where that is not left to chance.
+    fn due(&self, service: &Service, client: IpAddr) -> Option<Endpoint> {
+        if service.has_affinity {
+            return None;
+        }
+        let count = service.backends.len();
+        let place = match service.algorithm {
+            Algorithm::Random | Algorithm::Weighted => return None,
+            // Who is first is left to chance.
+            Algorithm::RoundRobin => self.turns.get(&(service.frontend, service.proto))? % count,
+            Algorithm::SourceHash | Algorithm::Maglev => {
+                let hash = match client {
+                    IpAddr::V4(ip) => client_hash(&V4::from(ip)),
+                    IpAddr::V6(ip) => client_hash(&V6::from(ip)),
+                };
+                slot_at(hash, count as u32) as usize
+            }
+        };
+        service.backends.get(place).copied()
+    }
+
     fn open(&mut self, input: &[u8], segment: &Segment, done: &Done<'_>) -> Check {
         let found = self
             .services
@@ -238,6 +261,16 @@ impl Model {
         }
         if !keeps && (!is_free(self, source) || source.1 < 61_000) {
             return Err(format!("source {source:?} is taken or out of range"));
+        }
+        if let Some(due) = self.due(&service, segment.src.0)
+            && due != backend
+        {
+            return Err(format!("{due:?} was due, got {backend:?} of {service:?}"));
+        }
+        let mut backends = service.backends.iter();
+        if let Some(place) = backends.position(|other| *other == backend) {
+            let key = (service.frontend, service.proto);
+            self.turns.insert(key, place + 1);
         }
         if service.has_affinity {
             let key = (service.frontend, proto, segment.src.0);
@@ -313,13 +346,13 @@ impl Model {
         let Some(id) = self.by_reply.get(&key).copied() else {
             return same(done, NEXT, input);
         };
-        self.remember(&segment);
         let flow = self.flows[id].as_ref().expect("indexed flows exist");
         if flow.proto == TCP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
             // Of a connection past the service, from the port that this one had.
             self.remove(id);
             return same(done, NEXT, input);
         }
+        self.remember(&segment);
         self.follow(id, &segment, true);
         self.counted(Counter::PacketReply);
         let flow = self.flows[id].clone().expect("indexed flows exist");

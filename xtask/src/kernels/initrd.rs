@@ -108,18 +108,14 @@ impl Tree<'_> {
 
     /// Unpacks the modules that are not built in; their names in the order of loading.
     fn modules(&self, image: &Image) -> Result<Vec<&'static str>> {
-        let read = |name: &str| {
-            let path = image.modules.join(name);
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
-        };
-        let (built_in, modular) = (read("modules.builtin")?, read("modules.order")?);
+        let mut files = Vec::new();
+        list(&image.modules, Path::new("kernel"), &mut files)?;
         let mut names = Vec::new();
         for name in MODULES {
-            if find_module(&built_in, name).is_some() {
+            // What is no file is built in; that Debian says so in a file of its own is not certain.
+            let Some(below) = find_module(&files, name) else {
                 continue;
-            }
-            let below = find_module(&modular, name)
-                .with_context(|| format!("{} has no module {name}", image.release))?;
+            };
             let to = self.root.join("modules").join(format!("{name}.ko"));
             unpack(&image.modules.join(below), &to)?;
             names.push(*name);
@@ -162,31 +158,30 @@ fn list(root: &Path, below: &Path, names: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// The line of a kernel's list of modules that is about `name`.
-fn find_module<'a>(list: &'a str, name: &str) -> Option<&'a str> {
-    let end = format!("/{name}.ko");
-    list.lines().find(|line| line.ends_with(&end))
+/// The file among a kernel's that is the module `name`, compressed or not.
+fn find_module<'a>(files: &'a [String], name: &str) -> Option<&'a str> {
+    let ends = [format!("/{name}.ko"), format!("/{name}.ko.xz")];
+    let mut files = files.iter();
+    files
+        .find(|file| ends.iter().any(|end| file.ends_with(end)))
+        .map(String::as_str)
 }
 
 /// Copies a module, compressed or not.
 fn unpack(module: &Path, to: &Path) -> Result<()> {
-    if module.exists() {
+    if module.extension().is_some_and(|end| end == "ko") {
         return fs::copy(module, to)
             .map(drop)
             .with_context(|| format!("copying {}", module.display()));
     }
-    let packed = module.with_extension("ko.xz");
-    if !packed.exists() {
-        bail!("{} is neither there nor compressed by xz", module.display());
-    }
     let file = File::create(to).with_context(|| format!("making {}", to.display()))?;
     let status = Command::new("xz")
         .args(["--decompress", "--stdout"])
-        .arg(&packed)
+        .arg(module)
         .stdout(file)
         .status()
         .context("starting xz")?;
-    anyhow::ensure!(status.success(), "xz: {} {status}", packed.display());
+    anyhow::ensure!(status.success(), "xz: {} {status}", module.display());
     Ok(())
 }
 
@@ -273,8 +268,8 @@ mod tests {
 
     #[test]
     fn modules_are_found_by_their_whole_name() {
-        let list = "kernel/net/802/stp.ko\nkernel/drivers/net/mstp.ko\n";
-        assert_eq!(find_module(list, "stp"), Some("kernel/net/802/stp.ko"));
-        assert_eq!(find_module(list, "tp"), None);
+        let files = ["kernel/drivers/net/mstp.ko", "kernel/net/802/stp.ko.xz"].map(str::to_owned);
+        assert_eq!(find_module(&files, "stp"), Some("kernel/net/802/stp.ko.xz"));
+        assert_eq!(find_module(&files, "tp"), None);
     }
 }
