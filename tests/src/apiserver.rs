@@ -130,7 +130,13 @@ impl ApiServer {
             );
             let change = json!({ "status": status }).to_string();
             let request = [
-                &["--silent", "--show-error", "--fail", "--output", "/dev/null"][..],
+                &[
+                    "--silent",
+                    "--show-error",
+                    "--fail",
+                    "--output",
+                    "/dev/null",
+                ][..],
                 &["--cacert", &authority, "--header", &token],
                 &["--header", "Content-Type: application/merge-patch+json"],
                 &["--request", "PATCH", "--data", &change, &url],

@@ -63,8 +63,16 @@ impl KubeProxy {
 
     /// Its rules in the nat table, for IPv4 or IPv6.
     pub fn rules(&mut self, is_v4: bool) -> Result<String> {
-        ensure!(self.process.is_running(), "kube-proxy ended: {}", self.log());
-        let program = if is_v4 { "iptables-save" } else { "ip6tables-save" };
+        ensure!(
+            self.process.is_running(),
+            "kube-proxy ended: {}",
+            self.log()
+        );
+        let program = if is_v4 {
+            "iptables-save"
+        } else {
+            "ip6tables-save"
+        };
         self.node.run(program, &["-t", "nat"])
     }
 

@@ -69,7 +69,8 @@ impl Host {
 fn findings(value: &Value) -> Result<Findings> {
     let list = |value: &Value, field: &str| -> Result<Vec<Value>> {
         let list = value.get(field).and_then(Value::as_array);
-        list.cloned().with_context(|| format!("{value} has no {field}"))
+        list.cloned()
+            .with_context(|| format!("{value} has no {field}"))
     };
     let word = |value: &Value| value.as_str().map(str::to_owned);
     let answer = |words: &Value| {

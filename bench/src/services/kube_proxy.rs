@@ -102,7 +102,9 @@ fn first_and_last(ports: &[Port]) -> Option<[Places; 2]> {
 
 /// Connections that were translated on a node.
 pub fn translated(node: &Host) -> Result<u64> {
-    Ok(translations(&node.run("iptables-save", &["-t", "nat", "-c"])?))
+    Ok(translations(
+        &node.run("iptables-save", &["-t", "nat", "-c"])?,
+    ))
 }
 
 /// The sum of the counters of rules that translate.

@@ -13,7 +13,6 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Difference {
     UndefinedPort,
-    PrimaryAddresses,
     LoopbackV6,
     Terminating,
     InternalPolicy,
@@ -23,12 +22,12 @@ pub enum Difference {
     PodsAddress,
     SameNode,
     Itself,
+    PrimaryAddresses,
 }
 
 impl Difference {
     pub const ALL: [Self; 11] = [
         Self::UndefinedPort,
-        Self::PrimaryAddresses,
         Self::LoopbackV6,
         Self::Terminating,
         Self::InternalPolicy,
@@ -38,6 +37,7 @@ impl Difference {
         Self::PodsAddress,
         Self::SameNode,
         Self::Itself,
+        Self::PrimaryAddresses,
     ];
 
     pub fn heading(self) -> &'static str {
@@ -88,7 +88,7 @@ impl Difference {
                     .then(|| anybody(case, service))
             }
             Self::PodsElsewhere => {
-                let is_it = case.client == Client::Elsewhere && case.address == Address::Node;
+                let is_it = case.client == Client::Elsewhere;
                 (is_it && service.external_local).then(|| local(case, service))
             }
             Self::HostLearns => host_learns(case, service),
@@ -152,7 +152,10 @@ fn is_served(service: &Service) -> bool {
 
 /// KEP-1669: ready endpoints, or those that terminate and still serve, of all or of this node.
 fn chosen(service: &Service, is_local: bool) -> Vec<Role> {
-    let all = service.endpoints.iter().filter(|(role, _)| !is_local || role.is_here());
+    let all = service
+        .endpoints
+        .iter()
+        .filter(|(role, _)| !is_local || role.is_here());
     let with = |wanted: fn(State) -> bool| -> Vec<Role> {
         let roles = all.clone().filter(|(_, state)| wanted(*state));
         roles.map(|(role, _)| *role).collect()
@@ -245,9 +248,6 @@ fn terminating(case: &Case, service: &Service) -> Option<Outcome> {
 /// A process of the node has no packets that could be dropped or answered on their way.
 fn host_learns(case: &Case, service: &Service) -> Option<Outcome> {
     if case.client != Client::Host || case.port.is_none() || !is_served(service) {
-        return None;
-    }
-    if case.address == Address::SecondNode {
         return None;
     }
     if chosen(service, false).is_empty() {

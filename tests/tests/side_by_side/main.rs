@@ -59,7 +59,10 @@ fn penstock_answers_as_kube_proxy_does() -> Result<()> {
 #[test]
 fn every_difference_has_its_reason_in_the_documentation() {
     let text = include_str!("../../../docs/differences.md");
-    let headings: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    let headings: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("### "))
+        .collect();
     let known: Vec<&str> = Difference::ALL.map(Difference::heading).into();
     assert_eq!(headings, known);
 }

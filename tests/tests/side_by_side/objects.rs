@@ -67,7 +67,10 @@ impl Object<'_> {
             .into_iter()
             .filter(|is_v4| service.families.has(*is_v4))
             .collect();
-        let ips: Vec<IpAddr> = families.iter().map(|is_v4| self.cluster_ip(*is_v4)).collect();
+        let ips: Vec<IpAddr> = families
+            .iter()
+            .map(|is_v4| self.cluster_ip(*is_v4))
+            .collect();
         let ports: Vec<Value> = self.ports(|index| service.has_node_ports().then_some(index));
         let mut spec = json!({
             "type": "ClusterIP",

@@ -69,7 +69,11 @@ impl Outcome {
 }
 
 fn origin(source: &str, side: &Side, client: &Host) -> Origin {
-    let is = |host: &Host| [host.ip4, host.ip6].iter().any(|ip| ip.to_string() == source);
+    let is = |host: &Host| {
+        [host.ip4, host.ip6]
+            .iter()
+            .any(|ip| ip.to_string() == source)
+    };
     if is(client) {
         Origin::Client
     } else if is(&side.node.host) {

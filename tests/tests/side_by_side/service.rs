@@ -311,12 +311,7 @@ fn any(random: &mut Random) -> Service {
         _ => {}
     }
     Service {
-        families: random.pick(&[
-            Families::Both,
-            Families::Both,
-            Families::V4,
-            Families::V6,
-        ]),
+        families: random.pick(&[Families::Both, Families::Both, Families::V4, Families::V6]),
         ports,
         external_local: kind != Kind::ClusterIp && random.chance(40),
         internal_local: random.chance(20),

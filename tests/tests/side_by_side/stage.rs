@@ -96,9 +96,8 @@ fn sides(testbed: &mut Testbed) -> Result<[Side; 2]> {
         set(host, "net.ipv6.conf.eth0.accept_redirects=0")?;
     }
     let nodes = [testbed.node()?, testbed.node()?, testbed.node()?];
-    let mut pods = |node: &Node| -> Result<[Pod; 2]> {
-        Ok([testbed.pod(node)?, testbed.pod(node)?])
-    };
+    let mut pods =
+        |node: &Node| -> Result<[Pod; 2]> { Ok([testbed.pod(node)?, testbed.pod(node)?]) };
     let servers = [pods(&nodes[0])?, pods(&nodes[1])?];
     let guests = [pods(&nodes[0])?, pods(&nodes[1])?];
     let [elsewhere, _] = pods(&nodes[2])?;

@@ -19,6 +19,9 @@ use crate::ask;
 /// Questions that are asked at the same time: most of them wait for an answer that does not come.
 const TASKS: usize = 32;
 
+/// Failures after which the others would be more of the same.
+const FAILURES: usize = 3;
+
 /// What to ask.
 struct Question {
     protocol: String,
@@ -83,6 +86,7 @@ impl Question {
     /// Asks so many times, or until it is plain that nobody answers.
     fn put(&self) -> Findings {
         let mut found = Findings::default();
+        let mut failures = 0;
         for _ in 0..self.times {
             match ask(&self.protocol, self.to, 1, 0, self.timeout) {
                 Ok(answer) => {
@@ -92,17 +96,14 @@ impl Question {
                     };
                     let source = field("source").parse();
                     let source = source.map(|source: SocketAddr| source.ip().to_string());
-                    let answer = [
-                        field("server"),
-                        source.unwrap_or_default(),
-                        field("peer"),
-                    ];
+                    let answer = [field("server"), source.unwrap_or_default(), field("peer")];
                     found.answers.insert(answer);
                 }
                 Err(error) => {
                     found.errors.insert(error.kind().to_string());
+                    failures += 1;
                     // Whoever waited once in vain has waited enough.
-                    if found.answers.is_empty() {
+                    if found.answers.is_empty() || failures == FAILURES {
                         break;
                     }
                 }
