@@ -108,6 +108,16 @@ impl Difference {
     }
 }
 
+/// Affinity is a client's for a port of a service, by whichever address: where the client may not have
+/// the same endpoints at all of them, one address's choice replaces another's.
+pub const AFFINITY: &str = "Affinity is one for all addresses of a service";
+
+/// Whether a client may have different endpoints at different addresses of a service.
+pub fn is_affinity_shared(case: &Case, service: &Service) -> bool {
+    let is_outside = matches!(case.client, Client::Outside | Client::Elsewhere);
+    service.internal_local != (service.external_local && is_outside)
+}
+
 /// What Penstock is to do where kube-proxy does this, and why that is something else.
 pub fn expected(case: &Case, service: &Service, theirs: &Outcome) -> (Outcome, Vec<Difference>) {
     let mut outcome = theirs.clone();
