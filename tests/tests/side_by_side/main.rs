@@ -16,6 +16,7 @@
 mod cases;
 mod comparison;
 mod differences;
+mod health;
 mod objects;
 mod outcome;
 mod random;
@@ -48,6 +49,7 @@ fn penstock_answers_as_kube_proxy_does() -> Result<()> {
     let comparison = Comparison::make(&stage, &services, &cases)?;
     let table = comparison.table();
     assert!(table.is_empty(), "seed {seed}:\n{table}");
+    health::compare(&stage, &services)?;
     // What is never met is no difference any more.
     let met = comparison.met();
     for difference in Difference::ALL {

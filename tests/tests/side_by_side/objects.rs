@@ -56,7 +56,7 @@ impl Object<'_> {
         (30_000 + 4 * self.number() + index) as u16
     }
 
-    fn health_port(&self) -> u16 {
+    pub fn health_port(&self) -> u16 {
         (32_000 + self.number()) as u16
     }
 
