@@ -18,6 +18,7 @@ pub enum Difference {
     InternalPolicy,
     HostExternal,
     PodsElsewhere,
+    ClosedFirst,
     HostLearns,
     PodsAddress,
     SameNode,
@@ -26,13 +27,14 @@ pub enum Difference {
 }
 
 impl Difference {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::UndefinedPort,
         Self::LoopbackV6,
         Self::Terminating,
         Self::InternalPolicy,
         Self::HostExternal,
         Self::PodsElsewhere,
+        Self::ClosedFirst,
         Self::HostLearns,
         Self::PodsAddress,
         Self::SameNode,
@@ -49,6 +51,7 @@ impl Difference {
             Self::InternalPolicy => "internalTrafficPolicy is heeded",
             Self::HostExternal => "Processes of a node reach external addresses",
             Self::PodsElsewhere => "A pod of another node is outside at a node port",
+            Self::ClosedFirst => "Who may not come is not answered where nobody serves either",
             Self::HostLearns => "Processes of a node learn at once that nobody answers",
             Self::PodsAddress => "Pods keep their address at external addresses",
             Self::SameNode => "Backends of the same node see the client",
@@ -90,6 +93,10 @@ impl Difference {
             Self::PodsElsewhere => {
                 let is_it = case.client == Client::Elsewhere;
                 (is_it && service.external_local).then(|| local(case, service))
+            }
+            Self::ClosedFirst => {
+                let is_it = case.port.is_some() && is_closed(case, service);
+                (is_it && theirs.answers.is_empty()).then(|| failed(Failure::Silence))
             }
             Self::HostLearns => host_learns(case, service),
             Self::PodsAddress => {
@@ -260,10 +267,10 @@ fn host_learns(case: &Case, service: &Service) -> Option<Outcome> {
     if case.client != Client::Host || case.port.is_none() || !is_served(service) {
         return None;
     }
-    if chosen(service, false).is_empty() {
-        return Some(failed(Failure::Refused));
-    }
+    let is_empty = chosen(service, false).is_empty();
     let is_local = case.address == Address::Cluster && service.internal_local;
-    let is_dropped = is_closed(case, service) || is_local && chosen(service, true).is_empty();
-    is_dropped.then(|| failed(Failure::Other("host unreachable".to_owned())))
+    if is_closed(case, service) || !is_empty && is_local && chosen(service, true).is_empty() {
+        return Some(failed(Failure::Other("host unreachable".to_owned())));
+    }
+    is_empty.then(|| failed(Failure::Refused))
 }

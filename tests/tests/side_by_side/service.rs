@@ -242,6 +242,10 @@ fn chosen() -> Vec<Service> {
             ..balanced.clone()
         },
         Service {
+            ranges: Ranges::Client,
+            ..with(&balanced, &[])
+        },
+        Service {
             ranges: Ranges::Pods,
             ..local.clone()
         },

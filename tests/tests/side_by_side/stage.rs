@@ -89,6 +89,7 @@ fn sides(testbed: &mut Testbed) -> Result<[Side; 2]> {
     let outside = testbed.client()?;
     // The gateway of both nodes, which takes whatever comes and never answers.
     let nowhere = testbed.client()?;
+    nowhere.run("ip", &["-6", "route", "add", "blackhole", "default"])?;
     for host in [&outside, &nowhere] {
         // What a node does not serve it sends on to its gateway, which is the client's neighbour.
         set(host, "net.ipv4.conf.all.accept_redirects=0")?;
