@@ -27,6 +27,9 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
+    if packet.is_for_another_host() {
+        return Ok(Verdict::Pass);
+    }
     let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };

@@ -52,6 +52,9 @@ pub trait Packet {
     /// The index of the interface at whose hook the frame is.
     fn ifindex(&self) -> u32;
 
+    /// Whether the frame is another host's: a bridge shows everybody what it has no place for.
+    fn is_for_another_host(&self) -> bool;
+
     /// Whether the frame, or every segment that it will be cut into, fits into `mtu` bytes without
     /// the Ethernet header; an interface with this MTU says so where it is not obvious.
     fn fits(&self, ifindex: u32, mtu: u32) -> bool;

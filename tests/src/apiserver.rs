@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     host::Host,
@@ -116,6 +116,38 @@ impl ApiServer {
     pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
         self.kubectl(&["delete", kind, name, "--wait=false"], None)
             .map(drop)
+    }
+
+    /// Sets the status of services, which [`Self::create`] leaves out.
+    pub fn set_services_status(&self, statuses: &[(String, Value)]) -> Result<()> {
+        let authority = self.data.join("server.crt").display().to_string();
+        let token = format!("Authorization: Bearer {TOKEN}");
+        let mut arguments = Vec::new();
+        for (name, status) in statuses {
+            let url = format!(
+                "https://{}:{SECURE_PORT}/api/v1/namespaces/default/services/{name}/status",
+                self.host.ip4
+            );
+            let change = json!({ "status": status }).to_string();
+            let request = [
+                &[
+                    "--silent",
+                    "--show-error",
+                    "--fail",
+                    "--output",
+                    "/dev/null",
+                ][..],
+                &["--cacert", &authority, "--header", &token],
+                &["--header", "Content-Type: application/merge-patch+json"],
+                &["--request", "PATCH", "--data", &change, &url],
+            ];
+            if !arguments.is_empty() {
+                arguments.push("--next".to_owned());
+            }
+            arguments.extend(request.concat().into_iter().map(str::to_owned));
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        self.host.run("curl", &arguments).map(drop)
     }
 
     /// Changes an object that is there.
@@ -229,7 +261,8 @@ fn server(assets: &Path, data: &Path, host: &Host) -> Result<Process> {
         "--service-account-key-file=sa.key",
         "--authorization-mode=AlwaysAllow",
         "--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112",
-        "--feature-gates=IPv6DualStack=true,EndpointSliceTerminatingCondition=true",
+        "--feature-gates=IPv6DualStack=true,EndpointSliceTerminatingCondition=true,\
+         MixedProtocolLBService=true",
         "--endpoint-reconciler-type=lease",
         "--profiling=false",
     ]);

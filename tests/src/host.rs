@@ -96,11 +96,16 @@ impl Host {
         Ok(drain)
     }
 
+    /// Runs the traffic program to its end; what it printed.
+    pub(crate) fn run_traffic(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = process::command(traffic()?, &self.place)?;
+        command.args(arguments);
+        process::run(command)
+    }
+
     /// Sends bytes by TCP to where they are drained; how many arrived, and in how many seconds.
     pub fn pour(&self, to: &str, bytes: u64) -> Result<(u64, f64)> {
-        let mut command = process::command(traffic()?, &self.place)?;
-        command.args(["pour", to, "--bytes", &bytes.to_string()]);
-        let text = process::run(command)?;
+        let text = self.run_traffic(&["pour", to, "--bytes", &bytes.to_string()])?;
         let said: Value =
             serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))?;
         let arrived = said.get("arrived").and_then(Value::as_u64);
@@ -113,9 +118,7 @@ impl Host {
     /// Asks once; what was answered, or the error's name under "error".
     pub fn ask(&self, protocol: &str, to: &str, options: &[&str]) -> Result<Value> {
         let arguments = [&["ask", protocol, to], options].concat();
-        let mut command = process::command(traffic()?, &self.place)?;
-        command.args(arguments);
-        let text = process::run(command)?;
+        let text = self.run_traffic(&arguments)?;
         serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
     }
 

@@ -25,6 +25,20 @@ pub fn require_api_server() -> Option<PathBuf> {
     }
 }
 
+/// Where etcd, kube-apiserver and kube-proxy are, and iptables is installed; `None`, after saying so,
+/// if not.
+#[must_use]
+pub fn require_kube_proxy() -> Option<PathBuf> {
+    let assets = require_api_server()?;
+    if !assets.join("kube-proxy").exists() {
+        return missing("kube-proxy in KUBEBUILDER_ASSETS");
+    }
+    if !Path::new("/usr/sbin/iptables").exists() {
+        return missing("/usr/sbin/iptables (package iptables)");
+    }
+    Some(assets)
+}
+
 /// Where etcd, kube-apiserver and kubelet are, and containerd is installed with its plugins; `None`,
 /// after saying so, if not.
 #[must_use]

@@ -1,10 +1,9 @@
 //! The real kube-proxy in its iptables mode, on a node of the testbed, with a real API server.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use anyhow::{Context, Result};
-use penstock_testbed::{ApiServer, Host, Node, Process, Testbed, patiently};
-use serde_json::json;
+use penstock_testbed::{self as testbed, ApiServer, Host, Node, Testbed, patiently};
 
 use super::{
     Places,
@@ -14,7 +13,7 @@ use super::{
 /// A node's kube-proxy, and who tells it of services.
 pub struct KubeProxy {
     // Dropped from top to bottom.
-    _process: Process,
+    _process: testbed::KubeProxy,
     _api: ApiServer,
     /// Which services come first and last in its rules.
     pub first_and_last: [Places; 2],
@@ -34,22 +33,9 @@ impl KubeProxy {
         for list in objects::lists(count, server) {
             api.create(&list)?;
         }
-        let config = testbed.folder().join("kube-proxy.json");
-        let text = configuration(node, &api.kubeconfig()).to_string();
-        fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
-        let config = config.to_str().context("a folder's name is no text")?;
-        let log = testbed.folder().join("kube-proxy.log");
-        let program = assets.join("kube-proxy");
-        let mut process = node
-            .host
-            .start_logging(program, &["--config", config], &log)?;
+        let mut process = testbed::KubeProxy::start(assets, node, &api)?;
         let first_and_last = patiently("kube-proxy has written its rules", || {
-            anyhow::ensure!(
-                process.is_running(),
-                "kube-proxy ended: {}",
-                fs::read_to_string(&log).unwrap_or_default()
-            );
-            let rules = rules(&node.host, &[])?;
+            let rules = process.rules(true)?;
             let ports = ports(&rules);
             // One of the API server's own besides.
             let expected: usize = (0..count)
@@ -68,31 +54,6 @@ impl KubeProxy {
             first_and_last: first_and_last.context("no service has rules")?,
         })
     }
-}
-
-fn configuration(node: &Node, kubeconfig: &Path) -> serde_json::Value {
-    json!({
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-        "kind": "KubeProxyConfiguration",
-        "mode": "iptables",
-        "hostnameOverride": node.name(),
-        // Said, so that it does not look for the node's object.
-        "bindAddress": node.host.ip4.to_string(),
-        "clusterCIDR": "10.244.0.0/16",
-        "clientConnection": { "kubeconfig": kubeconfig },
-        // The machine's limits are not a namespace's to change.
-        "conntrack": {
-            "maxPerCore": 0,
-            "min": 0,
-            "tcpCloseWaitTimeout": "0s",
-            "tcpEstablishedTimeout": "0s",
-        },
-    })
-}
-
-/// The rules of the nat table.
-fn rules(node: &Host, options: &[&str]) -> Result<String> {
-    node.run("iptables-save", &[&["-t", "nat"], options].concat())
 }
 
 /// A port that has a rule: its protocol and the service's address.
@@ -141,7 +102,9 @@ fn first_and_last(ports: &[Port]) -> Option<[Places; 2]> {
 
 /// Connections that were translated on a node.
 pub fn translated(node: &Host) -> Result<u64> {
-    Ok(translations(&rules(node, &["-c"])?))
+    Ok(translations(
+        &node.run("iptables-save", &["-t", "nat", "-c"])?,
+    ))
 }
 
 /// The sum of the counters of rules that translate.

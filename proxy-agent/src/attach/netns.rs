@@ -61,8 +61,11 @@ pub fn own() -> io::Result<Identity> {
 }
 
 /// All addresses of the calling thread's namespace that other hosts may know it by, with their
-/// interfaces' names, in the kernel's order.
+/// interfaces' names, in the kernel's order, but those last that new connections should not have.
 pub fn own_addresses() -> io::Result<Vec<(String, IpAddr)>> {
+    // Not there without IPv6.
+    let listed = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    let deprecated = deprecated(&listed);
     let addresses = nix::ifaddrs::getifaddrs()?.filter_map(|interface| {
         let address = interface.address?;
         let ip = address
@@ -79,7 +82,23 @@ pub fn own_addresses() -> io::Result<Vec<(String, IpAddr)>> {
         };
         (!is_local).then_some((interface.interface_name, ip))
     });
-    Ok(addresses.collect())
+    let mut addresses: Vec<(String, IpAddr)> = addresses.collect();
+    addresses.sort_by_key(|(_, ip)| deprecated.contains(ip));
+    Ok(addresses)
+}
+
+/// The deprecated addresses among those that the kernel lists: address, index, length of the prefix,
+/// scope, flags, all hexadecimal, and the interface's name.
+fn deprecated(listed: &str) -> HashSet<IpAddr> {
+    /// include/uapi/linux/if_addr.h
+    const IFA_F_DEPRECATED: u32 = 0x20;
+    let address = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let address = u128::from_str_radix(words.next()?, 16).ok()?;
+        let flags = u32::from_str_radix(words.nth(3)?, 16).ok()?;
+        (flags & IFA_F_DEPRECATED != 0).then(|| Ipv6Addr::from_bits(address).into())
+    };
+    listed.lines().filter_map(address).collect()
 }
 
 /// The address of a family that stands for this node: the first that its object names; without
@@ -246,5 +265,15 @@ mod tests {
             Some(own)
         );
         assert_eq!(choose(Family::V6, &[own], &[other], &[own]), None);
+    }
+    #[test]
+    fn deprecated_addresses_are_known_by_their_flags() {
+        let listed = "\
+            fd000031000000000000000000000101 02 40 00 a2     eth0\n\
+            fd000031000000000000000000000011 02 40 00 82     eth0\n\
+            00000000000000000000000000000001 01 80 10 80       lo\n";
+        let expected = "fd00:31::101".parse().unwrap();
+        assert_eq!(deprecated(listed), HashSet::from([expected]));
+        assert!(deprecated("").is_empty());
     }
 }

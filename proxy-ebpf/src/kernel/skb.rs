@@ -44,6 +44,9 @@ const BPF_FIB_LKUP_RET_NO_NEIGH: u32 = 7;
 /// is yet to be cut.
 const BPF_MTU_CHK_SEGS: u64 = 1;
 
+/// From the kernel's uapi/linux/if_packet.h.
+const PACKET_OTHERHOST: u32 = 3;
+
 /// A socket buffer.
 pub(crate) struct Skb<'a>(&'a TcContext);
 
@@ -307,6 +310,12 @@ impl Packet for Skb<'_> {
     fn ifindex(&self) -> u32 {
         // SAFETY: a field of the program's own context.
         unsafe { (*self.0.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn is_for_another_host(&self) -> bool {
+        // SAFETY: a field of the program's own context.
+        unsafe { (*self.0.skb.skb).pkt_type == PACKET_OTHERHOST }
     }
 
     #[inline(always)]

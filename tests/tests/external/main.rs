@@ -9,6 +9,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod flood;
 mod health;
 mod inside;
 mod outside;

@@ -2,10 +2,13 @@
 //!
 //! A server answers "NAME PEER REACHED". A question prints one line of JSON.
 
+mod survey;
+
 use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -53,6 +56,8 @@ enum Command {
         #[arg(long, default_value_t = 2_000)]
         timeout_ms: u64,
     },
+    /// Asks what a file lists, many at once; one line with what came of each.
+    Survey { file: PathBuf },
     /// Asks over one UDP socket, again and again; a line for each answer or failure.
     Keep {
         /// udp or udp-connected.
@@ -128,21 +133,11 @@ fn main() -> Result<()> {
             timeout_ms,
         } => {
             let timeout = Duration::from_millis(timeout_ms);
-            let answer = match protocol.as_str() {
-                "tcp" => ask_tcp(to, port, timeout),
-                "udp" => ask_udp(&udp(to, port, timeout)?, Some(to), size),
-                "icmp" => ask_icmp(to, size, timeout),
-                _ => {
-                    let socket = udp(to, port, timeout)?;
-                    match socket.connect(to) {
-                        Ok(()) => ask_udp(&socket, None, size),
-                        Err(error) => Err(error),
-                    }
-                }
-            };
+            let answer = ask(&protocol, to, size, port, timeout);
             println!("{}", shown(answer));
             Ok(())
         }
+        Command::Survey { file } => survey::run(&file),
         Command::Keep {
             protocol,
             to,
@@ -177,6 +172,26 @@ fn main() -> Result<()> {
         Command::Pause => loop {
             nix::unistd::pause();
         },
+    }
+}
+
+/// Asks once, from a port if it is not 0.
+fn ask(
+    protocol: &str,
+    to: SocketAddr,
+    size: usize,
+    port: u16,
+    timeout: Duration,
+) -> std::io::Result<serde_json::Value> {
+    match protocol {
+        "tcp" => ask_tcp(to, port, timeout),
+        "udp" => ask_udp(&udp(to, port, timeout)?, Some(to), size),
+        "icmp" => ask_icmp(to, size, timeout),
+        _ => {
+            let socket = udp(to, port, timeout)?;
+            socket.connect(to)?;
+            ask_udp(&socket, None, size)
+        }
     }
 }
 
@@ -299,13 +314,13 @@ fn parsed(line: &str, peer: &str, own: &str) -> serde_json::Value {
     })
 }
 
-fn udp(to: SocketAddr, port: u16, timeout: Duration) -> Result<UdpSocket> {
+fn udp(to: SocketAddr, port: u16, timeout: Duration) -> std::io::Result<UdpSocket> {
     let any: IpAddr = if to.is_ipv4() {
         [0, 0, 0, 0].into()
     } else {
         Ipv6Addr::UNSPECIFIED.into()
     };
-    let socket = UdpSocket::bind((any, port)).context("binding")?;
+    let socket = UdpSocket::bind((any, port))?;
     socket.set_read_timeout(Some(timeout))?;
     Ok(socket)
 }
