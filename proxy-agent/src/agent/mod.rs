@@ -1,0 +1,246 @@
+//! The agent: takes hold of the kernel, then lets events move the world and the world the maps.
+
+mod background;
+mod state;
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use aya::maps::{Array, Map};
+use glob::Pattern;
+use tokio::sync::mpsc;
+
+use crate::{
+    attach::{
+        cgroup::{self, Fate},
+        exclude::Exclusions,
+        follow::{Follower, Names, Wiring},
+        interface::PacketHooks,
+        netns,
+    },
+    dataplane::{bpf::Bpf, pins::Pins},
+    health,
+    ipc::{self},
+    model::{node_ports::NodePorts, world::World},
+    network::{self, pods::Pods},
+    reconcile::Reconciler,
+    signals::Signals,
+    traces,
+    watch::{self, Scope},
+};
+
+use background::{changed, source, steer_udp, sweep_flows, told};
+use state::{Agent, Shared};
+
+/// How often excluded cgroups are looked for.
+const LOOK_FOR_CGROUPS: Duration = Duration::from_secs(1);
+/// Events that are taken in before the maps are written.
+const BATCH: usize = 8_192;
+
+/// Where objects come from.
+pub enum Source {
+    /// An API server.
+    Kube(watch::kube::Servers),
+    /// A directory.
+    Manifests(PathBuf),
+}
+
+/// What the agent is told on its command line.
+pub struct Options {
+    /// Where objects come from.
+    pub source: Source,
+    /// This node's name.
+    pub node_name: String,
+    /// The cgroup whose sockets are translated.
+    pub cgroup: PathBuf,
+    /// Where maps and links are pinned.
+    pub bpffs: PathBuf,
+    /// Where the command line finds the agent.
+    pub run_dir: PathBuf,
+    /// Names of interfaces, by what is behind them.
+    pub interfaces: Names,
+    /// At which addresses of this node its ports are services'.
+    pub node_ports: NodePorts,
+    /// Cgroups, below `cgroup`, whose sockets are left alone.
+    pub exclude_cgroups: Vec<Pattern>,
+    /// The pod network, where pods are Penstock's to connect.
+    pub network: Option<network::Options>,
+    /// Whether the programs trace what they refuse.
+    pub is_tracing: bool,
+}
+
+/// The running kernel's version.
+fn kernel_version() -> Option<(u32, u32)> {
+    let name = nix::sys::utsname::uname().ok()?;
+    let mut numbers = name.release().to_str()?.split(['.', '-']);
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Why an agent's run ended.
+#[derive(Debug)]
+pub enum Ending {
+    /// It was told to stop.
+    Told,
+    /// Somebody removed something of it from under it.
+    Lost(PathBuf),
+}
+
+/// Runs until told to stop. Traffic goes on afterwards.
+pub async fn run(options: Options) -> Result<Ending> {
+    let mut signals = Signals::new()?;
+    let listener = ipc::listen(&options.run_dir)?;
+    let version = kernel_version().context("this kernel does not say its version")?;
+    anyhow::ensure!(
+        version >= (5, 15),
+        "this is Linux {}.{}; Penstock needs 5.15 or newer",
+        version.0,
+        version.1
+    );
+    let pins = Pins::create(&options.bpffs)?;
+    let _lock = pins.lock()?;
+    let mut ebpf = pins.load(version >= (6, 1), options.is_tracing)?;
+    if options.is_tracing {
+        traces::forward(&mut ebpf);
+    }
+    let attached = cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
+    let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6))?;
+    tracing::info!("socket hooks are on {}", options.cgroup.display());
+
+    let (sender, mut events) = mpsc::channel(BATCH);
+    let status = watch::Status::default();
+    tokio::spawn(source(
+        options.source,
+        Scope {
+            node_name: options.node_name.clone(),
+            has_network: options.network.is_some(),
+        },
+        status.clone(),
+        sender,
+    ));
+
+    let shared = Shared::default();
+    let (known, known_to_network) = tokio::sync::watch::channel(Arc::default());
+    let (wires, wire_requests) = mpsc::channel(64);
+    let (host_ports_told, mut host_ports) = tokio::sync::watch::channel(None);
+    let mut network_state = None;
+    let mut wiring = None;
+    if let Some(options_of_network) = options.network {
+        wiring = Some(Wiring {
+            pods: Pods::new(&options_of_network.places.state_dir),
+            endpoints: network::Endpoints::open(&pins)?,
+            host_ports: host_ports_told,
+            requests: wire_requests,
+        });
+        let (network, state) = network::Network::new(
+            options_of_network,
+            options.node_name.clone(),
+            pins.clone(),
+            known_to_network,
+        );
+        network_state = Some(state);
+        tokio::spawn(network.run());
+    }
+    let detected = netns::own_addresses().context("reading this node's addresses")?;
+    let detected: Vec<IpAddr> = detected.into_iter().map(|(_, ip)| ip).collect();
+    let (own_addresses, mut addresses_seen) = tokio::sync::watch::channel(detected.clone());
+    let follower = Follower::new(
+        hooks,
+        options.interfaces,
+        &pins,
+        shared.node_addresses.clone(),
+        shared.excluded.clone(),
+        own_addresses,
+        wiring,
+    )?;
+    let interfaces = follower.status.clone();
+    tokio::spawn(follower.run(shared.changed.clone()));
+    let (queries_sender, mut queries) = mpsc::channel(16);
+    tokio::spawn(ipc::serve(listener, queries_sender));
+    sweep_flows(&pins)?;
+    let steer = steer_udp(&pins)?;
+
+    let (health_checks, checks) = tokio::sync::watch::channel(Arc::default());
+    let unchecked = health::Problems::default();
+    tokio::spawn(health::run(checks, unchecked.clone()));
+    let mut world = World::new(&options.node_name);
+    world.set_node_addresses(detected);
+    world.set_node_ports(options.node_ports);
+    if network_state.is_some() {
+        world.await_host_ports();
+    }
+    let mut agent = Agent {
+        reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
+        status,
+        interfaces,
+        shared,
+        config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        attached,
+        has_cgroup: true,
+        exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
+        node_name: options.node_name,
+        known,
+        network: network_state,
+        wires,
+        steer,
+        health_checks,
+        unchecked,
+        started: Instant::now(),
+        was_settled: false,
+        was_synced: false,
+        chosen: Vec::new(),
+        told: BTreeSet::new(),
+        network_problem: None,
+    };
+    agent.update_node();
+    // Sockets may have lost their backends while nobody was there.
+    agent.steer.notify_one();
+
+    let pinned = pins.list();
+    let mut cgroups = tokio::time::interval(LOOK_FOR_CGROUPS);
+    let mut batch = Vec::with_capacity(256);
+    loop {
+        let wait = agent.wait();
+        tokio::select! {
+            count = events.recv_many(&mut batch, BATCH) => {
+                anyhow::ensure!(count > 0, "the source of objects ended");
+                agent.take(batch.drain(..));
+                agent.step();
+            }
+            Some(query) = queries.recv() => agent.answer(query),
+            () = changed(&mut agent.network) => agent.update_node(),
+            Some(ports) = told(&mut host_ports) => {
+                agent.reconciler.world.set_host_ports(ports);
+                agent.step();
+            }
+            Ok(()) = addresses_seen.changed() => {
+                let addresses = addresses_seen.borrow_and_update().clone();
+                agent.reconciler.world.set_node_addresses(addresses);
+                agent.update_node();
+                agent.step();
+            }
+            () = tokio::time::sleep(wait) => agent.step(),
+            _ = cgroups.tick() => {
+                agent.look_for_cgroups();
+                if let Some(lost) = pinned.iter().find(|path| !path.exists()) {
+                    return Ok(Ending::Lost(lost.clone()));
+                }
+                let fate = agent.attached.fate();
+                if fate == Fate::Replaced {
+                    return Ok(Ending::Lost(options.cgroup));
+                }
+                agent.has_cgroup = fate == Fate::Kept;
+                agent.tell_problems();
+            }
+            () = signals.stop() => break,
+        }
+    }
+    tracing::info!("stopping; the kernel goes on serving");
+    ipc::leave(&options.run_dir);
+    Ok(Ending::Told)
+}

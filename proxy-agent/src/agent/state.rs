@@ -1,0 +1,361 @@
+//! What the agent knows, and what it does about each thing that happens.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use aya::maps::Array;
+use penstock_cni::agent::Answer;
+use penstock_common::{Config, NetworkFlags, V4, V6};
+use tokio::sync::{Notify, mpsc};
+
+use crate::{
+    attach::{
+        cgroup::Attached,
+        exclude::Exclusions,
+        follow::{self, WireRequest, lock},
+        netns,
+    },
+    dataplane::bpf::Bpf,
+    health,
+    ipc::Query,
+    model::object::{Event, Family, Kind, ObjectName},
+    network,
+    reconcile::Reconciler,
+    report::{self, Report},
+    watch,
+};
+
+/// What tasks share.
+#[derive(Default)]
+pub(super) struct Shared {
+    pub(super) node_addresses: Arc<Mutex<Vec<IpAddr>>>,
+    pub(super) excluded: follow::Excluded,
+    pub(super) changed: Arc<Notify>,
+}
+
+pub(super) struct Agent {
+    pub(super) reconciler: Reconciler<Bpf>,
+    pub(super) status: watch::Status,
+    pub(super) interfaces: Arc<Mutex<follow::Status>>,
+    pub(super) shared: Shared,
+    pub(super) config: Array<aya::maps::MapData, Config>,
+    pub(super) attached: Attached,
+    /// Whether the cgroup that the socket hooks are on was there when last looked for.
+    pub(super) has_cgroup: bool,
+    pub(super) exclusions: Exclusions,
+    pub(super) node_name: String,
+    pub(super) known: tokio::sync::watch::Sender<Arc<network::Known>>,
+    pub(super) network: Option<tokio::sync::watch::Receiver<network::State>>,
+    pub(super) wires: mpsc::Sender<WireRequest>,
+    pub(super) steer: Arc<Notify>,
+    pub(super) health_checks: tokio::sync::watch::Sender<Arc<health::Checks>>,
+    pub(super) unchecked: health::Problems,
+    pub(super) started: Instant,
+    pub(super) was_settled: bool,
+    pub(super) was_synced: bool,
+    /// The addresses that stand for this node, one a family.
+    pub(super) chosen: Vec<IpAddr>,
+    /// Problems that the log knows.
+    pub(super) told: BTreeSet<String>,
+    /// What was wrong with the network when last looked at.
+    pub(super) network_problem: Option<String>,
+}
+
+/// What an event settles, if it is believed.
+enum About {
+    /// An object is good or gone.
+    Object(Kind, ObjectName),
+    /// All objects of a kind are, but for some.
+    List(Kind, Vec<ObjectName>),
+    Nothing,
+}
+
+impl About {
+    pub(super) fn of(event: &Event) -> Self {
+        match event {
+            Event::Applied(object) => Self::Object(object.kind(), object.name()),
+            Event::Deleted(kind, name) => Self::Object(*kind, name.clone()),
+            Event::Listed(kind, _, kept) => Self::List(*kind, kept.clone()),
+            Event::Rejected(_) | Event::Doubt(_) => Self::Nothing,
+        }
+    }
+}
+
+impl Agent {
+    /// Takes events in.
+    pub(super) fn take(&mut self, events: impl Iterator<Item = Event>) {
+        let mut touches_node = false;
+        for event in events {
+            let about = About::of(&event);
+            if let About::Object(kind, _) | About::List(kind, _) = &about {
+                touches_node |= matches!(kind, Kind::Node | Kind::Pod);
+            }
+            match (self.reconciler.world.apply(event), about) {
+                (Err(rejection), _) => self.status.reject(&rejection),
+                (Ok(()), About::Object(kind, name)) => self.status.accept(kind, &name),
+                (Ok(()), About::List(kind, kept)) => self.status.accept_others(kind, &kept),
+                (Ok(()), About::Nothing) => {}
+            }
+        }
+        if touches_node {
+            self.update_node();
+        }
+    }
+
+    pub(super) fn step(&mut self) {
+        let outcome = self.reconciler.step(self.started.elapsed());
+        if outcome.writes > 0 {
+            tracing::debug!("{} services, {} writes", outcome.services, outcome.writes);
+        }
+        if outcome.has_udp_change {
+            self.steer.notify_one();
+        }
+        if !self.was_synced && self.reconciler.world.is_synced() {
+            self.was_synced = true;
+            self.update_node();
+        }
+        self.tell_health_checks();
+        if !self.was_settled && self.reconciler.is_settled() {
+            self.was_settled = true;
+            let (services, _, endpoints) = self.reconciler.world.sizes();
+            tracing::info!("serving {services} services with {endpoints} endpoints");
+        }
+    }
+
+    /// Tells the servers of health checks what to answer.
+    pub(super) fn tell_health_checks(&self) {
+        let world = &self.reconciler.world;
+        let ports = world.health_checks().into_iter();
+        let checks = health::Checks {
+            ports: ports
+                .map(|(port, (service, local_endpoints))| {
+                    let check = health::Check {
+                        service,
+                        local_endpoints,
+                    };
+                    (port, check)
+                })
+                .collect(),
+            // One service that can't be programmed is no reason to leave all others out.
+            is_proxy_healthy: world.is_synced(),
+        };
+        self.health_checks.send_if_modified(|known| {
+            let is_new = **known != checks;
+            if is_new {
+                *known = Arc::new(checks);
+            }
+            is_new
+        });
+    }
+
+    /// Until when nothing is to be done without an event.
+    pub(super) fn wait(&self) -> Duration {
+        let due = self.reconciler.next_due();
+        due.map_or(Duration::from_secs(3_600), |due| {
+            due.saturating_sub(self.started.elapsed())
+        })
+    }
+
+    /// Tells programs and follower who this node is and who opted out.
+    pub(super) fn update_node(&mut self) {
+        let world = &self.reconciler.world;
+        let named = world
+            .node()
+            .map(|node| node.internal_ips.clone())
+            .unwrap_or_default();
+        let detected: Vec<IpAddr> = world.node_addresses().iter().copied().collect();
+        self.chosen = [Family::V4, Family::V6]
+            .into_iter()
+            .filter_map(|family| netns::choose(family, &named, &detected, &self.chosen))
+            .collect();
+        let (mut node4, mut node6) = (V4::default(), V6::default());
+        for address in &self.chosen {
+            match address {
+                IpAddr::V4(ip) => node4 = V4::from(*ip),
+                IpAddr::V6(ip) => node6 = V6::from(*ip),
+            }
+        }
+        let addresses = self.chosen.iter().chain(&named).chain(&detected);
+        let addresses = addresses.copied().collect();
+        let excluded: HashSet<IpAddr> = world
+            .excluded()
+            .flat_map(|pod| pod.ips.iter().copied())
+            .collect();
+        *lock(&self.shared.node_addresses) = addresses;
+        *lock(&self.shared.excluded) = excluded;
+        self.exclusions
+            .set_pods(world.excluded().map(|pod| pod.uid.clone()).collect());
+        let excluded_cgroups = self.exclusions.count();
+        let network = self
+            .network
+            .as_ref()
+            .map(|network| network.borrow().clone());
+        let network = network.unwrap_or_default();
+        let config = Config {
+            node4,
+            node6,
+            excluded_cgroups,
+            ..self.network_config(&network)
+        };
+        let written = self.config.set(0, config, 0);
+        if let Err(error) = &written {
+            tracing::warn!("writing map CONFIG: {error}");
+        }
+        // What is known has been written when this is called, or is being tried again, which need
+        // not keep a pod waiting that does not use it.
+        let is_serving = network.is_ready && self.was_synced && written.is_ok();
+        self.tell_network(is_serving);
+        self.shared.changed.notify_one();
+    }
+
+    /// What is wrong beside objects and services.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let loss = (!self.has_cgroup).then(|| self.attached.loss());
+        let unswept = self.reconciler.unswept().map(str::to_owned);
+        let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
+        problems.extend(lock(&self.interfaces).problems.iter().cloned());
+        problems.extend(lock(&self.unchecked).values().cloned());
+        if let Some(network) = &self.network {
+            problems.extend(network.borrow().rejections.iter().map(report::in_words));
+        }
+        problems
+    }
+
+    /// Logs problems that are new, and those that are over.
+    pub(super) fn tell_problems(&mut self) {
+        let problems: BTreeSet<String> = self.problems().into_iter().collect();
+        for new in problems.difference(&self.told) {
+            tracing::warn!("{new}");
+        }
+        for over in self.told.difference(&problems) {
+            tracing::info!("no longer a problem: {over}");
+        }
+        self.told = problems;
+        // The network says what is wrong with it, and not when that is over.
+        let state = self.network.as_ref().map(|network| network.borrow());
+        let problem = state.and_then(|state| state.problem.clone());
+        if let (Some(over), None) = (&self.network_problem, &problem) {
+            tracing::info!("no longer a problem: network: {over}");
+        }
+        self.network_problem = problem;
+    }
+
+    /// The network's part of what the programs are told. Until it is ready that is what an earlier
+    /// agent told them: pods' flows go on as they began.
+    pub(super) fn network_config(&self, network: &network::State) -> Config {
+        if self.network.is_none() {
+            return Config::default();
+        }
+        if !network.is_ready {
+            // The map has had no other value than zeros where it can't be read.
+            return self.config.get(&0, 0).unwrap_or_default();
+        }
+        let masquerade = if network.masquerades {
+            NetworkFlags::MASQUERADE
+        } else {
+            0
+        };
+        let (mut overlay4, mut overlay6) = (V4::default(), V6::default());
+        for address in &network.addresses {
+            match address {
+                IpAddr::V4(ip) => overlay4 = V4::from(*ip),
+                IpAddr::V6(ip) => overlay6 = V6::from(*ip),
+            }
+        }
+        Config {
+            network: NetworkFlags::FORWARD | masquerade,
+            overlay_ifindex: network.overlay_ifindex,
+            overlay_mtu: network.overlay_mtu,
+            overlay_vni: network.vni,
+            overlay4,
+            overlay6,
+            ..Config::default()
+        }
+    }
+
+    pub(super) fn look_for_cgroups(&mut self) {
+        match self.exclusions.look() {
+            Ok(true) => self.update_node(),
+            Ok(false) => {}
+            Err(error) => tracing::warn!("excluding cgroups: {error}"),
+        }
+    }
+
+    /// Tells the network who the nodes are, once that is known, and whether pods may come.
+    pub(super) fn tell_network(&self, is_serving: bool) {
+        if self.network.is_none() || self.reconciler.world.awaited().contains(&Kind::Node) {
+            return;
+        }
+        let known = network::Known {
+            nodes: self.reconciler.world.nodes().cloned().collect(),
+            is_serving,
+        };
+        self.known.send_if_modified(|old| {
+            let is_new = **old != known;
+            if is_new {
+                *old = Arc::new(known);
+            }
+            is_new
+        });
+    }
+
+    pub(super) fn answer(&self, query: Query) {
+        // Who asked may have gone, hence results that do not matter.
+        match query {
+            Query::Report(answer) => {
+                let network = self
+                    .network
+                    .as_ref()
+                    .map(|network| network.borrow().clone());
+                let mut report = Report::of(
+                    &self.node_name,
+                    &self.reconciler,
+                    &self.status,
+                    &lock(&self.interfaces),
+                    network.as_ref(),
+                    self.started.elapsed(),
+                );
+                report.problems.extend(self.problems());
+                let _ = answer.send(report);
+            }
+            Query::Ready(answer) => {
+                let _ = answer.send(self.readiness());
+            }
+            Query::Wire(request) => match self.readiness() {
+                Answer::Done => {
+                    // A full queue drops the question, and the plugin tries again.
+                    let _ = self.wires.try_send(request);
+                }
+                not_ready => {
+                    let _ = request.answer.send(not_ready);
+                }
+            },
+        }
+    }
+
+    /// Whether pods can be given a network.
+    pub(super) fn readiness(&self) -> Answer {
+        let Some(network) = &self.network else {
+            return Answer::Failed(
+                "this agent does not connect pods; start it with --network".to_owned(),
+            );
+        };
+        let network = network.borrow();
+        match (&network.problem, self.known.borrow().is_serving) {
+            (_, true) => Answer::Done,
+            (Some(problem), false) => Answer::NotYet(problem.clone()),
+            (None, false) => {
+                let awaited = self.reconciler.world.awaited();
+                let kinds: Vec<String> = awaited.iter().map(ToString::to_string).collect();
+                Answer::NotYet(match kinds.as_slice() {
+                    [] => "the kernel is being made ready".to_owned(),
+                    kinds => format!("it still waits for the first list of {}", kinds.join(", ")),
+                })
+            }
+        }
+    }
+}

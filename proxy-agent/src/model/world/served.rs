@@ -1,0 +1,301 @@
+//! What this node should serve, as far as nobody else has it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use penstock_common::Algorithm;
+
+use super::{
+    World,
+    claims::{Claimed, claimed, claims},
+};
+use crate::model::{
+    endpoints::{self, Place},
+    object::{Family, ObjectName, Rejection, Service, ServicePort},
+    port::{FrontendKind, HostPort, Port, PortBackend, PortFrontend, PortKey, Scope},
+};
+
+impl World {
+    /// What this node should serve for a service, or a pod's host ports; nothing for one that is gone.
+    pub fn ports(&self, name: &ObjectName) -> Vec<Port> {
+        if let Some(ports) = self.host_ports.get(name) {
+            return self.ports_of_host(name, ports);
+        }
+        let Some(service) = self.services.get(name) else {
+            return Vec::new();
+        };
+        let mut ports = Vec::with_capacity(service.ports.len() * service.cluster_ips.len());
+        for port in &service.ports {
+            for ip in &service.cluster_ips {
+                let family = Family::of(*ip);
+                let frontends = self.frontends_of(service, port, family);
+                if frontends.is_empty() {
+                    continue;
+                }
+                let mut choice = endpoints::choose(
+                    self.slices_of(name),
+                    family,
+                    (&port.name, port.protocol),
+                    Place::of(&self.node_name, self.node()),
+                );
+                endpoints::weigh(&mut choice.backends, service.algorithm);
+                let ranges = service.source_ranges.iter().copied();
+                ports.push(Port {
+                    key: PortKey {
+                        service: name.clone(),
+                        port: port.name.clone(),
+                        protocol: port.protocol,
+                        family,
+                    },
+                    frontends,
+                    source_ranges: ranges
+                        .filter(|range| Family::of(range.ip()) == family)
+                        .collect(),
+                    affinity_secs: service.affinity_secs.unwrap_or(0),
+                    algorithm: service.algorithm,
+                    has_endpoints: choice.has_endpoints,
+                    backends: choice.backends,
+                });
+            }
+        }
+        ports
+    }
+
+    /// What clients of a port may dial, sorted.
+    fn frontends_of(
+        &self,
+        service: &Service,
+        port: &ServicePort,
+        family: Family,
+    ) -> Vec<PortFrontend> {
+        let internal = service.internal_policy.into();
+        // Clients in the cluster reach every endpoint by an external address too (KEP-1669 and
+        // kube-proxy's short circuit), whatever the policy for those outside.
+        let outside = (Scope::Cluster, service.external_policy.into());
+        let at = |ips: &[IpAddr], kind, (internal, external)| -> Vec<PortFrontend> {
+            let ips = ips.iter().filter(|ip| Family::of(**ip) == family);
+            let frontend = |ip: &IpAddr| PortFrontend {
+                address: *ip,
+                port: port.port.get(),
+                kind,
+                internal,
+                external,
+            };
+            ips.map(frontend).collect()
+        };
+        let mut frontends = at(
+            &service.cluster_ips,
+            FrontendKind::Cluster,
+            (internal, internal),
+        );
+        frontends.extend(at(&service.balancer_ips, FrontendKind::Balancer, outside));
+        frontends.extend(at(&service.external_ips, FrontendKind::ExternalIp, outside));
+        frontends.retain(|frontend| {
+            let claimed = Claimed {
+                ip: Some(frontend.address),
+                port: frontend.port,
+                protocol: port.protocol,
+            };
+            self.refusal(&service.name, claimed, frontend.kind)
+                .is_none()
+        });
+        if let Some(number) = port.node_port {
+            let any = Claimed {
+                ip: None,
+                port: number.get(),
+                protocol: port.protocol,
+            };
+            let ips = self.node_port_ips.iter();
+            let is_free = |ip: &&IpAddr| {
+                let here = Claimed {
+                    ip: Some(**ip),
+                    ..any
+                };
+                Family::of(**ip) == family && !self.claims.contains_key(&here)
+            };
+            if self
+                .refusal(&service.name, any, FrontendKind::NodePort)
+                .is_none()
+            {
+                frontends.extend(ips.filter(is_free).map(|ip| PortFrontend {
+                    address: *ip,
+                    port: number.get(),
+                    kind: FrontendKind::NodePort,
+                    internal: outside.0,
+                    external: outside.1,
+                }));
+            }
+        }
+        frontends.sort_unstable();
+        frontends.dedup_by_key(|frontend| (frontend.address, frontend.port));
+        frontends
+    }
+
+    /// Ports of this node that lead to a pod.
+    fn ports_of_host(&self, name: &ObjectName, ports: &[HostPort]) -> Vec<Port> {
+        let mut served = Vec::new();
+        for port in ports {
+            if self
+                .refusal(name, claimed(port), FrontendKind::HostPort)
+                .is_some()
+            {
+                continue;
+            }
+            for backend in &port.pod_ips {
+                let family = Family::of(*backend);
+                let frontend = |address: IpAddr| PortFrontend {
+                    address,
+                    port: port.port.get(),
+                    kind: FrontendKind::HostPort,
+                    internal: Scope::Cluster,
+                    external: Scope::Cluster,
+                };
+                let is_free = |ip: &IpAddr| {
+                    let here = Claimed {
+                        ip: Some(*ip),
+                        ..claimed(port)
+                    };
+                    let is_taken = port.ip.is_none() && self.claims.contains_key(&here);
+                    Family::of(*ip) == family && !is_taken
+                };
+                let ips: Vec<IpAddr> = match port.ip {
+                    Some(ip) => vec![ip],
+                    None => self
+                        .node_addresses
+                        .iter()
+                        .chain(&self.node_port_ips)
+                        .copied()
+                        .collect(),
+                };
+                let mut frontends: Vec<PortFrontend> =
+                    ips.into_iter().filter(is_free).map(frontend).collect();
+                frontends.sort_unstable();
+                frontends.dedup();
+                if frontends.is_empty() {
+                    continue;
+                }
+                served.push(Port {
+                    key: PortKey {
+                        service: name.clone(),
+                        port: port.label(),
+                        protocol: port.protocol,
+                        family,
+                    },
+                    frontends,
+                    source_ranges: Vec::new(),
+                    affinity_secs: 0,
+                    algorithm: Algorithm::default(),
+                    has_endpoints: true,
+                    backends: vec![PortBackend {
+                        address: *backend,
+                        port: port.pod_port.get(),
+                        in_cluster: true,
+                        in_local: false,
+                        weight: 1,
+                    }],
+                });
+            }
+        }
+        served
+    }
+
+    /// By `healthCheckNodePort`: the service, and how many of its endpoints on this node are ready.
+    /// Those that only terminate do not count (KEP-1669).
+    pub fn health_checks(&self) -> BTreeMap<u16, (ObjectName, usize)> {
+        let checked = self.checked.iter();
+        checked
+            .filter_map(|name| {
+                let service = self.services.get(name)?;
+                let port = service.health_check_port?;
+                Some((port.get(), (name.clone(), self.ready_here(service))))
+            })
+            .collect()
+    }
+
+    /// The more of either family, since endpoints have an address of each. Those whose weight keeps
+    /// new connections away do not count.
+    fn ready_here(&self, service: &Service) -> usize {
+        let is_weighted = service.algorithm == Algorithm::Weighted;
+        let count = |family| {
+            let slices = self
+                .slices_of(&service.name)
+                .filter(|slice| slice.family == family);
+            let here = slices
+                .flat_map(|slice| &slice.endpoints)
+                .filter(|endpoint| {
+                    let is_here = endpoint.node.as_deref() == Some(&self.node_name);
+                    endpoint.ready && is_here && (endpoint.weight > 0 || !is_weighted)
+                });
+            here.map(|endpoint| endpoint.address)
+                .collect::<BTreeSet<_>>()
+                .len()
+        };
+        count(Family::V4).max(count(Family::V6))
+    }
+
+    /// Every frontend that a service wants and does not get, with the reason.
+    pub fn conflicts(&self) -> Vec<Rejection> {
+        let mut conflicts: Vec<Rejection> = self
+            .claims
+            .iter()
+            .flat_map(|(claimed, claims)| claims.iter().map(move |claim| (claimed, claim)))
+            .filter_map(|(claimed, (_, name))| self.conflict(name, *claimed))
+            .collect();
+        conflicts.sort_by(|a, b| (&a.object, &a.reason).cmp(&(&b.object, &b.reason)));
+        conflicts
+    }
+
+    /// The frontends that one service wants and does not get.
+    pub fn conflicts_of(&self, name: &ObjectName) -> Vec<Rejection> {
+        let service = self.services.get(name);
+        let wanted = service.into_iter().flat_map(claims);
+        wanted
+            .filter_map(|claimed| self.conflict(name, claimed))
+            .collect()
+    }
+
+    fn conflict(&self, name: &ObjectName, claimed: Claimed) -> Option<Rejection> {
+        let Claimed { ip, port, protocol } = claimed;
+        let service = self.services.get(name);
+        let is_cluster =
+            ip.is_some_and(|ip| service.is_some_and(|service| service.cluster_ips.contains(&ip)));
+        let kind = match (is_cluster, ip) {
+            (true, _) => FrontendKind::Cluster,
+            (false, Some(_)) => FrontendKind::ExternalIp,
+            (false, None) => FrontendKind::NodePort,
+        };
+        let reason = self.refusal(name, claimed, kind)?;
+        let place = match ip {
+            Some(ip) => format!("port {port} of {ip}"),
+            None => format!("port {port} of this node"),
+        };
+        let kind = if service.is_some() { "Service" } else { "Pod" };
+        Some(Rejection {
+            kind: kind.to_owned(),
+            object: name.to_string(),
+            origin: String::new(),
+            reason: format!("{protocol} {place} {reason}"),
+        })
+    }
+
+    /// Why a service does not get a frontend that it claims.
+    fn refusal(&self, name: &ObjectName, claimed: Claimed, kind: FrontendKind) -> Option<String> {
+        let is_own = claimed
+            .ip
+            .is_some_and(|ip| self.node_addresses.contains(&ip));
+        if is_own && kind == FrontendKind::Cluster {
+            return Some("is this node's own address; a service can't have it".to_owned());
+        }
+        let (_, owner) = self.claims.get(&claimed)?.first()?;
+        (owner != name).then(|| {
+            let kind = if self.host_ports.contains_key(owner) {
+                "pod"
+            } else {
+                "older service"
+            };
+            format!("belongs to the {kind} {owner}")
+        })
+    }
+}
