@@ -73,7 +73,7 @@ impl Scene {
             .set("sessionAffinity", "ClientIP")
             .set(
                 "sessionAffinityConfig",
-                json!({ "clientIP": { "timeoutSeconds": 2 } }),
+                json!({ "clientIP": { "timeoutSeconds": 4 } }),
             );
         let mut items = vec![
             web.json(),

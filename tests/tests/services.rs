@@ -127,7 +127,7 @@ fn clients_with_affinity_keep_their_backend_on_either_path() -> Result<()> {
         );
         // Once the timeout has passed, either backend may answer again.
         let is_elsewhere = (0..14).any(|_| {
-            std::thread::sleep(Duration::from_millis(2_100));
+            std::thread::sleep(Duration::from_millis(4_100));
             sockets
                 .who_answers("tcp", &service)
                 .is_ok_and(|name| name != bound)

@@ -439,7 +439,9 @@ impl Follower {
             if followed.is_attached {
                 continue;
             }
-            let result = self.hooks.attach(*role, name, *index);
+            // Nobody else has hooks on links of our own plugin's.
+            let quickly = self.wiring.is_some() && penstock_cni::names::is_interface(name);
+            let result = self.hooks.attach(*role, name, *index, quickly);
             followed.role = Some(*role);
             followed.name.clone_from(name);
             followed.is_attached = result.is_ok();

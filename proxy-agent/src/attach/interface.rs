@@ -1,7 +1,7 @@
 //! The packet hooks, on one interface at a time.
 //!
-//! TCX links where the kernel has them (Linux 6.6), filters of a clsact qdisc before; both survive
-//! the agent and are replaced in place.
+//! TCX links where the kernel has them (Linux 6.6), filters of a clsact qdisc before, and on the links
+//! of pods that wait for them; both survive the agent and are replaced in place.
 
 use std::path::PathBuf;
 
@@ -84,12 +84,19 @@ impl PacketHooks {
         })
     }
 
-    /// Puts a role's hooks on an interface.
-    pub fn attach(&mut self, role: Role, interface: &str, index: u32) -> Result<(), AttachError> {
+    /// Puts a role's hooks on an interface, `quickly` where somebody waits for it: for a TCX link the
+    /// kernel lets an RCU grace period pass, tens of milliseconds, under the lock on all links.
+    pub fn attach(
+        &mut self,
+        role: Role,
+        interface: &str,
+        index: u32,
+        quickly: bool,
+    ) -> Result<(), AttachError> {
         for (name, direction) in role.hooks().iter().copied() {
             let pin = self.pins.link(&pin_name(index, name));
             let program = classifier(&mut self.ebpf, name)?;
-            let done = if self.has_tcx {
+            let done = if self.has_tcx && (!quickly || pin.exists()) {
                 attach_tcx(program, interface, direction, pin)
             } else {
                 attach_filter(program, interface, direction)
