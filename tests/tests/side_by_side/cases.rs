@@ -186,11 +186,8 @@ pub fn cases(services: &[Service]) -> Vec<Case> {
                 if !address.is_of(service) || !address.is_for(client) {
                     continue;
                 }
-                for is_v4 in [true, false] {
-                    // External addresses of a headless service could be mistaken for somebody's.
-                    if !service.families.has(is_v4) {
-                        continue;
-                    }
+                let families = [true, false].into_iter();
+                for is_v4 in families.filter(|is_v4| service.families.has(*is_v4)) {
                     all.extend(of_address(service, client, address, is_v4));
                 }
             }

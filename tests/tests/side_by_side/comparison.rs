@@ -121,9 +121,9 @@ impl<'a> Comparison<'a> {
         } else {
             is_one_of
         };
-        // Where kube-proxy's answers are lost on their way, they say nothing of affinity.
+        // Where kube-proxy answers otherwise, that says nothing of affinity.
         one(&self.ours[number], &expected)
-            && (why.contains(&Difference::PodsElsewhere)
+            && (!why.iter().all(|difference| difference.is_of_origin())
                 || one(&self.theirs[number], &self.theirs[judge]))
     }
 

@@ -59,6 +59,11 @@ impl Difference {
         }
     }
 
+    /// Whether the same endpoints answer, and see somebody else.
+    pub fn is_of_origin(self) -> bool {
+        matches!(self, Self::PodsAddress | Self::SameNode | Self::Itself)
+    }
+
     /// What this difference makes of an outcome; `None` where it has no bearing.
     fn applied(self, case: &Case, service: &Service, theirs: &Outcome) -> Option<Outcome> {
         match self {
