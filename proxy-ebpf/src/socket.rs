@@ -132,12 +132,7 @@ pub fn connect<F: Family, M: Maps<F>>(
 ) -> Outcome {
     let dialled = match target::<F, M>(socket, maps, addr) {
         Target::Other => {
-            // Some kernels ask twice, and the second time with what was answered the first time.
-            let dialled = SockEndpoint::new(addr.mapped(), socket.port(), socket.proto());
-            let is_own = socket.peer().is_some_and(|peer| peer.backend == dialled);
-            if !is_own {
-                socket.forget();
-            }
+            socket.forget();
             return Outcome::Proceed;
         }
         Target::Undefined(netns) => {

@@ -99,9 +99,6 @@ impl<'a> HookSocket<'a> {
     }
 }
 
-/// How often a socket's storage is asked for.
-const STORAGE_TRIES: u32 = 8;
-
 impl Socket for HookSocket<'_> {
     #[inline(always)]
     fn proto(&self) -> Proto {
@@ -203,21 +200,16 @@ impl Socket for HookSocket<'_> {
 
     #[inline(always)]
     fn set_peer(&self, peer: &SocketPeer) {
-        // Linux from 7 on allocates storage without waiting for anything, which fails now and then
-        // although there is memory.
-        let mut tries = 0;
-        while tries < STORAGE_TRIES {
-            // SAFETY: as above.
-            unsafe {
-                let stored = SOCKETS.get_or_insert_ptr_mut(self.context, None);
-                if !stored.is_null() {
-                    stored.write_volatile(*peer);
-                    return;
-                }
+        // SAFETY: as above.
+        unsafe {
+            let stored = SOCKETS.get_or_insert_ptr_mut(self.context, None);
+            if !stored.is_null() {
+                stored.write_volatile(*peer);
+                return;
             }
-            tries += 1;
         }
-        // The application sees the backend's address.
+        // The application sees the backend's address: there is no memory, or, from Linux 7.2 on, the
+        // processor has no cmpxchg16b.
         let kernel = Kernel {
             context: self.context,
         };

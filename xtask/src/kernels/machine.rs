@@ -97,7 +97,8 @@ fn boot(name: &str, image: &Image, initrd: &Path, tests: &[Group]) -> Result<Out
     File::create(&report).context("making the report")?;
     let serial = |file: &Path| format!("file:{}", file.display());
     // The two lines of a virtual machine without anything else. cmpxchg16b is masked because QEMU
-    // before version 8 emulates it wrongly, from which Linux 6.12 dies while it boots.
+    // before version 8 emulates it wrongly, from which Linux 6.12 dies while it boots. Without it
+    // Linux 7.2 has storage for sockets only from caches that are debugged (kmalloc_nolock).
     let child = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16"])
         .args(["-smp", "2", "-m", "2048"])
@@ -107,7 +108,7 @@ fn boot(name: &str, image: &Image, initrd: &Path, tests: &[Group]) -> Result<Out
         .arg("-initrd")
         .arg(initrd)
         .arg("-append")
-        .arg("console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable mitigations=off")
+        .arg("console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable mitigations=off slub_debug=Z")
         .args(["-serial", &serial(&image.folder.join("console.log"))])
         .args(["-serial", &serial(&report)])
         .stdin(Stdio::null())
