@@ -68,6 +68,12 @@ pub trait Maps<F: Family>: Env {
 
     /// Whether an address is of interest.
     fn address(&self, addr: &F::Addr) -> Option<Address>;
+    /// Whether an address is of a kind ([`penstock_common::AddressKind`]).
+    #[inline(always)]
+    fn is(&self, addr: &F::Addr, kind: u32) -> bool {
+        self.address(addr)
+            .is_some_and(|address| address.kind == kind)
+    }
     /// A frontend, if it is the key's own (see `Frontend::key_check`).
     fn frontend(&self, key: &FrontendKey<F::Addr>) -> Option<Frontend>;
     /// Whether a service lets a client in that has to be named.

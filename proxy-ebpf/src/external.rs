@@ -6,8 +6,8 @@
 //! for forged: they leave from the hook.
 
 use penstock_common::{
-    Addr, AddressKind, Config, Counter, FlowFlags, FlowKey, FrontendKey, MASQUERADE_PORTS,
-    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, RouteKind,
+    Addr, AddressKind, Config, Counter, FlowFlags, FlowKey, MASQUERADE_PORTS, NetworkFlags,
+    OVERLAY_MAC, OVERLAY_PEER_MAC, RouteKind,
 };
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     packet::Packet,
     parse::{self, Segment},
     pod::{self, Back, Verdict},
-    quoted, reject, rewrite,
+    reject, rewrite,
     select::{self, Origin},
 };
 
@@ -59,41 +59,12 @@ pub fn arrived<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    let Some(header) = F::network(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    if pod::is_error::<F>(packet, &header) {
-        let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-        return Ok(flags.map_or(Verdict::Icmp, |_| Verdict::Forward));
-    }
-    Ok(match pod::reply::<F, M>(packet, maps, &header, addrs)? {
+    Ok(match pod::back::<F, M>(packet, maps)? {
         Back::Reply(_) => Verdict::Forward,
-        Back::Other => Verdict::Request,
+        Back::Request => Verdict::Request,
+        Back::Error => Verdict::Icmp,
         Back::Foreign => Verdict::Pass,
     })
-}
-
-/// A packet that leaves this node for the outside by the kernel's routes: a service's reply, perhaps.
-#[inline(always)]
-pub fn to_uplink<F: Family, M: Maps<F>>(
-    packet: &mut impl Packet,
-    maps: &M,
-) -> Result<Verdict, Counter> {
-    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    let Some(header) = F::network(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    if pod::is_error::<F>(packet, &header) {
-        quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-    } else if pod::is_translated(header.proto) {
-        pod::reply::<F, M>(packet, maps, &header, addrs)?;
-    }
-    Ok(Verdict::Pass)
 }
 
 /// A reply of a pod to somebody outside, who spoke to it through a service; any other packet begins
@@ -103,29 +74,18 @@ pub fn answer<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let addrs = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    Ok(match pod::reply::<F, M>(packet, maps, &header, addrs)? {
+    Ok(match pod::back::<F, M>(packet, maps)? {
         Back::Reply(_) => Verdict::Leave,
-        Back::Other | Back::Foreign => Verdict::Open,
+        _ => Verdict::Open,
     })
 }
 
 /// Makes the flow that a packet from the outside to a service begins.
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
-    let segment = forward::segment::<F, M>(packet, maps)?;
-    match open_flow::<F, M>(packet.ifindex(), maps, &segment) {
-        Ok(()) => Ok(Verdict::Opened),
-        Err(Counter::UndefinedPort) if !pod::owns_all_ports::<F, M>(maps, &segment.dst) => {
-            Ok(Verdict::Untouched)
-        }
-        Err(reason @ (Counter::NoEndpoints | Counter::UndefinedPort)) => {
-            maps.count(reason);
-            Ok(Verdict::Refuse(reason))
-        }
-        Err(reason) => Err(reason),
-    }
+    let segment = pod::segment::<F, M>(packet, maps)?;
+    let result = open_flow::<F, M>(packet.ifindex(), maps, &segment);
+    pod::opened::<F, M>(maps, &segment, result)
 }
 
 #[inline(always)]
@@ -134,12 +94,7 @@ fn open_flow<F: Family, M: Maps<F>>(
     maps: &M,
     segment: &Segment<F::Addr>,
 ) -> Result<(), Counter> {
-    let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
-    let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
-    if !segment.has_transport {
-        // The flow that its first fragment began is over.
-        return Err(Counter::FragmentUnmatched);
-    }
+    let frontend = pod::dialled::<F, M>(maps, segment)?;
     // Pods of other nodes come this way too, where the network does not hide them.
     let origin = if maps.route(&segment.src).is_some() {
         Origin::Cluster
@@ -149,12 +104,9 @@ fn open_flow<F: Family, M: Maps<F>>(
     let chosen = select::backend(maps, &frontend, origin, segment.src)?;
     let mut opening = flow::opening(maps, segment, &chosen);
     opening.flags = FlowFlags::EXTERNAL;
-    opening.source = segment.src;
-    if let Some(source) = source::<F, M>(ingress, maps, segment, &chosen.backend.addr)? {
-        opening.source = source;
-        return flow::create::<F, M>(maps, opening, false, MASQUERADE_PORTS);
-    }
-    flow::create::<F, M>(maps, opening, true, MASQUERADE_PORTS)
+    let stand_in = source::<F, M>(ingress, maps, segment, &chosen.backend.addr)?;
+    opening.source = stand_in.unwrap_or(segment.src);
+    flow::create::<F, M>(maps, opening, stand_in.is_none(), MASQUERADE_PORTS)
 }
 
 /// This node's address for a backend elsewhere; `None` for one of this node.
@@ -165,10 +117,7 @@ fn source<F: Family, M: Maps<F>>(
     segment: &Segment<F::Addr>,
     backend: &F::Addr,
 ) -> Result<Option<F::Addr>, Counter> {
-    let is_node = maps
-        .address(backend)
-        .is_some_and(|address| address.kind == AddressKind::NODE);
-    if is_node || maps.endpoint(backend).is_some() {
+    if maps.is(backend, AddressKind::NODE) || maps.endpoint(backend).is_some() {
         return Ok(None);
     }
     let is_behind_overlay = maps
@@ -205,11 +154,7 @@ pub fn onward<F: Family, M: Maps<F>>(
     if forward::is_local::<F, M>(packet, maps, &dst) {
         return Ok(Verdict::Local);
     }
-    let is_node = |addr: &F::Addr| {
-        maps.address(addr)
-            .is_some_and(|address| address.kind == AddressKind::NODE)
-    };
-    if is_node(&dst) {
+    if maps.is(&dst, AddressKind::NODE) {
         return Ok(Verdict::Pass);
     }
     let config = maps.config();
@@ -218,7 +163,7 @@ pub fn onward<F: Family, M: Maps<F>>(
         && route.is_some_and(|route| route.kind == RouteKind::OVERLAY);
     if is_behind_overlay {
         return match forward::enter_overlay::<F>(packet, &config)? {
-            Verdict::Pass if is_node(&src) => too_long::<F>(packet, &config),
+            Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, &config),
             verdict => Ok(verdict),
         };
     }
@@ -246,7 +191,7 @@ pub fn shorten<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let mut segment = forward::segment::<F, M>(packet, maps)?;
+    let mut segment = pod::segment::<F, M>(packet, maps)?;
     let key = FlowKey::new(
         FlowKey::<F::Addr>::REPLY,
         segment.proto,

@@ -15,7 +15,7 @@ use crate::{
     family::{ETHERNET, Family},
     flow,
     packet::{Packet, Refused},
-    parse::{self, Segment},
+    parse,
     pod::{self, Verdict},
 };
 
@@ -122,7 +122,7 @@ pub fn disguise<F: Family, M: Maps<F>>(
     if maps.network() == 0 {
         return Ok(Verdict::Opened);
     }
-    let segment = segment::<F, M>(packet, maps)?;
+    let segment = pod::segment::<F, M>(packet, maps)?;
     let Some(known) = flow::find::<F, M>(maps, &pod::request_key(&segment)) else {
         return Ok(Verdict::Opened);
     };
@@ -139,23 +139,13 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let segment = segment::<F, M>(packet, maps)?;
+    let segment = pod::segment::<F, M>(packet, maps)?;
     // That it leaves the cluster is known: `leaving` has looked.
     let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
     let source = source.ok_or(Counter::MasqueradeNoAddress)?;
     let flow = flow::masquerading(maps, &segment, source);
     flow::create::<F, M>(maps, flow, false, MASQUERADE_PORTS)?;
     Ok(Verdict::Opened)
-}
-
-#[inline(always)]
-pub(crate) fn segment<F: Family, M: Maps<F>>(
-    packet: &impl Packet,
-    maps: &M,
-) -> Result<Segment<F::Addr>, Counter> {
-    let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    parse::segment::<F>(packet, maps, ETHERNET, &header, ends)
 }
 
 /// Sends a masqueraded packet on its way.
@@ -189,9 +179,10 @@ pub fn from_overlay<F: Family, M: Maps<F>>(
         return Ok(Verdict::Local);
     }
     // The reply of a backend that is not this node's, to whom this node spoke for somebody.
-    Ok(match maps.address(&dst) {
-        Some(address) if address.kind == AddressKind::NODE => Verdict::Arrived,
-        _ => Verdict::Pass,
+    Ok(if maps.is(&dst, AddressKind::NODE) {
+        Verdict::Arrived
+    } else {
+        Verdict::Pass
     })
 }
 
@@ -218,7 +209,7 @@ pub fn to_overlay<F: Family, M: Maps<F>>(
     }
 }
 
-/// Into the pod that a packet is for. [`pod::to_pod`] has made a reply the service's before.
+/// Into the pod that a packet is for. [`pod::returning`] has made a reply the service's before.
 #[inline(always)]
 pub fn deliver<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,

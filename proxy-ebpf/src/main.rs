@@ -46,17 +46,17 @@ mod programs {
     /// one, and is a global function: the kernel checks it once, by itself, and not on every path
     /// that leads to it (kernel commit 51c39bb1d5d1).
     macro_rules! family {
-        ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $classify:ident,
-            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $to_pod:ident,
+        ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $into_pod:ident, $end:ident, $classify:ident,
+            $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
-            $from_overlay:ident, $to_overlay:ident, $from_uplink:ident, $to_uplink:ident,
+            $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
             $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
             family!(stage $icmp, pod::error_about_reply, $family);
             family!(stage $node, pod::to_node, $family);
-            family!(stage $to_pod, pod::to_pod, $family);
+            family!(stage $returning, pod::returning, $family);
             family!(stage $forward, forward::from_pod, $family);
             family!(stage $deliver, forward::deliver, $family);
             family!(stage $masquerade, forward::masquerade, $family);
@@ -65,7 +65,6 @@ mod programs {
             family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
             family!(stage $from_uplink, external::from_uplink, $family);
-            family!(stage $to_uplink, external::to_uplink, $family);
             family!(stage $arrived, external::arrived, $family);
             family!(stage $admit, external::open, $family);
             family!(stage $outward, external::onward, $family);
@@ -117,20 +116,8 @@ mod programs {
                     verdict = $forward(skb);
                 }
                 match verdict {
-                    LOCAL => match $to_pod(skb) {
-                        NEXT => $deliver(skb),
-                        verdict => verdict,
-                    },
-                    LEAVE => $leave(skb),
-                    // Nothing of ours after all.
-                    OUTSIDE | ICMP => NEXT,
-                    // The flow was gone again before its first packet.
-                    OPEN | OPENED => dropped(context, Counter::FlowRace),
-                    verdict if (REFUSED..).contains(&verdict) => {
-                        trace(skb, verdict - REFUSED);
-                        $refuse(skb)
-                    }
-                    verdict => verdict,
+                    LOCAL => $into_pod(skb),
+                    verdict => $end(context, verdict),
                 }
             }
 
@@ -140,10 +127,7 @@ mod programs {
                 let skb = context.skb.skb;
                 let mut verdict = decided;
                 if verdict == LOCAL {
-                    return match $to_pod(skb) {
-                        NEXT => $deliver(skb),
-                        verdict => verdict,
-                    };
+                    return $into_pod(skb);
                 }
                 if verdict == ARRIVED {
                     verdict = $arrived(skb);
@@ -164,9 +148,28 @@ mod programs {
                 }
                 match verdict {
                     LOCAL => $deliver(skb),
+                    verdict => $end(context, verdict),
+                }
+            }
+
+            /// Into a pod of this node, as the service's if it is a reply.
+            #[inline(always)]
+            fn $into_pod(skb: *mut __sk_buff) -> i32 {
+                match $returning(skb) {
+                    NEXT => $deliver(skb),
+                    verdict => verdict,
+                }
+            }
+
+            /// The last stage.
+            #[inline(always)]
+            fn $end(context: &TcContext, verdict: i32) -> i32 {
+                let skb = context.skb.skb;
+                match verdict {
                     LEAVE => $leave(skb),
                     TOO_LONG => $shorten(skb),
-                    UNTOUCHED => NEXT,
+                    // Nothing of ours after all.
+                    OUTSIDE | ICMP | UNTOUCHED => NEXT,
                     // The flow was gone again before its first packet.
                     OPEN | OPENED => dropped(context, Counter::FlowRace),
                     verdict if (REFUSED..).contains(&verdict) => {
@@ -204,12 +207,12 @@ mod programs {
             }
         };
     }
-    family!(V4: from_pod4, onward4, inward4, classify4, request4, open4, refuse4, icmp4, node4,
-        to_pod4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, to_uplink4, arrived4, admit4, outward4, answer4, shorten4);
-    family!(V6: from_pod6, onward6, inward6, classify6, request6, open6, refuse6, icmp6, node6,
-        to_pod6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, to_uplink6, arrived6, admit6, outward6, answer6, shorten6);
+    family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
+        returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
+        from_uplink4, arrived4, admit4, outward4, answer4, shorten4);
+    family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
+        returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
+        from_uplink6, arrived6, admit6, outward6, answer6, shorten6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
     const TOO_LONG: i32 = -14;
@@ -298,64 +301,65 @@ mod programs {
     /// Packets that a pod sends, at the host end of its interface.
     #[classifier]
     pub(crate) fn from_pod(context: TcContext) -> i32 {
-        let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => from_pod4(&context),
-            V6::ETHERTYPE => from_pod6(&context),
-            _ => NEXT,
-        };
-        conclude(context.skb.skb, verdict)
+        by_family(&context, || from_pod4(&context), || from_pod6(&context))
     }
 
     /// Packets on their way to a pod, at the host end of its interface.
     #[classifier]
     pub(crate) fn to_pod(context: TcContext) -> i32 {
-        let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => to_pod4(context.skb.skb),
-            V6::ETHERTYPE => to_pod6(context.skb.skb),
-            _ => NEXT,
-        };
-        conclude(context.skb.skb, verdict)
+        by_family(
+            &context,
+            || returning4(context.skb.skb),
+            || returning6(context.skb.skb),
+        )
     }
 
     /// Packets that another node sent through the overlay.
     #[classifier]
     pub(crate) fn from_overlay(context: TcContext) -> i32 {
-        let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => inward4(&context, from_overlay4(context.skb.skb)),
-            V6::ETHERTYPE => inward6(&context, from_overlay6(context.skb.skb)),
-            _ => NEXT,
-        };
-        conclude(context.skb.skb, verdict)
+        by_family(
+            &context,
+            || inward4(&context, from_overlay4(context.skb.skb)),
+            || inward6(&context, from_overlay6(context.skb.skb)),
+        )
     }
 
     /// Packets from the outside.
     #[classifier]
     pub(crate) fn from_uplink(context: TcContext) -> i32 {
-        let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => inward4(&context, from_uplink4(context.skb.skb)),
-            V6::ETHERTYPE => inward6(&context, from_uplink6(context.skb.skb)),
-            _ => NEXT,
-        };
-        conclude(context.skb.skb, verdict)
+        by_family(
+            &context,
+            || inward4(&context, from_uplink4(context.skb.skb)),
+            || inward6(&context, from_uplink6(context.skb.skb)),
+        )
     }
 
     /// Packets that leave for the outside.
     #[classifier]
     pub(crate) fn to_uplink(context: TcContext) -> i32 {
-        let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => to_uplink4(context.skb.skb),
-            V6::ETHERTYPE => to_uplink6(context.skb.skb),
-            _ => NEXT,
-        };
-        conclude(context.skb.skb, verdict)
+        by_family(
+            &context,
+            || returning4(context.skb.skb),
+            || returning6(context.skb.skb),
+        )
     }
 
     /// Packets about to enter the overlay.
     #[classifier]
     pub(crate) fn to_overlay(context: TcContext) -> i32 {
-        let verdict = match ethertype(&context) {
-            V4::ETHERTYPE => to_overlay4(context.skb.skb),
-            V6::ETHERTYPE => to_overlay6(context.skb.skb),
+        by_family(
+            &context,
+            || to_overlay4(context.skb.skb),
+            || to_overlay6(context.skb.skb),
+        )
+    }
+
+    /// What the family's functions make of a packet, as the kernel's verdict.
+    #[inline(always)]
+    fn by_family(context: &TcContext, v4: impl FnOnce() -> i32, v6: impl FnOnce() -> i32) -> i32 {
+        let verdict = match ethertype(context) {
+            V4::ETHERTYPE => v4(),
+            V6::ETHERTYPE => v6(),
             _ => NEXT,
         };
         conclude(context.skb.skb, verdict)

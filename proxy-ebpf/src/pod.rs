@@ -2,11 +2,11 @@
 //!
 //! Packets from a pod are sorted by [`classify`] and handed to [`request`], [`error_about_reply`]
 //! or [`to_node`], a flow's first packet also to [`open`] and [`refuse`]; packets to a pod to
-//! [`to_pod`]. Each of these is a
+//! [`returning`]. Each of these is a
 //! function of its own in the kernel, with a stack of its own, and parses what it needs.
 
 use penstock_common::{
-    Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, FrontendKey, Proto, Route,
+    Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, Frontend, FrontendKey, Proto, Route,
 };
 
 use crate::{
@@ -32,7 +32,7 @@ pub enum Verdict {
     Opened,
     /// It is to be answered by [`refuse`], for this reason.
     Refuse(Counter),
-    /// It goes to a pod of this node: [`to_pod`], then `forward::deliver`.
+    /// It goes to a pod of this node: [`returning`], then `forward::deliver`.
     Local,
     /// It goes to a pod of this node, past the host end of its interface unless that limits it.
     Deliver {
@@ -139,6 +139,16 @@ fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, Ends<F::Addr>), 
     Ok((header, addrs))
 }
 
+/// The fields of a packet that [`classify`] has seen.
+#[inline(always)]
+pub(crate) fn segment<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+) -> Result<Segment<F::Addr>, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)
+}
+
 /// A packet that a pod sent to a service: translated, if its flow is known.
 #[inline(always)]
 pub fn request<F: Family, M: Maps<F>>(
@@ -183,11 +193,21 @@ pub(crate) fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
 /// Makes the flow that a packet to a service begins.
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
-    let (header, addrs) = headers::<F>(packet)?;
-    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
-    match open_flow::<F, M>(maps, &segment) {
+    let segment = segment::<F, M>(packet, maps)?;
+    opened::<F, M>(maps, &segment, open_flow::<F, M>(maps, &segment))
+}
+
+/// What becomes of a packet whose flow was, or could not be, opened.
+#[inline(always)]
+pub(crate) fn opened<F: Family, M: Maps<F>>(
+    maps: &M,
+    segment: &Segment<F::Addr>,
+    result: Result<(), Counter>,
+) -> Result<Verdict, Counter> {
+    match result {
         Ok(()) => Ok(Verdict::Opened),
-        Err(Counter::UndefinedPort) if !owns_all_ports::<F, M>(maps, &segment.dst) => {
+        // Other ports of an address that is not a service's own may be somebody else's.
+        Err(Counter::UndefinedPort) if !maps.is(&segment.dst, AddressKind::SERVICE) => {
             Ok(Verdict::Untouched)
         }
         Err(reason @ (Counter::NoEndpoints | Counter::UndefinedPort)) => {
@@ -198,21 +218,24 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     }
 }
 
-/// Whether a port of an address that is no frontend is nobody's either.
+/// The frontend that a flow's first packet is for.
 #[inline(always)]
-pub(crate) fn owns_all_ports<F: Family, M: Maps<F>>(maps: &M, addr: &F::Addr) -> bool {
-    maps.address(addr)
-        .is_some_and(|address| address.kind == AddressKind::SERVICE)
-}
-
-#[inline(always)]
-fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Result<(), Counter> {
+pub(crate) fn dialled<F: Family, M: Maps<F>>(
+    maps: &M,
+    segment: &Segment<F::Addr>,
+) -> Result<Frontend, Counter> {
     let key = FrontendKey::new(segment.dst, segment.dst_port, segment.proto);
     let frontend = maps.frontend(&key).ok_or(Counter::UndefinedPort)?;
     if !segment.has_transport {
         // The flow that its first fragment began is over.
         return Err(Counter::FragmentUnmatched);
     }
+    Ok(frontend)
+}
+
+#[inline(always)]
+fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Result<(), Counter> {
+    let frontend = dialled::<F, M>(maps, segment)?;
     let chosen = select::backend(maps, &frontend, Origin::Cluster, segment.src)?;
     let opening = flow::opening(maps, segment, &chosen);
     let is_hairpin = opening.flags & FlowFlags::HAIRPIN != 0;
@@ -228,8 +251,7 @@ pub fn refuse<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = headers::<F>(packet)?;
-    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
+    let segment = segment::<F, M>(packet, maps)?;
     reject::answer::<F, M>(packet, maps, &segment)?;
     Ok(Verdict::TurnAround)
 }
@@ -251,74 +273,68 @@ pub fn to_node<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = headers::<F>(packet)?;
-    let is_icmp = header.proto == F::ICMP;
-    let back = if is_icmp {
-        Back::of_error(quoted::about_request::<F, M>(
-            packet, maps, ETHERNET, &header, addrs,
-        )?)
-    } else {
-        reply::<F, M>(packet, maps, &header, addrs)?
-    };
-    match back {
-        Back::Reply(flags) if flags & FlowFlags::HAIRPIN != 0 => deliver(packet, flags),
-        Back::Other if is_icmp => Ok(Verdict::Icmp),
-        Back::Other => Ok(Verdict::Request),
-        _ => Ok(Verdict::Pass),
-    }
+    Ok(match back::<F, M>(packet, maps)? {
+        Back::Reply(flags) if flags & FlowFlags::HAIRPIN != 0 => return deliver(packet, flags),
+        Back::Request => Verdict::Request,
+        Back::Error => Verdict::Icmp,
+        Back::Reply(_) | Back::Foreign => Verdict::Pass,
+    })
 }
 
-/// A packet on its way to a pod.
+/// A packet that the kernel goes on with: to a pod, or to the outside.
 #[inline(always)]
-pub fn to_pod<F: Family, M: Maps<F>>(
+pub fn returning<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    let Some(header) = F::network(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    if is_error::<F>(packet, &header) {
-        quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-    } else {
-        reply::<F, M>(packet, maps, &header, addrs)?;
-    }
+    back::<F, M>(packet, maps)?;
     Ok(Verdict::Pass)
 }
 
 /// Whether a packet is an ICMP error.
 #[inline(always)]
-pub(crate) fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
+fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
     let icmp_type = || packet.load(header.transport);
     header.proto == F::ICMP
         && !header.fragment.is_later
         && icmp_type().is_some_and(F::is_icmp_error)
 }
 
-/// What a packet on its way back turned out to be.
+/// What a packet that may be on its way back turned out to be.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Back {
-    /// A reply, now translated; its flow's flags.
+    /// A reply or an error about a request, now translated; its flow's flags.
     Reply(u16),
     /// No reply, but what may be a request.
-    Other,
+    Request,
+    /// An ICMP error about no request; perhaps about a reply.
+    Error,
     /// Nothing that is translated.
     Foreign,
 }
 
-impl Back {
-    /// An ICMP error's [`quoted::about_request`].
-    #[inline(always)]
-    pub(crate) fn of_error(flags: Option<u16>) -> Self {
-        flags.map_or(Self::Other, Self::Reply)
+/// Translates a packet that is on its way back to whom began its flow, if it is one.
+#[inline(always)]
+pub(crate) fn back<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Back, Counter> {
+    let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Back::Foreign);
+    };
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return Ok(Back::Foreign);
+    };
+    if is_error::<F>(packet, &header) {
+        let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+        return Ok(flags.map_or(Back::Error, Back::Reply));
     }
+    reply::<F, M>(packet, maps, &header, addrs)
 }
 
 /// Translates a packet that a backend sent back, if it is one.
 #[inline(always)]
-pub(crate) fn reply<F: Family, M: Maps<F>>(
+fn reply<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
     header: &Network,
@@ -338,7 +354,7 @@ pub(crate) fn reply<F: Family, M: Maps<F>>(
     let key = FlowKey::new(FlowKey::<F::Addr>::REPLY, segment.proto, from, to);
     let Some(known) = flow::find::<F, M>(maps, &key) else {
         return Ok(if is_translated(header.proto) {
-            Back::Other
+            Back::Request
         } else {
             Back::Foreign
         });
