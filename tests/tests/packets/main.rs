@@ -21,30 +21,7 @@ use frame::{Spec, TCP, UDP};
 use kernel::Kernel;
 use model::{Done, Hook, Model, Service};
 use penstock_common::Algorithm;
-
-/// xorshift64*: small, and the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-
-    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len())].clone()
-    }
-}
+use penstock_testbed::Random;
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address in this file")
@@ -163,7 +140,7 @@ fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
         dst,
         proto,
         tcp_flags,
-        payload: (0..size).map(|_| random.next() as u8).collect(),
+        payload: (0..size).map(|_| random.word() as u8).collect(),
         options: if random.chance(10) {
             1 + random.below(4)
         } else {
@@ -190,14 +167,14 @@ fn request(random: &mut Random, model: &Model) -> Ends {
     let dst = if random.chance(96) {
         service.frontend
     } else {
-        (service.frontend.0, random.next() as u16)
+        (service.frontend.0, random.word() as u16)
     };
     let half = if dst.0.is_ipv4() { 0 } else { 3 };
     let client = ip(CLIENTS[half + random.below(3)]);
     let port = if random.chance(80) {
         40_000 + random.below(200) as u16
     } else {
-        random.next() as u16
+        random.word() as u16
     };
     ((client, port), dst, Hook::FromPod)
 }
@@ -224,9 +201,9 @@ fn stranger(random: &mut Random) -> Ends {
             return found;
         }
     };
-    let client = (among(random, &CLIENTS), random.next() as u16);
+    let client = (among(random, &CLIENTS), random.word() as u16);
     let all = [OTHERS.as_slice(), NODES.as_slice(), CLIENTS.as_slice()].concat();
-    let other = (among(random, &all), random.next() as u16);
+    let other = (among(random, &all), random.word() as u16);
     if random.chance(60) {
         (client, other, Hook::FromPod)
     } else {
@@ -306,7 +283,7 @@ fn mangle(random: &mut Random, mut frame: Vec<u8>) -> Vec<u8> {
         }
         6..9 => {
             let at = 14 + random.below(frame.len() - 14);
-            frame[at] = random.next() as u8;
+            frame[at] = random.word() as u8;
         }
         _ => {}
     }

@@ -19,7 +19,6 @@ mod differences;
 mod health;
 mod objects;
 mod outcome;
-mod random;
 mod service;
 mod side;
 mod stage;

@@ -1,6 +1,6 @@
 //! Services that are alike on either node: who serves them is said in roles, not names.
 
-use crate::random::Random;
+use penstock_testbed::Random;
 
 /// Who may serve, seen from the node that is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
