@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     load::{Summary, Workload},
-    turns::{Effort, Trial},
+    turns::{Effort, Processors, Trial},
 };
 
-/// The processor of all clients.
+/// The processor of clients that don't share the servers'.
 const CLIENT: &str = "0";
 /// The processor of all servers.
 const SERVER: &str = "1";
@@ -197,7 +197,11 @@ impl Contender {
         let target = self.target.to_string();
         let (measured, warm_up) = (effort.turn_ms.to_string(), effort.warm_up_ms.to_string());
         let connections = trial.connections.to_string();
-        let mut arguments = vec!["load", "--cpu", CLIENT, "run"];
+        let cpu = match trial.processors {
+            Processors::One => SERVER,
+            Processors::Two => CLIENT,
+        };
+        let mut arguments = vec!["load", "--cpu", cpu, "run"];
         arguments.extend([trial.workload.argument(), &target, "--for-ms", &measured]);
         arguments.extend(["--warm-up-ms", &warm_up, "--connections", &connections]);
         let rate = trial.rate.map(|rate| rate.to_string());

@@ -29,6 +29,18 @@ pub struct Trial {
     pub rate: Option<u32>,
     /// Connections at once, of streams.
     pub connections: usize,
+    /// Where client and server are.
+    pub processors: Processors,
+}
+
+/// Where client and server are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processors {
+    /// Both on one, so that a request costs what all of its work costs, and nobody waits for a
+    /// processor that sleeps to wake up.
+    One,
+    /// One for each.
+    Two,
 }
 
 impl Trial {
@@ -38,6 +50,15 @@ impl Trial {
             workload,
             rate: None,
             connections: 1,
+            processors: Processors::Two,
+        }
+    }
+
+    /// As many requests as go, or one stream, with one processor for both sides.
+    pub const fn together(workload: Workload) -> Self {
+        Self {
+            processors: Processors::One,
+            ..Self::closed(workload)
         }
     }
 
@@ -60,18 +81,23 @@ impl Trial {
     /// Its name in tables.
     pub fn name(&self) -> String {
         let name = self.workload.name();
-        match (self.rate, self.connections) {
+        let name = match (self.rate, self.connections) {
             (Some(rate), _) => format!("{name}, {rate} a second"),
             (None, 1) => name.to_owned(),
             (None, connections) => format!("{connections} x {name}"),
+        };
+        match self.processors {
+            Processors::One => format!("{name}, one processor for both"),
+            Processors::Two => name,
         }
     }
 
     /// What of it is compared.
     pub fn metrics(&self) -> &'static [Metric] {
-        match self.workload {
-            Workload::Stream => &[Metric::Bits],
-            _ => &[Metric::P50, Metric::P99],
+        match (self.workload, self.processors) {
+            (Workload::Stream, _) => &[Metric::Bits],
+            (_, Processors::One) => &[Metric::Rate, Metric::P50],
+            (_, Processors::Two) => &[Metric::P50, Metric::P99],
         }
     }
 }
@@ -84,6 +110,8 @@ pub enum Metric {
     P50,
     /// The time that one of a hundred exceeds.
     P99,
+    /// Requests that were answered in a second.
+    Rate,
     /// Bits that arrived in a second.
     Bits,
 }
@@ -93,6 +121,7 @@ impl Metric {
         match self {
             Self::P50 => summary.p50 as f64,
             Self::P99 => summary.p99 as f64,
+            Self::Rate => summary.per_second,
             Self::Bits => summary.bits_per_second,
         }
     }
@@ -102,6 +131,7 @@ impl Metric {
         match self {
             Self::P50 => "p50",
             Self::P99 => "p99",
+            Self::Rate => "requests",
             Self::Bits => "throughput",
         }
     }
@@ -112,13 +142,14 @@ impl Metric {
         match self {
             Self::P50 | Self::P99 if most < 1e7 => ("µs", 1e3),
             Self::P50 | Self::P99 => ("ms", 1e6),
+            Self::Rate => ("a second", 1.0),
             Self::Bits => ("Gbit/s", 1e9),
         }
     }
 
     /// Whether less of it is better.
     pub const fn is_less_better(self) -> bool {
-        !matches!(self, Self::Bits)
+        matches!(self, Self::P50 | Self::P99)
     }
 }
 

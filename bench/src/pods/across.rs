@@ -1,4 +1,4 @@
-//! Pod to pod from node to node: plain routes, the kernel's VXLAN as flannel sets it up, Penstock.
+//! Pod to pod from node to node: the kernel's VXLAN as flannel sets it up, plain routes, Penstock.
 
 use std::rc::Rc;
 
@@ -20,8 +20,8 @@ const UPLINK: &str = "eth0";
 pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
     let mut testbed = Testbed::new()?;
     let contenders = [
-        routed(&mut testbed)?,
         flannel(&mut testbed)?,
+        routed(&mut testbed)?,
         penstock(&mut testbed)?,
     ];
     turns::take("Pods of two nodes", &contenders, &TRIALS, effort)

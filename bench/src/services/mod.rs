@@ -27,14 +27,18 @@ use kube_proxy::KubeProxy;
 use objects::SERVICE_PORT;
 
 /// What is measured over TCP.
-const TCP: [Trial; 4] = [
+const TCP: [Trial; 6] = [
+    Trial::together(Workload::Connect),
     Trial::closed(Workload::Connect),
     Trial::open(Workload::Connect, 1_000),
+    Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::closed(Workload::Stream),
 ];
 /// What is measured over UDP.
-const UDP: [Trial; 2] = [
+const UDP: [Trial; 4] = [
+    Trial::together(Workload::UdpRr),
+    Trial::together(Workload::UdpSendto),
     Trial::closed(Workload::UdpRr),
     Trial::closed(Workload::UdpSendto),
 ];
