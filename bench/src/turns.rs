@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// How much is measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Effort {
     /// How often each contender gets its turn.
     pub rounds: usize,
@@ -18,6 +18,15 @@ pub struct Effort {
     pub turn_ms: u64,
     /// How long it is done before, unmeasured.
     pub warm_up_ms: u64,
+    /// Only trials whose names hold this are done.
+    pub only: Option<String>,
+}
+
+impl Effort {
+    fn holds(&self, trial: &Trial) -> bool {
+        let only = self.only.as_deref();
+        only.is_none_or(|only| trial.name().contains(only))
+    }
 }
 
 /// What is measured.
@@ -216,10 +225,10 @@ pub fn take(
     title: &str,
     contenders: &[Contender],
     trials: &[Trial],
-    effort: Effort,
+    effort: &Effort,
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
-    for trial in trials {
+    for trial in trials.iter().filter(|trial| effort.holds(trial)) {
         let before: Vec<Vec<u64>> = contenders
             .iter()
             .map(Contender::witnesses)
