@@ -187,6 +187,7 @@ impl Contender {
             turn_ms: 1,
             warm_up_ms: 0,
             only: None,
+            contenders: Vec::new(),
         };
         self.turn(&Trial::closed(Workload::Connect), &effort)
             .map(drop)

@@ -56,6 +56,9 @@ struct TurnArgs {
     /// Only what has this in its name, such as "connect" or "one processor".
     #[arg(long, global = true, value_name = "TEXT")]
     only: Option<String>,
+    /// Only contenders that have this in their names (may be repeated).
+    #[arg(long = "contender", global = true, value_name = "TEXT")]
+    contenders: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -137,6 +140,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
         turn_ms: cli.turns.turn_ms.unwrap_or(turn_ms),
         warm_up_ms,
         only: cli.turns.only.clone(),
+        contenders: cli.turns.contenders.clone(),
     };
     let machine = Machine::look();
     machine.introduce();

@@ -20,12 +20,19 @@ pub struct Effort {
     pub warm_up_ms: u64,
     /// Only trials whose names hold this are done.
     pub only: Option<String>,
+    /// Only contenders whose names hold one of these take turns; all, if there are none.
+    pub contenders: Vec<String>,
 }
 
 impl Effort {
     fn holds(&self, trial: &Trial) -> bool {
         let only = self.only.as_deref();
         only.is_none_or(|only| trial.name().contains(only))
+    }
+
+    fn admits(&self, contender: &Contender) -> bool {
+        let mut wanted = self.contenders.iter();
+        self.contenders.is_empty() || wanted.any(|wanted| contender.name.contains(wanted))
     }
 }
 
@@ -228,14 +235,18 @@ pub fn take(
     effort: &Effort,
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
+    let contenders: Vec<&Contender> = contenders
+        .iter()
+        .filter(|contender| effort.admits(contender))
+        .collect();
     for trial in trials.iter().filter(|trial| effort.holds(trial)) {
         let before: Vec<Vec<u64>> = contenders
             .iter()
-            .map(Contender::witnesses)
+            .map(|contender| contender.witnesses())
             .collect::<Result<_>>()?;
         let mut summaries: Vec<Vec<Summary>> = vec![Vec::new(); contenders.len()];
         for round in 0..effort.rounds {
-            for (contender, summaries) in order(contenders, &mut summaries, round) {
+            for (contender, summaries) in order(&contenders, &mut summaries, round) {
                 summaries.push(contender.turn(trial, effort)?);
             }
         }
