@@ -65,7 +65,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// How many entries each map holds.
 pub mod limits {

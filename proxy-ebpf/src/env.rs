@@ -20,6 +20,8 @@ pub struct Overlay {
     pub mtu: u32,
     /// The VXLAN network identifier.
     pub vni: u32,
+    /// The UDP port of tunnels.
+    pub port: Be16,
 }
 
 /// What is there for both families.
@@ -79,6 +81,8 @@ pub trait Maps<F: Family>: Env {
     /// A flow's record.
     type Record: Record<F::Addr>;
 
+    /// This node's own address, unspecified if it has none of this family.
+    fn node(&self) -> F::Addr;
     /// Whether an address is of interest.
     fn address(&self, addr: &F::Addr) -> Option<Address>;
     /// Whether an address is of a kind ([`penstock_common::AddressKind`]).

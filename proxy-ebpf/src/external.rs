@@ -19,6 +19,7 @@ use crate::{
     pod::{self, Back, Verdict},
     reject, rewrite,
     select::{self, Origin},
+    tunnel,
 };
 
 /// Sorts a packet that came in by an interface to the outside.
@@ -33,6 +34,9 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
+    if tunnel::is_own::<F, M>(packet, maps, &dst) {
+        return Ok(Verdict::Pass);
+    }
     let Some(address) = maps.address(&dst) else {
         return Ok(if forward::is_local::<F, M>(packet, maps, &dst) {
             Verdict::Local

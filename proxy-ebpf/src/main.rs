@@ -33,6 +33,7 @@ mod programs {
         forward,
         pod::{self, Path, Verdict},
         socket::{self, Outcome},
+        tunnel,
     };
 
     use crate::kernel::{env::Kernel, skb::Skb, sock::HookSocket};
@@ -50,7 +51,7 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident) => {
+            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -70,6 +71,7 @@ mod programs {
             family!(stage $outward, external::onward, $family);
             family!(stage $answer, external::answer, $family);
             family!(stage $shorten, external::shorten, $family);
+            family!(stage $to_uplink, tunnel::to_uplink, $family);
 
             #[unsafe(no_mangle)]
             #[inline(never)]
@@ -209,10 +211,10 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, arrived4, admit4, outward4, answer4, shorten4);
+        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, arrived6, admit6, outward6, answer6, shorten6);
+        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
     const TOO_LONG: i32 = -14;
@@ -346,8 +348,8 @@ mod programs {
     pub(crate) fn to_uplink(context: TcContext) -> i32 {
         by_family(
             &context,
-            || returning4(context.skb.skb),
-            || returning6(context.skb.skb),
+            || to_uplink4(context.skb.skb),
+            || to_uplink6(context.skb.skb),
         )
     }
 

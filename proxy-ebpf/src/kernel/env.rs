@@ -112,12 +112,14 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
                 addr_of!((*config).overlay_ifindex),
                 addr_of!((*config).overlay_mtu),
                 addr_of!((*config).overlay_vni),
+                addr_of!((*config).overlay_port),
             )
         };
         Overlay {
             ifindex: copy(fields.0),
             mtu: copy(fields.1),
             vni: copy(fields.2),
+            port: copy(fields.3),
         }
     }
 
@@ -314,9 +316,16 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
 macro_rules! family {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident) => {
+        $source_ranges:ident, $node:ident) => {
         impl<C: EbpfContext> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
+
+            #[inline(always)]
+            fn node(&self) -> $family {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                let field = |config: *const Config| unsafe { addr_of!((*config).$node) };
+                CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+            }
 
             #[inline(always)]
             fn address(&self, addr: &$family) -> Option<Address> {
@@ -427,6 +436,6 @@ macro_rules! family {
 }
 
 family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4);
+    SOURCE_RANGES4, node4);
 family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6);
+    SOURCE_RANGES6, node6);
