@@ -10,6 +10,7 @@ mod control;
 mod figures;
 mod load;
 mod machine;
+mod outside;
 mod plot;
 mod pods;
 mod report;
@@ -93,6 +94,15 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_values_t = services::Way::ALL)]
         ways: Vec<services::Way>,
     },
+    /// From clients outside to a node port: Penstock's ways and kube-proxy's.
+    Outside {
+        /// How many services there are.
+        #[arg(long, default_value_t = 1)]
+        services: usize,
+        /// Which ways; the first is what the others are compared with.
+        #[arg(long, value_delimiter = ',', default_values_t = outside::Way::ALL)]
+        ways: Vec<outside::Way>,
+    },
     /// Writes the report and the pictures of an earlier run anew.
     Report {
         /// Its JSON.
@@ -163,6 +173,10 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
             },
             ways: services::Way::ALL.to_vec(),
         },
+        Command::Outside {
+            services: if cli.full { 1_000 } else { 1 },
+            ways: outside::Way::ALL.to_vec(),
+        },
     ];
     let commands = match &cli.command {
         Some(command) => std::slice::from_ref(command),
@@ -179,6 +193,10 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
             Command::Cni { calls } => results.outcomes.extend(cni::measure(&effort, *calls)?),
             Command::Services { services, ways } => {
                 let outcomes = services::measure(services, ways, &effort)?;
+                results.outcomes.extend(outcomes);
+            }
+            Command::Outside { services, ways } => {
+                let outcomes = outside::measure(*services, ways, &effort)?;
                 results.outcomes.extend(outcomes);
             }
             Command::Report { .. } | Command::Load(_) => {}
