@@ -89,7 +89,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
 }
 
 #[inline(always)]
-fn open_flow<F: Family, M: Maps<F>>(
+pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     ingress: u32,
     maps: &M,
     segment: &Segment<F::Addr>,
@@ -157,11 +157,8 @@ pub fn onward<F: Family, M: Maps<F>>(
     if maps.is(&dst, AddressKind::NODE) {
         return Ok(Verdict::Pass);
     }
-    let config = maps.config();
-    let route = maps.route(&dst);
-    let is_behind_overlay = config.network & NetworkFlags::FORWARD != 0
-        && route.is_some_and(|route| route.kind == RouteKind::OVERLAY);
-    if is_behind_overlay {
+    if is_behind_overlay::<F, M>(maps, &dst) {
+        let config = maps.config();
         return match forward::enter_overlay::<F>(packet, &config)? {
             Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, &config),
             verdict => Ok(verdict),
@@ -171,6 +168,24 @@ pub fn onward<F: Family, M: Maps<F>>(
         return Ok(Verdict::Leave);
     }
     Ok(Verdict::Pass)
+}
+
+/// Whether the way to an address is the overlay.
+#[inline(always)]
+fn is_behind_overlay<F: Family, M: Maps<F>>(maps: &M, dst: &F::Addr) -> bool {
+    maps.network() & NetworkFlags::FORWARD != 0
+        && maps
+            .route(dst)
+            .is_some_and(|route| route.kind == RouteKind::OVERLAY)
+}
+
+/// Whether [`onward`] lets a packet with these ends leave by the kernel's routes.
+#[inline(always)]
+pub(crate) fn leaves<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::Addr) -> bool {
+    maps.endpoint(dst).is_none()
+        && !maps.is(dst, AddressKind::NODE)
+        && !is_behind_overlay::<F, M>(maps, dst)
+        && maps.address(src).is_some()
 }
 
 /// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had

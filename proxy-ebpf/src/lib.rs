@@ -32,3 +32,4 @@ pub mod reject;
 pub mod rewrite;
 pub mod select;
 pub mod socket;
+pub mod xdp;
