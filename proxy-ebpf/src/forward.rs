@@ -271,10 +271,7 @@ pub(crate) fn is_local<F: Family, M: Maps<F>>(
 
 /// Takes one from the hop limit (RFC 1812, 5.3.1).
 #[inline(always)]
-pub(crate) fn take_hop<F: Family>(
-    packet: &mut impl Packet,
-    old: u16,
-) -> Result<(), Refused> {
+pub(crate) fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused> {
     let new = F::with_one_hop_less(old);
     let at = ETHERNET + F::HOPS;
     match F::HEADER_CHECKSUM {

@@ -1,4 +1,5 @@
-//! Which program runs where: cgroup hooks on the node's cgroup, packet hooks on pods' interfaces.
+//! Which program runs where: cgroup hooks on the node's cgroup, packet hooks on interfaces of pods and
+//! to the outside.
 //!
 //! Invariant: a link is pinned before anyone relies on it and replaced in place by the next agent
 //! (BPF_LINK_UPDATE), so that no packet and no connection meets a gap.
@@ -9,6 +10,7 @@ pub mod follow;
 pub mod interface;
 pub mod netns;
 mod syscall;
+pub mod xdp;
 
 pub(crate) use syscall::{end_with_readers, socket_option};
 

@@ -10,7 +10,8 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
     DatagramKey, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, SourceRange, Uplink, V4, V6, XdpUplink, limits,
+    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, SourceRange, Uplink, V4, V6, XdpUplink,
+    limits,
 };
 
 /// A family's maps: a static cannot be generic.

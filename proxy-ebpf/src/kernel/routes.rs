@@ -1,5 +1,8 @@
 //! What the kernel's routes and neighbours say of a packet, at whichever hook it is.
-#![expect(unsafe_code, reason = "the kernel's structure is shared with its helper")]
+#![expect(
+    unsafe_code,
+    reason = "the kernel's structure is shared with its helper"
+)]
 
 use core::ptr::{addr_of, addr_of_mut};
 
@@ -105,12 +108,7 @@ fn ask<A: Routable>(
 
 /// The interface that the kernel would forward a packet by.
 #[inline(always)]
-pub(crate) fn egress<A: Routable>(
-    hook: &impl Hook,
-    ingress: u32,
-    src: A,
-    dst: A,
-) -> Option<u32> {
+pub(crate) fn egress<A: Routable>(hook: &impl Hook, ingress: u32, src: A, dst: A) -> Option<u32> {
     let (result, way) = ask(hook, ingress, src, dst)?;
     // A neighbour that is not known yet is found by whoever sends.
     let is_found = result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH;

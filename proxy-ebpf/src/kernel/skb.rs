@@ -14,9 +14,9 @@ use aya_ebpf::{
         BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
     },
     helpers::generated::{
-        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
-        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+        bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
+        bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
