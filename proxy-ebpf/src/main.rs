@@ -340,9 +340,11 @@ mod programs {
         )
     }
 
-    /// The same at XDP.
+    /// The same at XDP. Of a function that is not global the compiler would make one of the frame's
+    /// pointers, which no function may be given.
+    #[unsafe(no_mangle)]
     #[inline(never)]
-    fn trace_frame(xdp: *mut xdp_md, reason: i32) -> i32 {
+    pub(crate) extern "C" fn trace_frame(xdp: *mut xdp_md, reason: i32) -> i32 {
         let context = XdpContext::new(xdp);
         let frame = Xdp::new(&context);
         let ethertype = frame.load(12).map_or(0, u16::from_be);
