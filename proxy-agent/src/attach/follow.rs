@@ -550,13 +550,16 @@ impl Follower {
                 continue;
             }
             if link.facts.has_vlans {
-                self.hooks.detach_xdp(*index);
                 followed.xdp = None;
             }
             if !self.hooks.xdp().is_wanted() {
                 followed.xdp_error = self.hooks.xdp().problem().map(str::to_owned);
             } else if followed.xdp.is_none() {
                 let result = self.hooks.attach_xdp(&link.name, *index, link.facts);
+                if !matches!(result, Ok(Some(_))) {
+                    // An earlier agent's.
+                    self.hooks.detach_xdp(*index);
+                }
                 let error = result.as_ref().err().map(ToString::to_string);
                 if let Ok(Some(mode)) = result {
                     tracing::info!("XDP is on interface {}, {}", link.name, mode.label());

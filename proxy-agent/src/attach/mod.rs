@@ -18,6 +18,8 @@ use std::{io, path::PathBuf};
 
 use aya::programs::ProgramError;
 
+use crate::words::chain;
+
 /// A program can't be put where it belongs.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -37,7 +39,7 @@ pub enum AttachError {
         path: PathBuf,
     },
     /// Attaching failed.
-    #[error("attaching {program} to {target}: {source}")]
+    #[error("attaching {program} to {target}: {}", chain(&**source))]
     Attach {
         /// The program.
         program: String,

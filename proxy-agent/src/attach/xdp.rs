@@ -129,13 +129,6 @@ impl XdpHook {
             Choice::Auto | Choice::Native => Some(Mode::Native),
             Choice::Generic => Some(Mode::Generic),
         };
-        for mode in Mode::ALL.into_iter().filter(|mode| Some(*mode) != wanted) {
-            let suffix = format!("_xdp_{}", mode.label());
-            for name in pins.links().iter().filter(|name| name.ends_with(&suffix)) {
-                // The last reference to a link detaches it; absent is as good as removed.
-                let _ = std::fs::remove_file(pins.link(name));
-            }
-        }
         let mut hook = Self {
             choice,
             problem: None,
@@ -146,6 +139,14 @@ impl XdpHook {
             let text = XdpError::Load { source }.to_string();
             tracing::warn!("{text}; clients outside are served at TC");
             hook.problem = Some(text);
+        }
+        let kept = wanted.filter(|_| hook.problem.is_none());
+        for mode in Mode::ALL.into_iter().filter(|mode| Some(*mode) != kept) {
+            let suffix = format!("_xdp_{}", mode.label());
+            for name in pins.links().iter().filter(|name| name.ends_with(&suffix)) {
+                // The last reference to a link detaches it; absent is as good as removed.
+                let _ = std::fs::remove_file(pins.link(name));
+            }
         }
         hook
     }
