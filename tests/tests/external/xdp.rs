@@ -232,6 +232,62 @@ fn native_xdp_serves_clients_outside() -> Result<()> {
 }
 
 #[test]
+fn xdp_serves_where_the_network_carries_pods_addresses() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    // Other nodes see pods' own addresses, or they could not reply to this one.
+    let ranges = "172.31.0.0/24,fd00:31::/64";
+    let options = [
+        "--routing",
+        "native",
+        "--non-masquerade",
+        ranges,
+        "--xdp",
+        "generic",
+    ];
+    let stage = Stage::with(Pods::Wired, &options)?;
+    wait_for(&stage.agents[0], "eth0", "generic")?;
+    without_offload(&stage)?;
+    stage.web(&[&stage.servers[1]], |web| web)?;
+    for (what, sent) in ask_all(&stage, &stage.nodes[0].host)? {
+        assert!(sent > 8, "{sent} packets for {what}");
+    }
+    no_checksum_errors(&stage)
+}
+
+#[test]
+fn xdp_goes_by_the_interfaces_ethernet_address_as_it_is() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::with(Pods::Routed, &["--xdp", "generic"])?;
+    wait_for(&stage.agents[0], "eth0", "generic")?;
+    without_offload(&stage)?;
+    stage.web(&[&stage.servers[1]], |web| web)?;
+    let node = &stage.nodes[0].host;
+    for to in stage.addresses("tcp") {
+        ask(&stage.client, "tcp", to)?;
+    }
+    let address = "02:00:00:00:77:01";
+    node.run("ip", &["link", "set", "eth0", "address", address])?;
+    for host in [&stage.client, &stage.nodes[1].host] {
+        for family in ["-4", "-6"] {
+            host.run("ip", &[family, "neigh", "flush", "dev", "eth0"])?;
+        }
+    }
+    for to in stage.addresses("tcp") {
+        eventually("XDP serves again", || {
+            let before = stage.agents[0].count("external_xdp")?;
+            ask(&stage.client, "tcp", to)?;
+            ensure!(stage.agents[0].count("external_xdp")? > before);
+            Ok(())
+        })?;
+    }
+    no_checksum_errors(&stage)
+}
+
+#[test]
 fn what_leaves_by_another_interface_is_sent_there() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
