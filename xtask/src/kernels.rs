@@ -44,7 +44,7 @@ const KERNELS: &[Kernel] = &[
 type Group = (&'static str, &'static [&'static str]);
 
 /// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
-/// atomically); both refusals, errors about packets, traces, and agents that are replaced.
+/// atomically); XDP, which asks the kernel's routes at a hook of their own; both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -58,6 +58,13 @@ const TESTS: &[Group] = &[
     (
         "algorithms",
         &["turns_go_round_and_affinity_comes_before_them"],
+    ),
+    (
+        "external",
+        &[
+            "xdp::generic_xdp_serves_clients_outside",
+            "xdp::native_xdp_serves_clients_outside",
+        ],
     ),
     (
         "trouble",

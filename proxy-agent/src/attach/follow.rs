@@ -360,8 +360,11 @@ impl Follower {
         for (index, link) in &mut present {
             link.facts.has_vlans = carriers.contains(index);
         }
-        // Before the program leaves an interface, nobody sends there any more.
-        self.write_xdp_uplinks(&present);
+        // Before the program leaves an interface, nobody sends there any more. What an earlier agent
+        // wrote holds until its programs are replaced.
+        if !lock(&self.status).interfaces.is_empty() {
+            self.write_xdp_uplinks(&present);
+        }
         self.forget_absent(&present);
         let mut is_settled = self.attach_new(&present);
         is_settled &= self.attach_xdp(&present);
