@@ -132,7 +132,7 @@ pub fn carry<F: Family, M: Maps<F>>(
 fn begins<F: Family>(maps: &impl Maps<F>, segment: &Segment<F::Addr>) -> bool {
     let is_first =
         segment.proto == Proto::UDP || segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-    is_first && maps.random() % OPENED_BELOW != 0
+    is_first && !maps.random().is_multiple_of(OPENED_BELOW)
 }
 
 /// Makes the flow that a packet begins. Who is refused, and why, is the TC hook's to say and count.
