@@ -83,7 +83,7 @@ struct Line {
 }
 
 /// Measures; prints nanoseconds a packet as they are and less what measuring takes.
-pub fn measure(effort: Effort) -> Result<Value> {
+pub fn measure(effort: &Effort) -> Result<Value> {
     let mut testbed = Testbed::new()?;
     let nodes = [testbed.node()?, testbed.node()?];
     let [node, other] = &nodes;

@@ -22,6 +22,17 @@ pub struct NextHop {
     pub from: [u8; 6],
 }
 
+/// The device that leads to other nodes' pods.
+#[derive(Clone, Copy, Default)]
+pub struct Overlay {
+    /// Its index, 0 if there is none.
+    pub ifindex: u32,
+    /// How long a packet may be, in bytes, IP header included.
+    pub mtu: u32,
+    /// The VXLAN network identifier.
+    pub vni: u32,
+}
+
 /// What is there for both families.
 pub trait Env {
     /// Seconds since boot on a coarse clock (CLOCK_MONOTONIC_COARSE).
@@ -38,6 +49,8 @@ pub trait Env {
     fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
+    /// The overlay device of [`Config`].
+    fn overlay(&self) -> Overlay;
     /// Counts one.
     fn count(&self, counter: Counter);
     /// How often a search by chance is repeated: for a record to evict, for a free source port.

@@ -137,11 +137,15 @@ fn keep_asking(stage: &Stage) -> Result<Vec<Process>> {
         asking.push(stage.client.traffic(&["hold", &to.to_string()])?);
     }
     for to in stage.addresses("udp") {
-        asking.push(
-            stage
-                .client
-                .traffic(&["keep", "udp-connected", &to.to_string()])?,
-        );
+        // An answer may be late where a kernel is emulated; a datagram that is lost gets none.
+        let arguments = [
+            "keep",
+            "udp-connected",
+            &to.to_string(),
+            "--timeout-ms",
+            "5000",
+        ];
+        asking.push(stage.client.traffic(&arguments)?);
     }
     Ok(asking)
 }
