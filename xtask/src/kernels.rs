@@ -62,8 +62,8 @@ const TESTS: &[Group] = &[
     (
         "external",
         &[
-            "xdp::generic_xdp_serves_clients_outside",
-            "xdp::native_xdp_serves_clients_outside",
+            "xdp::xdp_goes_by_the_interfaces_ethernet_address_as_it_is",
+            "xdp::xdp_is_where_it_can_be_and_leaves_when_it_is_not_wanted",
         ],
     ),
     (
