@@ -125,7 +125,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
         } else {
             random.word() as u16
         };
-        (ip(&random.pick(&CLIENTS[half])), port)
+        (ip(random.pick(&CLIENTS[half])), port)
     };
     let (proto, src, dst) = match random.below(100) {
         0..60 => {
