@@ -13,6 +13,7 @@ mod machine;
 mod outside;
 mod plot;
 mod pods;
+mod programs;
 mod report;
 mod results;
 mod services;
@@ -85,6 +86,8 @@ enum Command {
         #[arg(long, default_value_t = 50)]
         calls: usize,
     },
+    /// What each packet costs in each program, by itself.
+    Programs,
     /// To a ClusterIP: Penstock's ways and kube-proxy's.
     Services {
         /// How many there are.
@@ -165,6 +168,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
             calls: if cli.full { 200 } else { 50 },
         },
         Command::Pods,
+        Command::Programs,
         Command::Services {
             services: if cli.full {
                 vec![1, 1_000, 5_000, 10_000]
@@ -190,6 +194,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
                 changes,
             } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
             Command::Pods => results.outcomes.extend(pods::measure(&effort)?),
+            Command::Programs => results.programs = Some(programs::measure(&effort)?),
             Command::Cni { calls } => results.outcomes.extend(cni::measure(&effort, *calls)?),
             Command::Services { services, ways } => {
                 let outcomes = services::measure(services, ways, &effort)?;

@@ -6,10 +6,21 @@
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, SourceRange,
-    Uplink,
+    Uplink, XdpUplink,
 };
 
 use crate::family::Family;
+
+/// Where the kernel's routes send a packet, and to which neighbour there.
+#[derive(Clone, Copy)]
+pub struct NextHop {
+    /// The interface that it leaves by.
+    pub ifindex: u32,
+    /// The neighbour's Ethernet address.
+    pub to: [u8; 6],
+    /// The interface's own.
+    pub from: [u8; 6],
+}
 
 /// The device that leads to other nodes' pods.
 #[derive(Clone, Copy, Default)]
@@ -36,6 +47,8 @@ pub trait Env {
     fn config(&self) -> Config;
     /// An interface to the outside.
     fn uplink(&self, ifindex: u32) -> Option<Uplink>;
+    /// An interface to the outside whose packets meet XDP first.
+    fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
     /// The overlay device of [`Config`].
@@ -120,6 +133,8 @@ pub trait Maps<F: Family>: Env {
     /// The interface that a packet of this source leaves by, having come in by `ingress`, if the
     /// kernel's routes and the packet's length let it.
     fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;
+    /// The same, and the neighbour there if the kernel knows it.
+    fn next_hop(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<NextHop>;
     /// The narrowest range that covers an address.
     fn route(&self, addr: &F::Addr) -> Option<Route>;
     /// The ports of a fragmented datagram.

@@ -7,7 +7,7 @@
 
 use penstock_common::{
     Addr, AddressKind, Counter, FlowFlags, FlowKey, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
-    OVERLAY_PEER_MAC, RouteKind,
+    OVERLAY_PEER_MAC, Route, RouteKind,
 };
 
 use crate::{
@@ -93,7 +93,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
 }
 
 #[inline(always)]
-fn open_flow<F: Family, M: Maps<F>>(
+pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     ingress: u32,
     maps: &M,
     segment: &Segment<F::Addr>,
@@ -161,10 +161,7 @@ pub fn onward<F: Family, M: Maps<F>>(
     if maps.is(&dst, AddressKind::NODE) {
         return Ok(Verdict::Pass);
     }
-    if maps.network() & NetworkFlags::FORWARD != 0
-        && let Some(route) = maps.route(&dst)
-        && route.kind == RouteKind::OVERLAY
-    {
+    if let Some(route) = tunnel_to::<F, M>(maps, &dst) {
         return match forward::enter_overlay::<F>(packet, maps, route)? {
             Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, maps),
             verdict => Ok(verdict),
@@ -174,6 +171,25 @@ pub fn onward<F: Family, M: Maps<F>>(
         return Ok(Verdict::Leave);
     }
     Ok(Verdict::Pass)
+}
+
+/// The tunnel that leads to an address.
+#[inline(always)]
+fn tunnel_to<F: Family, M: Maps<F>>(maps: &M, dst: &F::Addr) -> Option<Route> {
+    if maps.network() & NetworkFlags::FORWARD == 0 {
+        return None;
+    }
+    let route = maps.route(dst)?;
+    (route.kind == RouteKind::OVERLAY).then_some(route)
+}
+
+/// Whether [`onward`] lets a packet with these ends leave by the kernel's routes.
+#[inline(always)]
+pub(crate) fn leaves<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::Addr) -> bool {
+    maps.endpoint(dst).is_none()
+        && !maps.is(dst, AddressKind::NODE)
+        && tunnel_to::<F, M>(maps, dst).is_none()
+        && maps.address(src).is_some()
 }
 
 /// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had

@@ -261,7 +261,7 @@ pub(crate) fn refused(_: Refused) -> Counter {
 
 /// The bits at [`Family::HOPS`] of a packet that has hops left.
 #[inline(always)]
-fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
+pub(crate) fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
     let word: u16 = packet.load(ETHERNET + F::HOPS)?;
     (F::hops(word) > 1).then_some(word)
 }
@@ -278,7 +278,7 @@ pub(crate) fn is_local<F: Family, M: Maps<F>>(
 
 /// Takes one from the hop limit (RFC 1812, 5.3.1).
 #[inline(always)]
-fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused> {
+pub(crate) fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused> {
     let new = F::with_one_hop_less(old);
     let at = ETHERNET + F::HOPS;
     let Some(checksum) = F::HEADER_CHECKSUM else {

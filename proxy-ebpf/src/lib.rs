@@ -33,3 +33,4 @@ pub mod rewrite;
 pub mod select;
 pub mod socket;
 pub mod tunnel;
+pub mod xdp;

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 pub use kernel::DEVICE;
 use maps::Routes;
-pub use maps::{Endpoints, MapsError, Uplinks};
+pub use maps::{Endpoints, MapsError, Uplinks, XdpUplinks};
 use plan::{Plan, Routing};
 
 use crate::{

@@ -15,11 +15,14 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route,
-    SourceRange, Uplink, V4, V6, limits,
+    SourceRange, Uplink, V4, V6, XdpUplink, limits,
 };
-use penstock_ebpf::env::{Env, Maps, Overlay, Record};
+use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Record};
 
-use super::{maps::*, skb};
+use super::{
+    maps::*,
+    routes::{self, Hook},
+};
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
 /// (icmp_msgs_per_sec).
@@ -92,6 +95,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn uplink(&self, ifindex: u32) -> Option<Uplink> {
         UPLINKS.get_ptr(ifindex).map(copy)
+    }
+
+    #[inline(always)]
+    fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink> {
+        XDP_UPLINKS.get_ptr(ifindex).map(copy)
     }
 
     #[inline(always)]
@@ -317,7 +325,7 @@ macro_rules! family {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $node:ident) => {
-        impl<C: EbpfContext> Maps<$family> for Kernel<'_, C> {
+        impl<C: Hook> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
 
             #[inline(always)]
@@ -406,7 +414,12 @@ macro_rules! family {
 
             #[inline(always)]
             fn egress(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
-                skb::egress(self.context.as_ptr(), ingress, *src, *dst)
+                routes::egress(self.context, ingress, *src, *dst)
+            }
+
+            #[inline(always)]
+            fn next_hop(&self, ingress: u32, src: &$family, dst: &$family) -> Option<NextHop> {
+                routes::next_hop(self.context, ingress, *src, *dst)
             }
 
             #[inline(always)]

@@ -11,7 +11,7 @@ use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
     DatagramKey, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
     FrontendKey, Netns, Route, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6,
-    limits,
+    XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
@@ -63,6 +63,9 @@ pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);
 pub(crate) static TURNS: LruHashMap<u32, u32> = LruHashMap::pinned(limits::TURNS, 0);
 #[map]
 pub(crate) static UPLINKS: HashMap<u32, Uplink> =
+    HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static XDP_UPLINKS: HashMap<u32, XdpUplink> =
     HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);
