@@ -318,7 +318,7 @@ fn compare(node: &Node) {
     let own = describe(&mut kernel, node);
     kernel.load_classifier("from_uplink");
     kernel.load_xdp();
-    let packets = setting("PENSTOCK_PACKETS", 60_000);
+    let packets = setting("PENSTOCK_PACKETS", 30_000);
     let mut random = Random(setting("PENSTOCK_SEED", 0x0123_4567_89ab_cdef));
     let (mut seen, mut sent) = (Seen::new(), Sent::default());
     for number in 0..packets {
