@@ -107,6 +107,8 @@ enum Oddity {
     LastHop,
     OtherHost,
     PartialChecksum,
+    /// More than its way carries.
+    TooLong,
 }
 
 struct Case {
@@ -177,6 +179,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
             Oddity::LastHop,
             Oddity::OtherHost,
             Oddity::PartialChecksum,
+            Oddity::TooLong,
         ])
     };
     match oddity {
@@ -187,6 +190,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
             spec.fragment = Some((random.below(40) as u32, offset, more));
         }
         Oddity::PartialChecksum => spec.without_checksum = false,
+        Oddity::TooLong => spec.payload.resize(1_490 + random.below(100), 7),
         _ => {}
     }
     let mut frame = frame::build(&spec);
