@@ -39,6 +39,9 @@ impl RouteKind {
     pub const DIRECT: u32 = 2;
     /// This node's own range: what is no endpoint of it is nobody.
     pub const OWN: u32 = 3;
+    /// Another node itself, on a network that carries pods' addresses: it sees them, or could not tell
+    /// their replies from others. For policies it is outside.
+    pub const NODE: u32 = 4;
 }
 
 /// Where a range of addresses is; what no range covers is outside of the cluster.

@@ -100,10 +100,9 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
 ) -> Result<(), Counter> {
     let frontend = pod::dialled::<F, M>(maps, segment)?;
     // Pods of other nodes come this way too, where the network does not hide them.
-    let origin = if maps.route(&segment.src).is_some() {
-        Origin::Cluster
-    } else {
-        Origin::Outside
+    let origin = match maps.route(&segment.src) {
+        Some(route) if route.kind != RouteKind::NODE => Origin::Cluster,
+        _ => Origin::Outside,
     };
     let chosen = select::backend(maps, &frontend, origin, segment.src)?;
     let mut opening = flow::opening(maps, segment, &chosen);

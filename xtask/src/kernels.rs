@@ -60,11 +60,12 @@ const TESTS: &[Group] = &[
         &["turns_go_round_and_affinity_comes_before_them"],
     ),
     (
+        "packets",
+        &["xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone"],
+    ),
+    (
         "external",
-        &[
-            "xdp::xdp_goes_by_the_interfaces_ethernet_address_as_it_is",
-            "xdp::xdp_is_where_it_can_be_and_leaves_when_it_is_not_wanted",
-        ],
+        &["xdp::xdp_goes_by_the_interfaces_ethernet_address_as_it_is"],
     ),
     (
         "trouble",

@@ -268,7 +268,10 @@ pub fn wanted(plan: &Plan, direct: &[IpNetwork]) -> BTreeMap<IpNetwork, Route> {
     }
     for (range, remote) in &plan.remote {
         let route = match &remote.hop {
-            Hop::Via(_) => of_kind(RouteKind::DIRECT),
+            Hop::Via(ip) => {
+                routes.insert(IpNetwork::from(*ip), of_kind(RouteKind::NODE));
+                of_kind(RouteKind::DIRECT)
+            }
             Hop::Tunnel(IpAddr::V4(ip)) => Route {
                 underlay4: V4::from(*ip),
                 ..of_kind(RouteKind::OVERLAY)

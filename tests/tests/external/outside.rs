@@ -19,18 +19,23 @@ fn clients_outside_reach_pods_that_penstock_connects() -> Result<()> {
 }
 
 #[test]
+fn clients_outside_reach_pods_whose_addresses_the_network_carries() -> Result<()> {
+    clients_outside_reach(Pods::Wired, &["--routing", "native"])
+}
+
+#[test]
 fn clients_outside_reach_pods_behind_the_overlay_past_xdp() -> Result<()> {
     clients_outside_reach(Pods::Wired, &["--xdp", "generic"])
 }
 
 /// The source that a backend of the second node sees.
-fn stand_in(stage: &Stage, pods: Pods, to: SocketAddr) -> std::net::IpAddr {
+fn stand_in(stage: &Stage, has_overlay: bool, to: SocketAddr) -> std::net::IpAddr {
     let node = &stage.nodes[0];
-    match pods {
-        Pods::Routed => same_family(&node.host, to.ip()),
+    match has_overlay {
+        false => same_family(&node.host, to.ip()),
         // The node's own address in the overlay.
-        Pods::Wired if to.is_ipv4() => "10.244.1.1".parse().expect("an address"),
-        Pods::Wired => "fd00:244:1::1".parse().expect("an address"),
+        true if to.is_ipv4() => "10.244.1.1".parse().expect("an address"),
+        true => "fd00:244:1::1".parse().expect("an address"),
     }
 }
 
@@ -39,6 +44,7 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
         return Ok(());
     };
     let stage = Stage::with(pods, options)?;
+    let has_overlay = pods == Pods::Wired && !options.contains(&"native");
     let [here, there] = &stage.servers;
     // So that XDP, where it is, sees checksums that it could change.
     stage.client.without_checksum_offload("eth0")?;
@@ -53,7 +59,7 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
                 },
                 Answer {
                     server: there.host.name.clone(),
-                    source: stand_in(&stage, pods, to),
+                    source: stand_in(&stage, has_overlay, to),
                 },
             ];
             all_answers(&stage.client, protocol, to, &expected.into())?;

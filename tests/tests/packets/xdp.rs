@@ -107,6 +107,8 @@ enum Oddity {
     LastHop,
     OtherHost,
     PartialChecksum,
+    /// More than its way carries.
+    TooLong,
 }
 
 struct Case {
@@ -177,6 +179,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
             Oddity::LastHop,
             Oddity::OtherHost,
             Oddity::PartialChecksum,
+            Oddity::TooLong,
         ])
     };
     match oddity {
@@ -187,6 +190,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
             spec.fragment = Some((random.below(40) as u32, offset, more));
         }
         Oddity::PartialChecksum => spec.without_checksum = false,
+        Oddity::TooLong => spec.payload.resize(1_490 + random.below(100), 7),
         _ => {}
     }
     let mut frame = frame::build(&spec);
@@ -330,7 +334,7 @@ fn compare(node: &Node) {
     let own = describe(&mut kernel, node);
     kernel.load_classifier("from_uplink");
     kernel.load_xdp();
-    let packets = setting("PENSTOCK_PACKETS", 60_000);
+    let packets = setting("PENSTOCK_PACKETS", 30_000);
     let mut random = Random(setting("PENSTOCK_SEED", 0x0123_4567_89ab_cdef));
     let (mut seen, mut sent) = (Seen::new(), Sent::default());
     for number in 0..packets {
