@@ -18,6 +18,7 @@
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
 //! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
 //! | `CONNECTED_UDP` | hash | socket cookie → [`ConnectedUdp`] | programs | the socket is not translated |
@@ -47,11 +48,11 @@ pub use config::{Config, NetworkFlags, Timeouts};
 pub use counter::Counter;
 pub use flow::{
     Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
-    Endpoint, EndpointFlags, MASQUERADE_PORTS, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind,
-    Uplink,
+    Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Uplink,
 };
 pub use plain::Plain;
 pub use service::{
@@ -84,6 +85,9 @@ pub mod limits {
     pub const TURNS: u32 = 16_384;
     /// Flows of one family that are translated packet by packet.
     pub const FLOWS: u32 = 131_072;
+    /// Elements that destinations' source ports are spread over; more only save looking for free ports
+    /// in vain.
+    pub const PORT_CHUNKS: u32 = 16_384;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
     /// Connected UDP sockets that were translated.
