@@ -7,7 +7,7 @@
 
 use penstock_common::{
     Addr, BackendFlags, Be16, Counter, Flow, FlowFlags, FlowId, FlowKey, FlowState,
-    MASQUERADE_PORTS, PortChunk, PortRange, Proto, REMAPPED_PORTS,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, Proto, REMAPPED_PORTS,
 };
 
 use crate::{
@@ -263,6 +263,9 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
     if keeps_port && link(maps, &reply, id) {
         return Ok(Verdict::Placed);
     }
+    if is_refusing(maps, reply.port_place()) {
+        return Ok(Verdict::Search(0));
+    }
     let ports = ports(record.flags());
     let mut tries = 0;
     while tries < maps.attempts() {
@@ -325,11 +328,30 @@ pub fn search<F: Family, M: Maps<F>>(maps: &M, id: FlowId, from: u32) -> Result<
     Ok(Verdict::Search(turn))
 }
 
+/// What the element of a destination's port 0, which no flow gets, holds if a flow was refused within
+/// this second.
+#[inline(always)]
+fn refusal<F: Family>(maps: &impl Maps<F>, place: PortPlace) -> u64 {
+    PortChunk::when_full(place.check, maps.now_secs().into())
+}
+
+/// Whether a flow of a destination was refused within this second: neither chance nor flows that give
+/// way are tried again before the next, since that costs more than any other packet.
+#[inline(always)]
+fn is_refusing<F: Family>(maps: &impl Maps<F>, place: PortPlace) -> bool {
+    maps.port_chunk(place.index(0)).full == refusal(maps, place)
+}
+
 /// Where no port is free: takes one over from a flow that would give up its record too.
 #[inline(always)]
 pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Counter> {
     let record = maps.record(id).ok_or(Counter::FlowRace)?;
     let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    let place = reply.port_place();
+    if is_refusing(maps, place) {
+        free::<F, M>(maps, id, record);
+        return Err(Counter::NoSourcePort);
+    }
     let ports = ports(record.flags());
     let now = maps.now_secs();
     let timeouts = maps.config().timeouts;
@@ -337,25 +359,26 @@ pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict,
     while tries < 4 * maps.attempts() {
         tries += 1;
         reply.dst_port = Be16::from_host(any_port(maps, ports));
-        if link(maps, &reply, id) {
-            record.set_source_port(reply.dst_port);
-            return Ok(Verdict::Placed);
-        }
         let Some(other_id) = maps.flow_id(&reply) else {
+            if maps.link(&reply, id) {
+                record.set_source_port(reply.dst_port);
+                return Ok(Verdict::Placed);
+            }
             continue;
         };
         let Some(other) = maps.record(other_id) else {
             continue;
         };
         let state = other.state();
-        if state == FlowState::FREE
-            || !may_evict(state, other, now, &timeouts)
-            || other.key(FlowKey::<F::Addr>::REPLY) != reply
+        if !may_evict(state, other, now, &timeouts)
             || !other.exchange_state(state, FlowState::RECLAIMING)
         {
             continue;
         }
-        unlink::<F, M>(maps, &other.key(FlowKey::<F::Addr>::REQUEST), other_id);
+        // Of a key that is left from an earlier life of the record, the flow may go too.
+        if state != FlowState::FREE {
+            unlink::<F, M>(maps, &other.key(FlowKey::<F::Addr>::REQUEST), other_id);
+        }
         // In one step: nobody else gets the port between the two.
         maps.relink(&reply, id);
         record.set_source_port(reply.dst_port);
@@ -363,6 +386,7 @@ pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict,
         maps.count(Counter::FlowEvicted);
         return Ok(Verdict::Placed);
     }
+    maps.set_full(place.index(0), refusal(maps, place));
     free::<F, M>(maps, id, record);
     Err(Counter::NoSourcePort)
 }
