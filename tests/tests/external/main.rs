@@ -12,5 +12,6 @@
 mod flood;
 mod health;
 mod inside;
+mod live;
 mod outside;
 mod stage;
