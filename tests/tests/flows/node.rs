@@ -161,6 +161,10 @@ impl Node {
             .try_into()
             .expect("a classifier");
         program.load().expect("the verifier accepts the program");
+        // Other kernels count other numbers, none of which may be more than a million.
+        let info = program.info().expect("its info");
+        let checked = info.verified_instruction_count().expect("a number");
+        assert!(checked < 500_000, "{checked} instructions");
         let mut node = Self { ebpf, pins };
         node.fill(backends);
         Some(node)
