@@ -11,6 +11,17 @@ use penstock_common::{
 
 use crate::family::Family;
 
+/// The device that leads to other nodes' pods.
+#[derive(Clone, Copy, Default)]
+pub struct Overlay {
+    /// Its index, 0 if there is none.
+    pub ifindex: u32,
+    /// How long a packet may be, in bytes, IP header included.
+    pub mtu: u32,
+    /// The VXLAN network identifier.
+    pub vni: u32,
+}
+
 /// What is there for both families.
 pub trait Env {
     /// Seconds since boot on a coarse clock (CLOCK_MONOTONIC_COARSE).
@@ -25,6 +36,8 @@ pub trait Env {
     fn uplink(&self, ifindex: u32) -> Option<Uplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
+    /// The overlay device of [`Config`].
+    fn overlay(&self) -> Overlay;
     /// Counts one.
     fn count(&self, counter: Counter);
     /// How often what may fail by chance is tried again.

@@ -6,8 +6,8 @@
 //! for forged: they leave from the hook.
 
 use penstock_common::{
-    Addr, AddressKind, Config, Counter, FlowFlags, FlowKey, NetworkFlags, OVERLAY_MAC,
-    OVERLAY_PEER_MAC, RouteKind,
+    Addr, AddressKind, Counter, FlowFlags, FlowKey, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC,
+    RouteKind,
 };
 
 use crate::{
@@ -157,13 +157,12 @@ pub fn onward<F: Family, M: Maps<F>>(
     if maps.is(&dst, AddressKind::NODE) {
         return Ok(Verdict::Pass);
     }
-    let config = maps.config();
-    let route = maps.route(&dst);
-    let is_behind_overlay = config.network & NetworkFlags::FORWARD != 0
-        && route.is_some_and(|route| route.kind == RouteKind::OVERLAY);
-    if is_behind_overlay {
-        return match forward::enter_overlay::<F>(packet, &config)? {
-            Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, &config),
+    if maps.network() & NetworkFlags::FORWARD != 0
+        && let Some(route) = maps.route(&dst)
+        && route.kind == RouteKind::OVERLAY
+    {
+        return match forward::enter_overlay::<F>(packet, maps, route)? {
+            Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, maps),
             verdict => Ok(verdict),
         };
     }
@@ -176,12 +175,12 @@ pub fn onward<F: Family, M: Maps<F>>(
 /// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had
 /// come in by the overlay's own device, which may have this node's addresses for sources.
 #[inline(always)]
-fn too_long<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
+fn too_long<F: Family>(packet: &mut impl Packet, maps: &impl Maps<F>) -> Result<Verdict, Counter> {
     if !F::may_be_split(packet, ETHERNET) {
         return Ok(Verdict::TooLong);
     }
     forward::frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(forward::refused)?;
-    Ok(Verdict::In(config.overlay_ifindex))
+    Ok(Verdict::In(maps.overlay().ifindex))
 }
 
 /// Tells the sender of a packet that does not fit the overlay, which was translated already, what
@@ -203,6 +202,6 @@ pub fn shorten<F: Family, M: Maps<F>>(
     rewrite::translate::<F>(packet, &segment, client, frontend)?;
     (segment.src, segment.src_port) = client;
     (segment.dst, segment.dst_port) = frontend;
-    reject::too_long::<F, M>(packet, maps, &segment, maps.config().overlay_mtu)?;
+    reject::too_long::<F, M>(packet, maps, &segment, maps.overlay().mtu)?;
     Ok(Verdict::TurnAround)
 }

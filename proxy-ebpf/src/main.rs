@@ -331,10 +331,17 @@ mod programs {
             Verdict::In(ifindex) => skb.receive(ifindex),
             Verdict::TooLong => TOO_LONG,
             Verdict::Routed(ifindex) => skb.route(ifindex),
-            Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.config().overlay_vni) {
+            Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.overlay().vni) {
                 Ok(()) => NEXT,
                 Err(_) => dropped(context, Counter::RewriteFailed),
             },
+            Verdict::Overlay(route) => {
+                let overlay = kernel.overlay();
+                match skb.tunnel(&route, overlay.vni) {
+                    Ok(()) => skb.send(overlay.ifindex),
+                    Err(_) => dropped(context, Counter::RewriteFailed),
+                }
+            }
         }
     }
 

@@ -17,7 +17,7 @@ use penstock_common::{
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, PortChunk, Proto,
     Route, SourceRange, Uplink, V4, V6, limits,
 };
-use penstock_ebpf::env::{Env, Maps, Record};
+use penstock_ebpf::env::{Env, Maps, Overlay, Record};
 
 use super::{maps::*, skb};
 
@@ -103,6 +103,26 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
         // SAFETY: a field's address inside the mapped element; nothing is read.
         let field = |config: *const Config| unsafe { addr_of!((*config).network) };
         CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn overlay(&self) -> Overlay {
+        let Some(config) = CONFIG.get_ptr(0) else {
+            return Overlay::default();
+        };
+        // SAFETY: fields' addresses inside the mapped element; nothing is read.
+        let fields = unsafe {
+            (
+                addr_of!((*config).overlay_ifindex),
+                addr_of!((*config).overlay_mtu),
+                addr_of!((*config).overlay_vni),
+            )
+        };
+        Overlay {
+            ifindex: copy(fields.0),
+            mtu: copy(fields.1),
+            vni: copy(fields.2),
+        }
     }
 
     #[inline(always)]

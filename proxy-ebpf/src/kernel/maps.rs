@@ -10,8 +10,8 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
     DatagramKey, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Netns, PortChunk, Route, SockEndpoint, SocketPeer, SourceRange, Uplink, V4, V6,
-    limits,
+    FrontendKey, Netns, PortChunk, Route, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink,
+    V4, V6, limits,
 };
 
 /// A family's maps: a static cannot be generic.
@@ -88,6 +88,8 @@ pub(crate) static WAYS: PerCpuArray<[u32; 16]> = PerCpuArray::with_max_entries(1
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketPeer> = SkStorage::new();
+#[map]
+pub(crate) static TCP_PEERS: Array<TcpPeer> = Array::pinned(limits::TCP_PEERS, 0);
 #[map]
 pub(crate) static CONNECTED_UDP: HashMap<u64, ConnectedUdp> =
     HashMap::pinned(limits::CONNECTED_UDP, BPF_F_NO_PREALLOC);
