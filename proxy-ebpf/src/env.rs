@@ -42,7 +42,7 @@ pub trait Env {
     fn count(&self, counter: Counter);
     /// How often what may fail by chance is tried again.
     fn attempts(&self) -> u32;
-    /// How many records are looked at for one that gives way.
+    /// How many records are looked at in one go for one that gives way.
     fn reach(&self) -> u32;
     /// What is known of some source ports.
     fn port_chunk(&self, index: u32) -> PortChunk;

@@ -181,20 +181,24 @@ pub fn begin<F: Family, M: Maps<F>>(maps: &M, flow: &Flow<F::Addr>) -> Result<Ve
 
 /// Gives the flow that was noted a record.
 ///
-/// Where none is free, the oldest that gives way is found by a hand that goes around the table, a
-/// stretch of it for each flow: one that is embryonic stays for a whole turn, however many others
-/// come.
+/// Where none is free, the oldest that gives way is found by a hand that goes around the table: one
+/// that is embryonic stays for a whole turn, however many others come. Whoever calls this again as
+/// long as it answers [`Verdict::NoRecord`] has it go on.
 #[inline(always)]
 pub fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<Verdict, Counter> {
     let opening = maps.opening().ok_or(Counter::FlowTableFull)?;
-    let (id, record) = take_record::<F, M>(maps)?;
-    record.assume(opening);
-    Ok(Verdict::Claimed(id))
+    Ok(match take_record::<F, M>(maps) {
+        Some((id, record)) => {
+            record.assume(opening);
+            Verdict::Claimed(id)
+        }
+        None => Verdict::NoRecord,
+    })
 }
 
 /// A record of this program's own, in state `CLAIMED`.
 #[inline(always)]
-fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter> {
+fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Option<(FlowId, M::Record)> {
     // What the queue holds are hints.
     let mut tries = 0;
     while tries < maps.attempts() {
@@ -205,7 +209,7 @@ fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), C
         if let Some(record) = maps.record(id)
             && record.exchange_state(FlowState::FREE, FlowState::CLAIMED)
         {
-            return Ok((id, record));
+            return Some((id, record));
         }
     }
     let now = maps.now_secs();
@@ -230,10 +234,10 @@ fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), C
             forget::<F, M>(maps, id, record);
             maps.count(Counter::FlowEvicted);
         }
-        return Ok((id, record));
+        return Some((id, record));
     }
     maps.set_hand(start.wrapping_add(step));
-    Err(Counter::FlowTableFull)
+    None
 }
 
 /// The source ports that a flow may get.

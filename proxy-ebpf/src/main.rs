@@ -82,13 +82,18 @@ mod programs {
             #[unsafe(no_mangle)]
             #[inline(never)]
             pub(crate) extern "C" fn $begin() -> i32 {
-                let claimed = $claim();
-                if claimed < CLAIMED {
-                    return claimed;
-                }
-                let id = (claimed - CLAIMED) as u32;
-                let mut verdict = $place(id);
+                let mut verdict = NO_RECORD;
                 let mut turns = 0;
+                while verdict == NO_RECORD && turns < MOST_CLAIMS.load() {
+                    verdict = $claim();
+                    turns += 1;
+                }
+                if verdict < CLAIMED {
+                    return verdict;
+                }
+                let id = (verdict - CLAIMED) as u32;
+                verdict = $place(id);
+                turns = 0;
                 while verdict >= SEARCH && turns < MOST_CHUNKS.load() {
                     verdict = $search(id, (verdict - SEARCH) as u32);
                     turns += 1;
@@ -209,6 +214,7 @@ mod programs {
                     OUTSIDE | ICMP | UNTOUCHED => NEXT,
                     // The flow was gone again before its first packet.
                     OPEN | OPENED => dropped(context, Counter::FlowRace),
+                    NO_RECORD => dropped(context, Counter::FlowTableFull),
                     verdict if (REFUSED..CLAIMED).contains(&verdict) => {
                         trace(skb, verdict - REFUSED);
                         $refuse(skb)
@@ -238,6 +244,7 @@ mod programs {
                 let context = TcContext::new(core::ptr::null_mut());
                 let kernel = Kernel { context: &context };
                 match flow::$path::<$family, _>(&kernel $(, $value)*) {
+                    Ok(Verdict::NoRecord) => NO_RECORD,
                     Ok(Verdict::Claimed(id)) => CLAIMED + id.0 as i32,
                     Ok(Verdict::Search(from)) => SEARCH + from as i32,
                     Ok(Verdict::TakeOver) => TAKE_OVER,
@@ -271,6 +278,7 @@ mod programs {
         claim6, place6, search6, take_over6, enter6, begin6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const NO_RECORD: i32 = -18;
     const OPENING: i32 = -17;
     const PLACED: i32 = -16;
     const TAKE_OVER: i32 = -15;
@@ -294,7 +302,10 @@ mod programs {
     // Plus the chunk.
     const SEARCH: i32 = 1 << 20;
 
-    /// More chunks than any range of ports has, for the verifier to count.
+    /// How often a record is looked for. For the verifier to count, as below.
+    #[unsafe(no_mangle)]
+    static MOST_CLAIMS: Global<u32> = Global::new(8);
+    /// More chunks than any range of ports has.
     #[unsafe(no_mangle)]
     static MOST_CHUNKS: Global<u32> = Global::new(256);
 
@@ -313,6 +324,7 @@ mod programs {
             Verdict::Opening => OPENING,
             // Only flows' own stages say more.
             Verdict::Opened
+            | Verdict::NoRecord
             | Verdict::Claimed(_)
             | Verdict::Search(_)
             | Verdict::TakeOver

@@ -31,6 +31,8 @@ pub enum Verdict {
     Open,
     /// What it begins is known: `flow::claim`.
     Opening,
+    /// No record that its flow can have was met yet: `flow::claim` again.
+    NoRecord,
     /// Its flow has this record: `flow::place`.
     Claimed(FlowId),
     /// Its flow has no source port yet: `flow::search`, from this place on.

@@ -29,9 +29,9 @@ const ERRORS_PER_SECOND: u32 = 1_000;
 #[unsafe(no_mangle)]
 static ATTEMPTS: Global<u32> = Global::new(16);
 
-/// The same: how many records one flow may look at, which lie one after the other.
+/// The same: how many records are looked at in one go.
 #[unsafe(no_mangle)]
-static REACH: Global<u32> = Global::new(1_024);
+static REACH: Global<u32> = Global::new(128);
 
 /// The kernel, on behalf of the program that runs in `context`.
 pub(crate) struct Kernel<'a, C> {
