@@ -89,7 +89,7 @@ pub const MASQUERADE_PORTS: PortRange = (1_024, 29_999);
 /// that no socket has one.
 pub const REMAPPED_PORTS: PortRange = (61_000, 65_535);
 
-/// An element of `PORT_CHUNKS`: what is known of 256 neighbouring source ports towards one
+/// An element of `PORT_CHUNKS`: what is known of 64 neighbouring source ports towards one
 /// destination, or towards several that share the element.
 ///
 /// Whoever finds all of them taken notes for whom, and how many flows had given one back before it
@@ -106,7 +106,7 @@ pub struct PortChunk {
 
 impl PortChunk {
     /// How many neighbouring ports are one chunk.
-    pub const PORTS: u32 = 256;
+    pub const PORTS: u32 = 64;
 
     /// What [`Self::full`] is when all ports of a destination are taken.
     #[inline(always)]

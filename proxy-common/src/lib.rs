@@ -88,7 +88,7 @@ pub mod limits {
     pub const FLOWS: u32 = 131_072;
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
-    pub const PORT_CHUNKS: u32 = 16_384;
+    pub const PORT_CHUNKS: u32 = 65_536;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
     /// Connected TCP sockets whose peers have a place outside of the sockets' own storage; a power of

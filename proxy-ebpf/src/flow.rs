@@ -284,7 +284,7 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
 }
 
 /// Goes on looking for a free port from a chunk of the range on, which is counted from where this
-/// client begins. Looks at all ports of one chunk; of those that are known to be full, at none.
+/// client begins. Looks at all ports of one chunk at most, and at none of those known to be full.
 ///
 /// Whoever calls this again with what it answers has looked at the whole range in the end, as
 /// [`Verdict::TakeOver`] says.
@@ -301,8 +301,11 @@ pub fn search<F: Family, M: Maps<F>>(maps: &M, id: FlowId, from: u32) -> Result<
     let mut turn = from;
     let mut steps = 0;
     let (start, index, full) = loop {
-        if turn >= chunks || steps >= PortChunk::PORTS {
+        if turn >= chunks {
             return Ok(Verdict::TakeOver);
+        }
+        if steps >= PortChunk::PORTS {
+            return Ok(Verdict::Search(turn));
         }
         let chunk = first + begin.wrapping_add(turn) % chunks;
         turn += 1;

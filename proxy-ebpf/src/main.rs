@@ -304,10 +304,10 @@ mod programs {
 
     /// How often a record is looked for. For the verifier to count, as below.
     #[unsafe(no_mangle)]
-    static MOST_CLAIMS: Global<u32> = Global::new(8);
-    /// More chunks than any range of ports has.
+    static MOST_CLAIMS: Global<u32> = Global::new(16);
+    /// More than a range of ports has chunks.
     #[unsafe(no_mangle)]
-    static MOST_CHUNKS: Global<u32> = Global::new(256);
+    static MOST_CHUNKS: Global<u32> = Global::new(512);
 
     /// What a stage answers to the hook.
     #[inline(always)]

@@ -27,11 +27,11 @@ const ERRORS_PER_SECOND: u32 = 1_000;
 
 /// A constant that the verifier knows and the compiler does not, lest it unroll the loops.
 #[unsafe(no_mangle)]
-static ATTEMPTS: Global<u32> = Global::new(16);
+static ATTEMPTS: Global<u32> = Global::new(8);
 
 /// The same: how many records are looked at in one go.
 #[unsafe(no_mangle)]
-static REACH: Global<u32> = Global::new(128);
+static REACH: Global<u32> = Global::new(64);
 
 /// The kernel, on behalf of the program that runs in `context`.
 pub(crate) struct Kernel<'a, C> {
