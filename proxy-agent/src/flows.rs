@@ -1,6 +1,6 @@
 //! Sweeps flows whose time is over, so that their records can serve new ones.
 //!
-//! The programs manage without: they evict when no record is free. Invariant: a record is taken
+//! The programs manage without: where no record is free they take one from a flow that gives way. Invariant: a record is taken
 //! away by moving its state to `RECLAIMING` with one compare-and-exchange, as the programs do.
 #![expect(
     unsafe_code,
@@ -12,13 +12,13 @@ use std::{
     num::NonZeroUsize,
     os::fd::AsFd,
     ptr::NonNull,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, Queue};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use penstock_common::{
-    Addr, Config, Flow, FlowId, FlowKey, FlowState, Proto, Timeouts, V4, V6, limits,
+    Addr, Config, Flow, FlowId, FlowKey, FlowState, PortChunk, Proto, Timeouts, V4, V6, limits,
 };
 
 use crate::dataplane::pins::{PinError, Pins};
@@ -55,37 +55,31 @@ pub fn now_secs() -> u32 {
         .map_or(0, |time| time.tv_sec() as u32)
 }
 
-/// A family's flow table.
-struct Table<A> {
-    records: NonNull<Flow<A>>,
+/// An array that the programs and this process share.
+struct Shared<T> {
+    elements: NonNull<T>,
     length: NonZeroUsize,
-    index: HashMap<MapData, FlowKey<A>, FlowId>,
-    free: Queue<MapData, FlowId>,
 }
 
 // SAFETY: the mapping belongs to this value alone and is not tied to a thread.
-unsafe impl<A: Send> Send for Table<A> {}
+unsafe impl<T: Send> Send for Shared<T> {}
 
-impl<A> Drop for Table<A> {
+impl<T> Drop for Shared<T> {
     fn drop(&mut self) {
         // SAFETY: mapped in `open` with this length, and nobody else has the pointer.
-        let _ = unsafe { munmap(self.records.cast(), self.length.get()) };
+        let _ = unsafe { munmap(self.elements.cast(), self.length.get()) };
     }
 }
 
-impl<A: Addr> Table<A>
-where
-    FlowKey<A>: aya::Pod,
-{
-    fn open(pins: &Pins, [records, index, free]: [&'static str; 3]) -> Result<Self, FlowsError> {
-        let map = |name, source| FlowsError::Map { map: name, source };
-        let data = pins.map(records)?;
-        // The kernel rounds an array's elements up to 8 bytes; flows are a multiple of that.
-        let bytes = size_of::<Flow<A>>() * limits::FLOWS as usize;
-        let bad = |source| FlowsError::Mmap {
-            map: records,
-            source,
-        };
+impl<T> Shared<T> {
+    /// Maps a pinned array of `count` elements.
+    fn open(pins: &Pins, name: &'static str, count: u32) -> Result<Self, FlowsError> {
+        /// To what the kernel rounds an array's elements up, in bytes.
+        const STEP: usize = 8;
+        const { assert!(size_of::<T>().is_multiple_of(STEP)) };
+        let data = pins.map(name)?;
+        let bytes = size_of::<T>() * count as usize;
+        let bad = |source| FlowsError::Mmap { map: name, source };
         let length = NonZeroUsize::new(bytes.next_multiple_of(4_096))
             .ok_or_else(|| bad(io::ErrorKind::InvalidInput.into()))?;
         // SAFETY: a new mapping of a file descriptor, at no particular address.
@@ -102,8 +96,48 @@ where
         }
         .map_err(|error| bad(error.into()))?;
         Ok(Self {
-            records: memory.cast(),
+            elements: memory.cast(),
             length,
+        })
+    }
+}
+
+/// What is known of source ports.
+struct Ports(Shared<PortChunk>);
+
+impl Ports {
+    fn open(pins: &Pins) -> Result<Self, FlowsError> {
+        Shared::open(pins, "PORT_CHUNKS", limits::PORT_CHUNKS).map(Self)
+    }
+
+    /// Says that a port of a chunk was given back, after it was.
+    fn count_end(&self, index: u32) {
+        let index = index % limits::PORT_CHUNKS;
+        // SAFETY: the index is below `PORT_CHUNKS`, and the mapping holds that many; the field is
+        // aligned and only ever changed atomically; the mapping lives as long as `self`.
+        let ended = unsafe {
+            let chunk = self.0.elements.as_ptr().add(index as usize);
+            AtomicU64::from_ptr(&raw mut (*chunk).ended)
+        };
+        ended.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A family's flow table.
+struct Table<A> {
+    records: Shared<Flow<A>>,
+    index: HashMap<MapData, FlowKey<A>, FlowId>,
+    free: Queue<MapData, FlowId>,
+}
+
+impl<A: Addr> Table<A>
+where
+    FlowKey<A>: aya::Pod,
+{
+    fn open(pins: &Pins, [records, index, free]: [&'static str; 3]) -> Result<Self, FlowsError> {
+        let map = |name, source| FlowsError::Map { map: name, source };
+        Ok(Self {
+            records: Shared::open(pins, records, limits::FLOWS)?,
             index: HashMap::try_from(Map::HashMap(pins.map(index)?))
                 .map_err(|source| map(index, source))?,
             free: Queue::try_from(Map::Queue(pins.map(free)?))
@@ -113,7 +147,7 @@ where
 
     fn record(&self, id: u32) -> *mut Flow<A> {
         // SAFETY: ids are below `FLOWS`, and the mapping holds that many records.
-        unsafe { self.records.as_ptr().add(id as usize) }
+        unsafe { self.records.elements.as_ptr().add(id as usize) }
     }
 
     fn state(&self, id: u32) -> &AtomicU32 {
@@ -135,14 +169,14 @@ where
             if self.state(id).load(Ordering::Relaxed) == FlowState::FREE
                 && self.free.push(FlowId(id), 0).is_err()
             {
-                // Full: the rest is found by sampling.
+                // Full: the programs look through the table for the rest.
                 return;
             }
         }
     }
 
     /// Frees flows that have expired; how many, and how many there are.
-    fn sweep(&mut self, timeouts: &Timeouts, now: u32) -> (usize, usize) {
+    fn sweep(&mut self, ports: &Ports, timeouts: &Timeouts, now: u32) -> (usize, usize) {
         let (mut swept, mut live) = (0, 0);
         for id in 0..limits::FLOWS {
             let state = self.state(id).load(Ordering::Relaxed);
@@ -163,7 +197,10 @@ where
             if claimed.is_err() {
                 continue;
             }
-            for key in [flow.request_key(), flow.reply_key()] {
+            // Again: it may have begun another life in the meantime.
+            let flow = self.read(id);
+            let reply = flow.reply_key();
+            for key in [flow.request_key(), reply] {
                 // An index entry may already lead to another flow's record.
                 if self
                     .index
@@ -173,8 +210,9 @@ where
                     let _ = self.index.remove(&key);
                 }
             }
+            ports.count_end(reply.port_place().index(reply.dst_port.to_host()));
             self.state(id).store(FlowState::FREE, Ordering::SeqCst);
-            // Full: the record is found by sampling.
+            // Full: the programs find the record by themselves.
             let _ = self.free.push(FlowId(id), 0);
             swept += 1;
             live -= 1;
@@ -203,6 +241,7 @@ fn has_expired<A>(flow: &Flow<A>, timeouts: &Timeouts, now: u32) -> bool {
 pub struct Sweeper {
     v4: Table<V4>,
     v6: Table<V6>,
+    ports: Ports,
     config: Array<MapData, Config>,
 }
 
@@ -217,23 +256,27 @@ impl Sweeper {
         Ok(Self {
             v4: Table::open(pins, ["FLOWS4", "FLOW_INDEX4", "FREE_FLOWS4"])?,
             v6: Table::open(pins, ["FLOWS6", "FLOW_INDEX6", "FREE_FLOWS6"])?,
+            ports: Ports::open(pins)?,
             config,
         })
     }
 
-    /// Fills the queues of free records anew: ids are lost where a program or an agent ended between
-    /// taking one and using it. Programs that meet an empty queue sample meanwhile.
-    pub fn refill(&mut self) {
+    /// Mends what an agent may have left that ended between two steps: fills the queues of free
+    /// records anew, and has the programs look for free source ports wherever there were none.
+    pub fn mend(&mut self) {
         self.v4.refill();
         self.v6.refill();
+        for index in 0..limits::PORT_CHUNKS {
+            self.ports.count_end(index);
+        }
     }
 
     /// Frees what has expired. Returns how many flows went and how many are there.
     pub fn sweep(&mut self) -> (usize, usize) {
         let timeouts = self.config.get(&0, 0).unwrap_or_default().timeouts;
         let now = now_secs();
-        let (swept4, live4) = self.v4.sweep(&timeouts, now);
-        let (swept6, live6) = self.v6.sweep(&timeouts, now);
+        let (swept4, live4) = self.v4.sweep(&self.ports, &timeouts, now);
+        let (swept6, live6) = self.v6.sweep(&self.ports, &timeouts, now);
         (swept4 + swept6, live4 + live6)
     }
 }

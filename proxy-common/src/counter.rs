@@ -58,7 +58,7 @@ counters! {
     IcmpError = "icmp_error", COUNT;
     /// Flows that got a record.
     FlowCreated = "flow_created", COUNT;
-    /// Embryonic, closing or expired flows that gave their record to a new flow.
+    /// Embryonic, closing or expired flows that gave their record, or their source port, to a new flow.
     FlowEvicted = "flow_evicted", COUNT;
     /// Packets put straight into a pod of this node.
     Delivered = "delivered", COUNT;
@@ -83,9 +83,9 @@ counters! {
     Truncated = "truncated", DROP;
     /// Dropped: a fragment to a service whose first fragment was not seen.
     FragmentUnmatched = "fragment_unmatched", DROP;
-    /// Dropped: every flow record is in use by an established flow.
+    /// Dropped: no flow record is free, and those looked at are all of established flows.
     FlowTableFull = "flow_table_full", DROP;
-    /// Dropped: two packets created the same flow at once; the second sender repeats it.
+    /// Dropped: the flow of a packet was gone again before the packet went on in it.
     FlowRace = "flow_race", DROP;
     /// Dropped: a pod reached itself, and this node's address in that family is not known.
     HairpinNoAddress = "hairpin_no_address", DROP;
@@ -97,7 +97,7 @@ counters! {
     SourceNoAddress = "source_no_address", DROP;
     /// Dropped: a packet from the outside that does not fit the way to its backend.
     TooLong = "too_long", DROP;
-    /// Dropped: no source port is free for one more flow of this client to this backend.
+    /// Dropped: flows that stay have every source port towards this backend or address outside.
     NoSourcePort = "no_source_port", DROP;
     /// Dropped: a slot named a backend that does not exist; the agent repairs this.
     BackendMissing = "backend_missing", DROP;

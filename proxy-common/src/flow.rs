@@ -54,6 +54,83 @@ impl<A: Addr> FlowKey<A> {
             pad: [0; 2],
         }
     }
+
+    /// Of a reply's key: where ports are of the address that the backend answers to.
+    #[inline(always)]
+    pub fn port_place(&self) -> PortPlace {
+        /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming, 6.4).
+        const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+        let mut hash = u64::from(self.src_port.raw()) << 8 | u64::from(self.proto.0);
+        for [a, b, c, d] in [self.src.words(), self.dst.words()] {
+            let halves = [
+                u64::from(a) << 32 | u64::from(b),
+                u64::from(c) << 32 | u64::from(d),
+            ];
+            for half in halves {
+                hash = (hash ^ half).wrapping_mul(FACTOR).rotate_left(32);
+            }
+        }
+        PortPlace {
+            base: (hash >> 32) as u32 % crate::limits::PORT_CHUNKS,
+            check: hash as u32,
+        }
+    }
+}
+
+/// Source ports of a flow, from and to and both of them included.
+pub type PortRange = (u16, u16);
+
+/// Source ports of flows to which this node gives an address of its own: below those that the kernel
+/// gives to sockets (32,768 to 60,999 by default) and those of node ports (30,000 to 32,767), so
+/// that no flow meets another's.
+pub const MASQUERADE_PORTS: PortRange = (1_024, 29_999);
+/// Source ports for a second flow of one client port to one backend, and for pods that reach
+/// themselves: above the range that the kernel gives to sockets by default (ip_local_port_range), so
+/// that no socket has one.
+pub const REMAPPED_PORTS: PortRange = (61_000, 65_535);
+
+/// An element of `PORT_CHUNKS`: what is known of 64 neighbouring source ports towards one
+/// destination, or towards several that share the element.
+///
+/// Whoever finds all of them taken notes for whom, and how many flows had given one back before it
+/// looked; while no other has, nobody looks again.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortChunk {
+    /// How many flows gave a port back. Only ever changed atomically.
+    pub ended: u64,
+    /// [`PortPlace::check`] of whose ports were all taken (upper half) when the lower half of `ended`
+    /// was this (lower half). Written whole.
+    pub full: u64,
+}
+
+impl PortChunk {
+    /// How many neighbouring ports are one chunk.
+    pub const PORTS: u32 = 64;
+
+    /// What [`Self::full`] is when all ports of a destination are taken.
+    #[inline(always)]
+    pub const fn when_full(check: u32, ended: u64) -> u64 {
+        (check as u64) << 32 | ended as u32 as u64
+    }
+}
+
+/// Where a destination's port is in `PORT_CHUNKS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortPlace {
+    /// The index of the element of the destination's port 0; ports follow by chunks, around the end.
+    base: u32,
+    /// Tells destinations of one element apart. Two that agree in this too are taken for one, which
+    /// matters only to a destination that has no free port among those tried by chance.
+    pub check: u32,
+}
+
+impl PortPlace {
+    /// The index of the element that a port belongs to.
+    #[inline(always)]
+    pub const fn index(self, port: u16) -> u32 {
+        (self.base + port as u32 / PortChunk::PORTS) % crate::limits::PORT_CHUNKS
+    }
 }
 
 /// Values of [`Flow::state`].
@@ -190,6 +267,6 @@ pub struct FragmentPorts {
 }
 
 map_types! {
-    FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
+    PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
     Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 4,
 }

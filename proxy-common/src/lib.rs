@@ -18,6 +18,7 @@
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
 //! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
 //! | `TCP_PEERS` | array | socket cookie's low bits → [`TcpPeer`] | programs | the socket is in `SOCKETS` |
@@ -49,11 +50,11 @@ pub use config::{Config, NetworkFlags, Timeouts};
 pub use counter::Counter;
 pub use flow::{
     Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
-    Endpoint, EndpointFlags, MASQUERADE_PORTS, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind,
-    Uplink, XdpUplink,
+    Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Uplink, XdpUplink,
 };
 pub use plain::Plain;
 pub use service::{
@@ -86,6 +87,9 @@ pub mod limits {
     pub const TURNS: u32 = 16_384;
     /// Flows of one family that are translated packet by packet.
     pub const FLOWS: u32 = 131_072;
+    /// Elements that destinations' source ports are spread over; more only save looking for free ports
+    /// in vain.
+    pub const PORT_CHUNKS: u32 = 65_536;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
     /// Connected TCP sockets whose peers have a place outside of the sockets' own storage; a power of

@@ -76,10 +76,6 @@ pub struct XdpUplink {
     pub pad: u16,
 }
 
-/// Source ports of masqueraded flows: below those that the kernel gives to sockets (32,768 to 60,999
-/// by default) and those of node ports (30,000 to 32,767), so that no flow meets another's.
-pub const MASQUERADE_PORTS: (u16, u16) = (1_024, 29_999);
-
 /// The Ethernet address of every node's overlay device: what arrives there is for that node, and
 /// the tunnel alone says for which.
 pub const OVERLAY_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 1];

@@ -5,8 +5,8 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, SourceRange,
-    Uplink, XdpUplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto, Route,
+    SourceRange, Uplink, XdpUplink,
 };
 
 use crate::family::Family;
@@ -55,8 +55,16 @@ pub trait Env {
     fn overlay(&self) -> Overlay;
     /// Counts one.
     fn count(&self, counter: Counter);
-    /// How often a search by chance is repeated: for a record to evict, for a free source port.
+    /// How often what may fail by chance is tried again.
     fn attempts(&self) -> u32;
+    /// How many records are looked at in one go for one that gives way.
+    fn reach(&self) -> u32;
+    /// What is known of some source ports.
+    fn port_chunk(&self, index: u32) -> PortChunk;
+    /// Counts a flow that gave its source port back.
+    fn count_port_end(&self, index: u32);
+    /// Sets [`PortChunk::full`].
+    fn set_full(&self, index: u32, full: u64);
     /// Whether one more ICMP error may be sent within this second (RFC 4443, 2.4 (f)).
     fn may_send_error(&self) -> bool;
     /// Tells whoever traces what happened to a packet or socket of a service.
@@ -87,6 +95,8 @@ pub trait Record<A>: Copy {
     fn set_source(self, source: A, flags: u16);
     /// Writes all but the state of a record that is this program's alone.
     fn store(self, flow: &Flow<A>);
+    /// Gives a record that is this program's alone all but the state of another.
+    fn assume(self, other: Self);
 }
 
 /// The maps of one family.
@@ -124,8 +134,18 @@ pub trait Maps<F: Family>: Env {
     fn link(&self, key: &FlowKey<F::Addr>, id: FlowId) -> bool;
     /// Makes a key lead nowhere.
     fn unlink(&self, key: &FlowKey<F::Addr>);
+    /// Makes a key lead to a record, wherever it led.
+    fn relink(&self, key: &FlowKey<F::Addr>, id: FlowId);
+    /// The flow that this packet begins, for the next stage.
+    fn opening(&self) -> Option<Self::Record>;
     /// A record that is probably free.
     fn pop_free(&self) -> Option<FlowId>;
+    /// Says that a record is free.
+    fn push_free(&self, id: FlowId);
+    /// Where the search for records that give way goes on, modulo their number.
+    fn hand(&self) -> u32;
+    /// Sets the hand.
+    fn set_hand(&self, hand: u32);
     /// How many records there are.
     fn records(&self) -> u32;
     /// The pod of this node that has an address.

@@ -6,8 +6,8 @@
 //! for forged: they leave from the hook.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, FlowFlags, FlowKey, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
-    OVERLAY_PEER_MAC, Route, RouteKind,
+    Addr, AddressKind, Counter, FlowFlags, FlowKey, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC,
+    Route, RouteKind,
 };
 
 use crate::{
@@ -84,7 +84,7 @@ pub fn answer<F: Family, M: Maps<F>>(
     })
 }
 
-/// Makes the flow that a packet from the outside to a service begins.
+/// Says which flow a packet from the outside to a service begins.
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let segment = pod::segment::<F, M>(packet, maps)?;
@@ -97,7 +97,7 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     ingress: u32,
     maps: &M,
     segment: &Segment<F::Addr>,
-) -> Result<(), Counter> {
+) -> Result<Verdict, Counter> {
     let frontend = pod::dialled::<F, M>(maps, segment)?;
     // Pods of other nodes come this way too, where the network does not hide them.
     let origin = match maps.route(&segment.src) {
@@ -109,7 +109,7 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     opening.flags = FlowFlags::EXTERNAL;
     let stand_in = source::<F, M>(ingress, maps, segment, &chosen.backend.addr)?;
     opening.source = stand_in.unwrap_or(segment.src);
-    flow::create::<F, M>(maps, opening, stand_in.is_none(), MASQUERADE_PORTS)
+    flow::begin::<F, M>(maps, &opening)
 }
 
 /// This node's address for a backend elsewhere; `None` for one of this node.

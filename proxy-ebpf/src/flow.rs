@@ -1,16 +1,20 @@
 //! Conntrack: finds, creates, follows and retires the records of translated flows.
 //!
 //! Invariant: a record is reachable by both of its keys or on its way in or out; whoever moved its
-//! state to `CLAIMED` or `RECLAIMING` is the only one to change anything but state and time.
+//! state to `CLAIMED` or `RECLAIMING` is the only one to change anything but state and time. The
+//! index alone says which source ports are taken: a key is inserted if it is not there, by one
+//! program of all that try.
 
 use penstock_common::{
-    Addr, BackendFlags, Be16, Counter, Flow, FlowFlags, FlowId, FlowKey, FlowState, Proto,
+    Addr, BackendFlags, Be16, Counter, Flow, FlowFlags, FlowId, FlowKey, FlowState,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, Proto, REMAPPED_PORTS,
 };
 
 use crate::{
     env::{Maps, Record},
     family::Family,
     parse::{Segment, tcp},
+    pod::Verdict,
 };
 
 /// A flow that was found.
@@ -130,124 +134,92 @@ pub fn retire<F: Family, M: Maps<F>>(maps: &M, known: &Known<F::Addr, M::Record>
         .record
         .exchange_state(known.state, FlowState::RECLAIMING)
     {
-        maps.unlink(&known.record.key(FlowKey::<F::Addr>::REQUEST));
-        maps.unlink(&known.record.key(FlowKey::<F::Addr>::REPLY));
-        // The id returns to nobody's list: eviction or the agent's sweep finds it.
-        known.record.set_state(FlowState::FREE);
+        forget::<F, M>(maps, known.id, known.record);
+        free::<F, M>(maps, known.id, known.record);
     }
 }
 
-/// Gives a new flow its record, a source that no other flow to its backend has, and both keys.
-///
-/// `flow.source` and `flow.source_port` are a wish; the port is another where it is taken, within
-/// `ports`. Where `keep_port` is not set the wish is not even tried.
+/// Makes no key lead to a record of this program's own any more.
 #[inline(always)]
-pub fn create<F: Family, M: Maps<F>>(
-    maps: &M,
-    flow: Flow<F::Addr>,
-    keep_port: bool,
-    ports: (u16, u16),
-) -> Result<(), Counter> {
-    let (id, record) = claim(maps)?;
-    record.store(&flow);
-    if !link(maps, &flow.request_key(), id) {
-        record.set_state(FlowState::FREE);
-        return Err(Counter::FlowRace);
-    }
-    let mut reply = flow.reply_key();
-    let is_kept = keep_port && link(maps, &reply, id);
-    if !is_kept && !take_port::<F, M>(maps, id, record, &mut reply, ports) {
-        return Err(Counter::NoSourcePort);
-    }
-    record.set_state(FlowState::EMBRYONIC);
-    maps.count(Counter::FlowCreated);
-    Ok(())
+fn forget<F: Family, M: Maps<F>>(maps: &M, id: FlowId, record: M::Record) {
+    unlink::<F, M>(maps, &record.key(FlowKey::<F::Addr>::REQUEST), id);
+    give_back::<F, M>(maps, &record.key(FlowKey::<F::Addr>::REPLY), id);
 }
 
-/// Finds a source port that no other flow to the backend has, and makes the reply's key lead to the
-/// record. Without one the record is free again.
+/// Makes a key lead nowhere, unless it leads to another record than this.
 #[inline(always)]
-fn take_port<F: Family, M: Maps<F>>(
-    maps: &M,
-    id: FlowId,
-    record: M::Record,
-    reply: &mut FlowKey<F::Addr>,
-    (low, high): (u16, u16),
-) -> bool {
-    let span = u32::from(high - low) + 1;
-    let mut tries = 0;
-    while tries < maps.attempts() {
-        let port = low + penstock_common::slot_at(maps.random(), span) as u16;
-        reply.dst_port = Be16::from_host(port);
-        record.set_source_port(reply.dst_port);
-        if maps.link(reply, id) {
-            return true;
-        }
-        tries += 1;
+fn unlink<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) {
+    if maps.flow_id(key) == Some(id) {
+        maps.unlink(key);
     }
-    maps.unlink(&record.key(FlowKey::<F::Addr>::REQUEST));
+}
+
+/// Gives a source port back. Only then it is counted, so that who counted before it looked at the
+/// ports knows whether it has seen all that are free.
+#[inline(always)]
+fn give_back<F: Family, M: Maps<F>>(maps: &M, reply: &FlowKey<F::Addr>, id: FlowId) {
+    unlink::<F, M>(maps, reply, id);
+    maps.count_port_end(reply.port_place().index(reply.dst_port.to_host()));
+}
+
+/// Frees a record of this program's own that no key leads to.
+#[inline(always)]
+fn free<F: Family, M: Maps<F>>(maps: &M, id: FlowId, record: M::Record) {
     record.set_state(FlowState::FREE);
-    false
+    maps.push_free(id);
 }
 
-/// Gives a flow that no packet has followed yet another source.
+/// Notes the flow that a packet begins. It gets what it needs by [`claim`], [`place`] and [`enter`],
+/// in this order; nobody else knows of it before the last.
+///
+/// `flow.source` is what the backend is to see. If that is the client itself, its port is a wish.
 #[inline(always)]
-pub fn disguise<F: Family, M: Maps<F>>(
-    maps: &M,
-    known: &Known<F::Addr, M::Record>,
-    source: F::Addr,
-    ports: (u16, u16),
-) -> Result<(), Counter> {
-    if !known
-        .record
-        .exchange_state(FlowState::EMBRYONIC, FlowState::CLAIMED)
-    {
-        return Err(Counter::FlowRace);
-    }
-    let mut reply = known.record.key(FlowKey::<F::Addr>::REPLY);
-    maps.unlink(&reply);
-    reply.dst = source;
-    known
-        .record
-        .set_source(source, known.flags | FlowFlags::MASQUERADE);
-    if !take_port::<F, M>(maps, known.id, known.record, &mut reply, ports) {
-        return Err(Counter::NoSourcePort);
-    }
-    known.record.set_state(FlowState::EMBRYONIC);
-    Ok(())
+pub fn begin<F: Family, M: Maps<F>>(maps: &M, flow: &Flow<F::Addr>) -> Result<Verdict, Counter> {
+    maps.opening().ok_or(Counter::FlowTableFull)?.store(flow);
+    Ok(Verdict::Opening)
 }
 
-/// Makes a key lead to `id`, also where it leads to a record that is no longer the key's.
+/// Gives the flow that was noted a record.
+///
+/// Where none is free, the oldest that gives way is found by a hand that goes around the table: one
+/// that is embryonic stays for a whole turn, however many others come. Whoever calls this again as
+/// long as it answers [`Verdict::NoRecord`] has it go on.
 #[inline(always)]
-fn link<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> bool {
-    if maps.link(key, id) {
-        return true;
-    }
-    let Some(record) = maps.flow_id(key).and_then(|other| maps.record(other)) else {
-        return false;
-    };
-    if record.state() != FlowState::FREE && record.key(key.direction) == *key {
-        return false;
-    }
-    maps.unlink(key);
-    maps.link(key, id)
+pub fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<Verdict, Counter> {
+    let opening = maps.opening().ok_or(Counter::FlowTableFull)?;
+    Ok(match take_record::<F, M>(maps) {
+        Some((id, record)) => {
+            record.assume(opening);
+            Verdict::Claimed(id)
+        }
+        None => Verdict::NoRecord,
+    })
 }
 
 /// A record of this program's own, in state `CLAIMED`.
 #[inline(always)]
-fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter> {
-    if let Some(id) = maps.pop_free()
-        && let Some(record) = maps.record(id)
-        && record.exchange_state(FlowState::FREE, FlowState::CLAIMED)
-    {
-        return Ok((id, record));
+fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Option<(FlowId, M::Record)> {
+    // What the queue holds are hints.
+    let mut tries = 0;
+    while tries < maps.attempts() {
+        tries += 1;
+        let Some(id) = maps.pop_free() else {
+            break;
+        };
+        if let Some(record) = maps.record(id)
+            && record.exchange_state(FlowState::FREE, FlowState::CLAIMED)
+        {
+            return Some((id, record));
+        }
     }
     let now = maps.now_secs();
     let timeouts = maps.config().timeouts;
-    let mut sample = 0;
-    while sample < maps.attempts() {
-        sample += 1;
-        let id = FlowId(penstock_common::slot_at(maps.random(), maps.records()));
+    let start = maps.hand();
+    let mut step = 0;
+    while step < maps.reach() {
+        let next = start.wrapping_add(step);
+        step += 1;
+        let id = FlowId(next % maps.records());
         let Some(record) = maps.record(id) else {
             continue;
         };
@@ -257,14 +229,222 @@ fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter
         {
             continue;
         }
+        maps.set_hand(next.wrapping_add(1));
         if state != FlowState::FREE {
-            maps.unlink(&record.key(FlowKey::<F::Addr>::REQUEST));
-            maps.unlink(&record.key(FlowKey::<F::Addr>::REPLY));
+            forget::<F, M>(maps, id, record);
             maps.count(Counter::FlowEvicted);
         }
-        return Ok((id, record));
+        return Some((id, record));
     }
-    Err(Counter::FlowTableFull)
+    maps.set_hand(start.wrapping_add(step));
+    None
+}
+
+/// The source ports that a flow may get.
+#[inline(always)]
+fn ports(flags: u16) -> PortRange {
+    if flags & (FlowFlags::MASQUERADE | FlowFlags::EXTERNAL) != 0 {
+        MASQUERADE_PORTS
+    } else {
+        REMAPPED_PORTS
+    }
+}
+
+/// A port of a range, by chance.
+#[inline(always)]
+fn any_port<F: Family>(maps: &impl Maps<F>, (low, high): PortRange) -> u16 {
+    let span = u32::from(high - low) + 1;
+    low + penstock_common::slot_at(maps.random(), span) as u16
+}
+
+/// Gives a flow in its record a source that no other flow to its backend has: its wish, or a port by
+/// chance, of which nearly every one is free until nearly every one is taken.
+#[inline(always)]
+pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Counter> {
+    let record = maps.record(id).ok_or(Counter::FlowRace)?;
+    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    let keeps_port = record.key(FlowKey::<F::Addr>::REQUEST).src == reply.dst;
+    if keeps_port && link(maps, &reply, id) {
+        return Ok(Verdict::Placed);
+    }
+    if is_refusing(maps, reply.port_place()) {
+        return Ok(Verdict::Search(0));
+    }
+    let ports = ports(record.flags());
+    let mut tries = 0;
+    while tries < maps.attempts() {
+        tries += 1;
+        reply.dst_port = Be16::from_host(any_port(maps, ports));
+        if maps.link(&reply, id) {
+            record.set_source_port(reply.dst_port);
+            return Ok(Verdict::Placed);
+        }
+    }
+    Ok(Verdict::Search(0))
+}
+
+/// Goes on looking for a free port from a chunk of the range on, which is counted from where this
+/// client begins. Looks at all ports of one chunk at most, and at none of those known to be full.
+///
+/// Whoever calls this again with what it answers has looked at the whole range in the end, as
+/// [`Verdict::TakeOver`] says.
+#[inline(always)]
+pub fn search<F: Family, M: Maps<F>>(maps: &M, id: FlowId, from: u32) -> Result<Verdict, Counter> {
+    let record = maps.record(id).ok_or(Counter::FlowRace)?;
+    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    let place = reply.port_place();
+    let (low, high) = ports(record.flags());
+    let first = u32::from(low) / PortChunk::PORTS;
+    let chunks = u32::from(high) / PortChunk::PORTS - first + 1;
+    let request = record.key(FlowKey::<F::Addr>::REQUEST);
+    let begin = u32::from(request.src_port.to_host());
+    let mut turn = from;
+    let mut steps = 0;
+    let (start, index, full) = loop {
+        if turn >= chunks {
+            return Ok(Verdict::TakeOver);
+        }
+        if steps >= PortChunk::PORTS {
+            return Ok(Verdict::Search(turn));
+        }
+        let chunk = first + begin.wrapping_add(turn) % chunks;
+        turn += 1;
+        steps += 1;
+        let start = (chunk * PortChunk::PORTS) as u16;
+        let index = place.index(start);
+        let known = maps.port_chunk(index);
+        let full = PortChunk::when_full(place.check, known.ended);
+        if known.full != full {
+            break (start, index, full);
+        }
+    };
+    let mut offset = 0;
+    while offset < PortChunk::PORTS {
+        let port = start | offset as u16;
+        offset += 1;
+        if port < low || port > high {
+            continue;
+        }
+        reply.dst_port = Be16::from_host(port);
+        if maps.flow_id(&reply).is_none() && maps.link(&reply, id) {
+            record.set_source_port(reply.dst_port);
+            return Ok(Verdict::Placed);
+        }
+    }
+    maps.set_full(index, full);
+    Ok(Verdict::Search(turn))
+}
+
+/// What the element of a destination's port 0, which no flow gets, holds if a flow was refused within
+/// this second.
+#[inline(always)]
+fn refusal<F: Family>(maps: &impl Maps<F>, place: PortPlace) -> u64 {
+    PortChunk::when_full(place.check, maps.now_secs().into())
+}
+
+/// Whether a flow of a destination was refused within this second: neither chance nor flows that give
+/// way are tried again before the next, since that costs more than any other packet.
+#[inline(always)]
+fn is_refusing<F: Family>(maps: &impl Maps<F>, place: PortPlace) -> bool {
+    maps.port_chunk(place.index(0)).full == refusal(maps, place)
+}
+
+/// Where no port is free: takes one over from a flow that would give up its record too.
+#[inline(always)]
+pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Counter> {
+    let record = maps.record(id).ok_or(Counter::FlowRace)?;
+    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    let place = reply.port_place();
+    if is_refusing(maps, place) {
+        free::<F, M>(maps, id, record);
+        return Err(Counter::NoSourcePort);
+    }
+    let ports = ports(record.flags());
+    let now = maps.now_secs();
+    let timeouts = maps.config().timeouts;
+    let mut tries = 0;
+    while tries < 4 * maps.attempts() {
+        tries += 1;
+        reply.dst_port = Be16::from_host(any_port(maps, ports));
+        let Some(other_id) = maps.flow_id(&reply) else {
+            if maps.link(&reply, id) {
+                record.set_source_port(reply.dst_port);
+                return Ok(Verdict::Placed);
+            }
+            continue;
+        };
+        let Some(other) = maps.record(other_id) else {
+            continue;
+        };
+        let state = other.state();
+        if !may_evict(state, other, now, &timeouts)
+            || !other.exchange_state(state, FlowState::RECLAIMING)
+        {
+            continue;
+        }
+        // Of a key that is left from an earlier life of the record, the flow may go too.
+        if state != FlowState::FREE {
+            unlink::<F, M>(maps, &other.key(FlowKey::<F::Addr>::REQUEST), other_id);
+        }
+        // In one step: nobody else gets the port between the two.
+        maps.relink(&reply, id);
+        record.set_source_port(reply.dst_port);
+        free::<F, M>(maps, other_id, other);
+        maps.count(Counter::FlowEvicted);
+        return Ok(Verdict::Placed);
+    }
+    maps.set_full(place.index(0), refusal(maps, place));
+    free::<F, M>(maps, id, record);
+    Err(Counter::NoSourcePort)
+}
+
+/// Lets packets find a flow that has a record and a source. If another packet of the same flow was
+/// faster, that one's counts.
+#[inline(always)]
+pub fn enter<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Counter> {
+    let record = maps.record(id).ok_or(Counter::FlowRace)?;
+    // Before it can be found, so that whoever finds it can use it.
+    record.set_state(FlowState::EMBRYONIC);
+    let request = record.key(FlowKey::<F::Addr>::REQUEST);
+    let mut tries = 0;
+    let mut is_known = false;
+    // Again where the key leads to a record that is just changing hands.
+    while tries < maps.attempts() && !is_known {
+        tries += 1;
+        if link(maps, &request, id) {
+            maps.count(Counter::FlowCreated);
+            return Ok(Verdict::Opened);
+        }
+        is_known = find::<F, M>(maps, &request).is_some();
+    }
+    if record.exchange_state(FlowState::EMBRYONIC, FlowState::RECLAIMING) {
+        give_back::<F, M>(maps, &record.key(FlowKey::<F::Addr>::REPLY), id);
+        free::<F, M>(maps, id, record);
+    }
+    if is_known {
+        Ok(Verdict::Opened)
+    } else {
+        Err(Counter::FlowRace)
+    }
+}
+
+/// Makes a key lead to `id`, also where it leads to a record that is no longer the key's.
+#[inline(always)]
+fn link<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> bool {
+    if maps.link(key, id) {
+        return true;
+    }
+    let Some(other) = maps.flow_id(key) else {
+        return false;
+    };
+    let Some(record) = maps.record(other) else {
+        return false;
+    };
+    if record.state() != FlowState::FREE && record.key(key.direction) == *key {
+        return false;
+    }
+    unlink::<F, M>(maps, key, other);
+    maps.link(key, id)
 }
 
 /// Embryonic and closing flows go first, established ones only once they have expired.

@@ -5,13 +5,13 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, EndpointFlags, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
+    Addr, AddressKind, Counter, EndpointFlags, FlowFlags, FlowKey, NetworkFlags, OVERLAY_MAC,
     OVERLAY_PEER_MAC, Proto, Route, RouteKind,
 };
 
 use crate::{
     checksum::Delta,
-    env::Maps,
+    env::{Maps, Record},
     family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow,
     packet::{Packet, Refused},
@@ -120,20 +120,17 @@ pub fn disguise<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     if maps.network() == 0 {
-        return Ok(Verdict::Opened);
+        return Ok(Verdict::Opening);
     }
-    let segment = pod::segment::<F, M>(packet, maps)?;
-    let Some(known) = flow::find::<F, M>(maps, &pod::request_key(&segment)) else {
-        return Ok(Verdict::Opened);
-    };
-    let ((src, _), (dst, _)) = known.ends();
-    if let Some(source) = source_outside::<F, M>(maps, packet.ifindex(), &src, &dst) {
-        flow::disguise::<F, M>(maps, &known, source, MASQUERADE_PORTS)?;
+    let opening = maps.opening().ok_or(Counter::FlowTableFull)?;
+    let reply = opening.key(FlowKey::<F::Addr>::REPLY);
+    if let Some(source) = source_outside::<F, M>(maps, packet.ifindex(), &reply.dst, &reply.src) {
+        opening.set_source(source, opening.flags() | FlowFlags::MASQUERADE);
     }
-    Ok(Verdict::Opened)
+    Ok(Verdict::Opening)
 }
 
-/// Makes the flow that a packet to the outside begins.
+/// Says which flow a packet to the outside begins.
 #[inline(always)]
 pub fn masquerade<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -143,9 +140,7 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     // That it leaves the cluster is known: `leaving` has looked.
     let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
     let source = source.ok_or(Counter::MasqueradeNoAddress)?;
-    let flow = flow::masquerading(maps, &segment, source);
-    flow::create::<F, M>(maps, flow, false, MASQUERADE_PORTS)?;
-    Ok(Verdict::Opened)
+    flow::begin::<F, M>(maps, &flow::masquerading(maps, &segment, source))
 }
 
 /// Sends a masqueraded packet on its way.

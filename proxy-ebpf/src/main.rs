@@ -21,7 +21,7 @@ mod kernel;
 )]
 mod programs {
     use aya_ebpf::{
-        EbpfContext,
+        EbpfContext, Global,
         bindings::{
             __sk_buff, TC_ACT_SHOT,
             xdp_action::{XDP_DROP, XDP_PASS},
@@ -30,12 +30,12 @@ mod programs {
         macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
         programs::{SockAddrContext, SockContext, TcContext, XdpContext},
     };
-    use penstock_common::{Counter, V4, V6};
+    use penstock_common::{Counter, FlowId, V4, V6};
     use penstock_ebpf::{
         env::Env,
         external,
         family::Family,
-        forward,
+        flow, forward,
         packet::Packet,
         pod::{self, Path, Verdict},
         socket::{self, Outcome},
@@ -57,7 +57,8 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident) => {
+            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
+            $claim:ident, $place:ident, $search:ident, $take_over:ident, $enter:ident, $begin:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -78,6 +79,40 @@ mod programs {
             family!(stage $answer, external::answer, $family);
             family!(stage $shorten, external::shorten, $family);
             family!(stage $to_uplink, tunnel::to_uplink, $family);
+            family!(step $claim(), flow::claim, $family);
+            family!(step $place(id => FlowId(id)), flow::place, $family);
+            family!(step $search(id => FlowId(id), from => from), flow::search, $family);
+            family!(step $take_over(id => FlowId(id)), flow::take_over, $family);
+            family!(step $enter(id => FlowId(id)), flow::enter, $family);
+
+            /// Makes the flow that was decided on: a record, a source, both keys.
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $begin() -> i32 {
+                let mut verdict = NO_RECORD;
+                let mut turns = 0;
+                while verdict == NO_RECORD && turns < MOST_CLAIMS.load() {
+                    verdict = $claim();
+                    turns += 1;
+                }
+                if verdict < CLAIMED {
+                    return verdict;
+                }
+                let id = (verdict - CLAIMED) as u32;
+                verdict = $place(id);
+                turns = 0;
+                while verdict >= SEARCH && turns < MOST_CHUNKS.load() {
+                    verdict = $search(id, (verdict - SEARCH) as u32);
+                    turns += 1;
+                }
+                if verdict == TAKE_OVER {
+                    verdict = $take_over(id);
+                }
+                if verdict == PLACED {
+                    verdict = $enter(id);
+                }
+                verdict
+            }
 
             #[unsafe(no_mangle)]
             #[inline(never)]
@@ -103,7 +138,7 @@ mod programs {
                         let mut verdict = $request(skb);
                         if verdict == OPEN && decided == REQUEST {
                             verdict = $open(skb);
-                            if verdict == OPENED {
+                            if verdict == OPENING {
                                 verdict = $disguise(skb);
                             }
                         } else if verdict == OPEN {
@@ -111,6 +146,9 @@ mod programs {
                             if verdict == OPEN {
                                 verdict = $masquerade(skb);
                             }
+                        }
+                        if verdict == OPENING {
+                            verdict = $begin();
                         }
                         if verdict == OPENED {
                             verdict = $request(skb);
@@ -144,6 +182,9 @@ mod programs {
                     verdict = $request(skb);
                     if verdict == OPEN {
                         verdict = $admit(skb);
+                        if verdict == OPENING {
+                            verdict = $begin();
+                        }
                         if verdict == OPENED {
                             verdict = $request(skb);
                         }
@@ -180,7 +221,8 @@ mod programs {
                     OUTSIDE | ICMP | UNTOUCHED => NEXT,
                     // The flow was gone again before its first packet.
                     OPEN | OPENED => dropped(context, Counter::FlowRace),
-                    verdict if (REFUSED..).contains(&verdict) => {
+                    NO_RECORD => dropped(context, Counter::FlowTableFull),
+                    verdict if (REFUSED..CLAIMED).contains(&verdict) => {
                         trace(skb, verdict - REFUSED);
                         $refuse(skb)
                     }
@@ -201,6 +243,24 @@ mod programs {
                 $onward(context, verdict)
             }
         };
+        (step $name:ident($($argument:ident => $value:expr),*), flow::$path:ident, $family:ty) => {
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $name($($argument: u32),*) -> i32 {
+                // None of these asks about the packet.
+                let context = TcContext::new(core::ptr::null_mut());
+                let kernel = Kernel { context: &context };
+                match flow::$path::<$family, _>(&kernel $(, $value)*) {
+                    Ok(Verdict::NoRecord) => NO_RECORD,
+                    Ok(Verdict::Claimed(id)) => CLAIMED + id.0 as i32,
+                    Ok(Verdict::Search(from)) => SEARCH + from as i32,
+                    Ok(Verdict::TakeOver) => TAKE_OVER,
+                    Ok(Verdict::Placed) => PLACED,
+                    Ok(_) => OPENED,
+                    Err(reason) => dropped(&context, reason),
+                }
+            }
+        };
         (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
             #[unsafe(no_mangle)]
             #[inline(never)]
@@ -217,22 +277,27 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4);
+        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
+        claim4, place4, search4, take_over4, enter4, begin4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6);
+        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
+        claim6, place6, search6, take_over6, enter6, begin6);
 
     /// XDP's functions for one family; their answers are as the other hooks'.
     macro_rules! xdp_family {
-        ($family:ty: $before_stack:ident, $carry:ident, $begin:ident) => {
+        ($family:ty: $before_stack:ident, $carry:ident, $admit:ident, $begin:ident) => {
             xdp_family!(stage $carry, xdp::carry, $family);
-            xdp_family!(stage $begin, xdp::open, $family);
+            xdp_family!(stage $admit, xdp::open, $family);
 
             #[inline(always)]
             fn $before_stack(xdp: *mut xdp_md) -> i32 {
                 let mut verdict = $carry(xdp);
                 if verdict == OPEN {
-                    verdict = $begin(xdp);
+                    verdict = $admit(xdp);
+                    if verdict == OPENING {
+                        verdict = $begin();
+                    }
                     if verdict == OPENED {
                         verdict = $carry(xdp);
                     }
@@ -250,17 +315,21 @@ mod programs {
                 match $module::$path::<$family, _>(&mut xdp, &kernel) {
                     Ok(Verdict::Routed(ifindex)) => xdp.send(ifindex),
                     Ok(Verdict::Open) => OPEN,
-                    Ok(Verdict::Opened) => OPENED,
+                    Ok(Verdict::Opening) => OPENING,
                     Ok(_) => NEXT,
                     Err(reason) => dropped(&context, reason),
                 }
             }
         };
     }
-    xdp_family!(V4: before_stack4, carry4, begin4);
-    xdp_family!(V6: before_stack6, carry6, begin6);
+    xdp_family!(V4: before_stack4, carry4, admit_at_xdp4, begin4);
+    xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    const NO_RECORD: i32 = -18;
+    const OPENING: i32 = -17;
+    const PLACED: i32 = -16;
+    const TAKE_OVER: i32 = -15;
     const TOO_LONG: i32 = -14;
     const UNTOUCHED: i32 = -13;
     const ARRIVED: i32 = -12;
@@ -276,6 +345,17 @@ mod programs {
     // Plus the `Counter` that says why.
     const DROPPED: i32 = 1_000;
     const REFUSED: i32 = 2_000;
+    // Plus the `FlowId`.
+    const CLAIMED: i32 = 1 << 20;
+    // Plus the chunk.
+    const SEARCH: i32 = 1 << 20;
+
+    /// How often a record is looked for. For the verifier to count, as below.
+    #[unsafe(no_mangle)]
+    static MOST_CLAIMS: Global<u32> = Global::new(16);
+    /// More than a range of ports has chunks.
+    #[unsafe(no_mangle)]
+    static MOST_CHUNKS: Global<u32> = Global::new(512);
 
     /// What a stage answers to the hook.
     #[inline(always)]
@@ -289,7 +369,14 @@ mod programs {
             Verdict::Pass => NEXT,
             Verdict::TurnAround => skb.turn_around(),
             Verdict::Open => OPEN,
-            Verdict::Opened => OPENED,
+            Verdict::Opening => OPENING,
+            // Only flows' own stages say more.
+            Verdict::Opened
+            | Verdict::NoRecord
+            | Verdict::Claimed(_)
+            | Verdict::Search(_)
+            | Verdict::TakeOver
+            | Verdict::Placed => OPENED,
             Verdict::Refuse(reason) => REFUSED + reason as i32,
             Verdict::Forward => FORWARD,
             Verdict::Local => LOCAL,

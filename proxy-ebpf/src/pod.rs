@@ -6,8 +6,8 @@
 //! function of its own in the kernel, with a stack of its own, and parses what it needs.
 
 use penstock_common::{
-    Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, Frontend, FrontendKey, NetworkFlags,
-    Proto, Route,
+    Addr, AddressKind, Be16, Counter, FlowFlags, FlowId, FlowKey, Frontend, FrontendKey,
+    NetworkFlags, Proto, Route,
 };
 
 use crate::{
@@ -29,6 +29,18 @@ pub enum Verdict {
     TurnAround,
     /// It begins a flow: [`open`].
     Open,
+    /// What it begins is known: `flow::claim`.
+    Opening,
+    /// No record that its flow can have was met yet: `flow::claim` again.
+    NoRecord,
+    /// Its flow has this record: `flow::place`.
+    Claimed(FlowId),
+    /// Its flow has no source port yet: `flow::search`, from this place on.
+    Search(u32),
+    /// No source port is free for its flow: `flow::take_over`.
+    TakeOver,
+    /// Its flow has a source: `flow::enter`.
+    Placed,
     /// Its flow is there now: [`request`] again.
     Opened,
     /// It is to be answered by [`refuse`], for this reason.
@@ -84,10 +96,6 @@ pub enum Path {
     /// To this node: [`to_node`].
     Node,
 }
-
-/// Source ports for a second flow of one client port to one backend: above the range that the
-/// kernel gives to sockets by default (ip_local_port_range), so that no socket has one.
-const REMAPPED_PORTS: (u16, u16) = (61_000, 65_535);
 
 /// Sorts a packet that a pod sent.
 #[inline(always)]
@@ -197,22 +205,21 @@ pub(crate) fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
     )
 }
 
-/// Makes the flow that a packet to a service begins.
+/// Says which flow a packet to a service begins.
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let segment = segment::<F, M>(packet, maps)?;
     opened::<F, M>(maps, &segment, open_flow::<F, M>(maps, &segment))
 }
 
-/// What becomes of a packet whose flow was, or could not be, opened.
+/// What becomes of a packet whose flow can, or cannot be, opened.
 #[inline(always)]
 pub(crate) fn opened<F: Family, M: Maps<F>>(
     maps: &M,
     segment: &Segment<F::Addr>,
-    result: Result<(), Counter>,
+    result: Result<Verdict, Counter>,
 ) -> Result<Verdict, Counter> {
     match result {
-        Ok(()) => Ok(Verdict::Opened),
         // Other ports of an address that is not a service's own may be somebody else's.
         Err(Counter::UndefinedPort) if !maps.is(&segment.dst, AddressKind::SERVICE) => {
             Ok(Verdict::Untouched)
@@ -221,7 +228,7 @@ pub(crate) fn opened<F: Family, M: Maps<F>>(
             maps.count(reason);
             Ok(Verdict::Refuse(reason))
         }
-        Err(reason) => Err(reason),
+        result => result,
     }
 }
 
@@ -241,7 +248,10 @@ pub(crate) fn dialled<F: Family, M: Maps<F>>(
 }
 
 #[inline(always)]
-fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Result<(), Counter> {
+fn open_flow<F: Family, M: Maps<F>>(
+    maps: &M,
+    segment: &Segment<F::Addr>,
+) -> Result<Verdict, Counter> {
     let frontend = dialled::<F, M>(maps, segment)?;
     let chosen = select::backend(maps, &frontend, Origin::Cluster, segment.src)?;
     let opening = flow::opening(maps, segment, &chosen);
@@ -249,7 +259,7 @@ fn open_flow<F: Family, M: Maps<F>>(maps: &M, segment: &Segment<F::Addr>) -> Res
     if is_hairpin && opening.source.is_unspecified() {
         return Err(Counter::HairpinNoAddress);
     }
-    flow::create::<F, M>(maps, opening, !is_hairpin, REMAPPED_PORTS)
+    flow::begin::<F, M>(maps, &opening)
 }
 
 /// Answers a packet that nobody will serve.

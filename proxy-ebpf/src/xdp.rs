@@ -148,7 +148,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     };
     Ok(
         match external::open_flow::<F, M>(packet.ifindex(), maps, &segment) {
-            Ok(()) => Verdict::Opened,
+            Ok(verdict) => verdict,
             Err(_) => Verdict::Pass,
         },
     )

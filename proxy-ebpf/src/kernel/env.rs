@@ -14,8 +14,8 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, Proto, Route,
-    SourceRange, Uplink, V4, V6, XdpUplink, limits,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, PortChunk, Proto,
+    Route, SourceRange, Uplink, V4, V6, XdpUplink, limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Record};
 
@@ -30,7 +30,11 @@ const ERRORS_PER_SECOND: u32 = 1_000;
 
 /// A constant that the verifier knows and the compiler does not, lest it unroll the loops.
 #[unsafe(no_mangle)]
-static ATTEMPTS: Global<u32> = Global::new(16);
+static ATTEMPTS: Global<u32> = Global::new(8);
+
+/// The same: how many records are looked at in one go.
+#[unsafe(no_mangle)]
+static REACH: Global<u32> = Global::new(64);
 
 /// The kernel, on behalf of the program that runs in `context`.
 pub(crate) struct Kernel<'a, C> {
@@ -143,6 +147,35 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn attempts(&self) -> u32 {
         ATTEMPTS.load()
+    }
+
+    #[inline(always)]
+    fn reach(&self) -> u32 {
+        REACH.load()
+    }
+
+    #[inline(always)]
+    fn port_chunk(&self, index: u32) -> PortChunk {
+        PORT_CHUNKS.get_ptr(index).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn count_port_end(&self, index: u32) {
+        if let Some(chunk) = PORT_CHUNKS.get_ptr_mut(index) {
+            // SAFETY: a mapped array element, whose first field is an aligned word that everybody
+            // changes atomically.
+            unsafe {
+                atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(addr_of_mut!((*chunk).ended), 1)
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn set_full(&self, index: u32, full: u64) {
+        if let Some(chunk) = PORT_CHUNKS.get_ptr_mut(index) {
+            // SAFETY: a mapped array element; an aligned word is written whole.
+            unsafe { addr_of_mut!((*chunk).full).write_volatile(full) };
+        }
     }
 
     #[inline(always)]
@@ -280,6 +313,37 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
     }
 
     #[inline(always)]
+    fn assume(self, other: Self) {
+        /// Copies one field after the other: a whole record has no room on the stack.
+        macro_rules! fields {
+            ($($name:ident),*) => {
+                $(
+                    let value = field!(other, $name);
+                    // SAFETY: as above; the record is this program's alone, see `store`.
+                    unsafe { addr_of_mut!((*self.0).$name).write(value) };
+                )*
+            };
+        }
+        fields!(
+            seen_secs,
+            service,
+            backend_id,
+            backend_generation,
+            client,
+            frontend,
+            backend,
+            source,
+            client_port,
+            frontend_port,
+            backend_port,
+            source_port,
+            flags,
+            proto,
+            pad
+        );
+    }
+
+    #[inline(always)]
     fn store(self, flow: &Flow<A>) {
         let Flow {
             state: _,
@@ -324,7 +388,7 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
 macro_rules! family {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $node:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident, $node:ident) => {
         impl<C: Hook> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
 
@@ -403,6 +467,37 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn relink(&self, key: &FlowKey<$family>, id: FlowId) {
+                // The key is there; without memory its record is found to be another's.
+                let _ = $index.insert(key, id, 0);
+            }
+
+            #[inline(always)]
+            fn opening(&self) -> Option<Self::Record> {
+                $openings.get_ptr_mut(0).map(RecordPtr)
+            }
+
+            #[inline(always)]
+            fn push_free(&self, id: FlowId) {
+                // Full: the record is found by the hand.
+                let _ = $free.push(id, 0);
+            }
+
+            #[inline(always)]
+            fn hand(&self) -> u32 {
+                $hands.get_ptr(0).map(copy).unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_hand(&self, hand: u32) {
+                if let Some(element) = $hands.get_ptr_mut(0) {
+                    // SAFETY: a mapped array element, an aligned word that is written whole. Where
+                    // several programs do, some records are looked at twice.
+                    unsafe { element.write_volatile(hand) };
+                }
+            }
+
+            #[inline(always)]
             fn records(&self) -> u32 {
                 limits::FLOWS
             }
@@ -449,6 +544,6 @@ macro_rules! family {
 }
 
 family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, node4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4, node4);
 family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, node6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6, node6);

@@ -10,15 +10,15 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Config, ConnectedUdp, Counter, Datagram,
     DatagramKey, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Netns, Route, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6,
-    XdpUplink, limits,
+    FrontendKey, Netns, PortChunk, Route, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink,
+    V4, V6, XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
             HashMap::pinned(limits::ADDRESSES, BPF_F_NO_PREALLOC);
@@ -49,14 +49,24 @@ macro_rules! family_maps {
         #[map]
         pub(crate) static $fragments: LruHashMap<FragmentKey<$family>, FragmentPorts> =
             LruHashMap::pinned(limits::FRAGMENTS, 0);
+        /// The flow that a packet begins, between two stages.
+        #[map]
+        pub(crate) static $openings: PerCpuArray<Flow<$family>> =
+            PerCpuArray::with_max_entries(1, 0);
+        /// Where the search for records that give way goes on.
+        #[map]
+        pub(crate) static $hands: Array<u32> = Array::with_max_entries(1, 0);
     };
 }
 
 family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4);
 family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6);
 
+#[map]
+pub(crate) static PORT_CHUNKS: Array<PortChunk> =
+    Array::pinned(limits::PORT_CHUNKS, BPF_F_MMAPABLE);
 #[map]
 pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);
 #[map]

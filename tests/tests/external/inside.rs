@@ -19,13 +19,17 @@ fn pods_and_processes_use_external_addresses_too() -> Result<()> {
         let stage = Stage::new(pods)?;
         let [here, there] = &stage.servers;
         stage.web(&[here, there], |web| web)?;
-        stage.agents[0].wait_for_hooks(&[here, &stage.guest])?;
+        stage.agents[0].wait_for_hooks(&[here, &stage.guests[0]])?;
         let all: BTreeSet<String> = [here.host.name.clone(), there.host.name.clone()].into();
         let node = &stage.nodes[0].host;
         for protocol in PROTOCOLS {
             // Not the same pod on both ways: its direct connections and its translated flows could
             // meet at one backend from one port.
-            for from in [&here.host, &stage.guest.host.without_socket_hooks(), node] {
+            for from in [
+                &here.host,
+                &stage.guests[0].host.without_socket_hooks(),
+                node,
+            ] {
                 for to in stage.addresses(protocol) {
                     let mut seen = BTreeSet::new();
                     for _ in 0..60 {

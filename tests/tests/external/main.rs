@@ -12,6 +12,7 @@
 mod flood;
 mod health;
 mod inside;
+mod live;
 mod outside;
 mod stage;
 mod xdp;

@@ -33,8 +33,8 @@ pub struct Stage {
     pub client: Host,
     /// A pod of each node.
     pub servers: [Pod; 2],
-    /// A pod of the first node that serves nothing.
-    pub guest: Pod,
+    /// Pods of the first node that serve nothing.
+    pub guests: [Pod; 2],
     pub nodes: [Node; 2],
     _testbed: Testbed,
 }
@@ -49,14 +49,14 @@ impl Stage {
         let mut testbed = Testbed::new()?;
         let client = testbed.client()?;
         let mut agents = Vec::new();
-        let (nodes, servers, guest) = match pods {
+        let (nodes, servers, guests) = match pods {
             Pods::Routed => {
                 let nodes = [testbed.node()?, testbed.node()?];
                 let servers = [testbed.pod(&nodes[0])?, testbed.pod(&nodes[1])?];
-                let guest = testbed.pod(&nodes[0])?;
+                let guests = [testbed.pod(&nodes[0])?, testbed.pod(&nodes[0])?];
                 nodes[0].knows(&[&nodes[0], &nodes[1]])?;
                 agents.push(Agent::start(&nodes[0], &Source::Manifests, options)?);
-                (nodes, servers, guest)
+                (nodes, servers, guests)
             }
             Pods::Wired => {
                 let nodes = [testbed.network_node()?, testbed.network_node()?];
@@ -68,8 +68,11 @@ impl Stage {
                     testbed.network_pod(&nodes[0])?,
                     testbed.network_pod(&nodes[1])?,
                 ];
-                let guest = testbed.network_pod(&nodes[0])?;
-                (nodes, servers, guest)
+                let guests = [
+                    testbed.network_pod(&nodes[0])?,
+                    testbed.network_pod(&nodes[0])?,
+                ];
+                (nodes, servers, guests)
             }
         };
         for ip in BALANCER.iter().chain(&EXTERNAL) {
@@ -86,7 +89,7 @@ impl Stage {
             _processes: processes,
             client,
             servers,
-            guest,
+            guests,
             nodes,
             _testbed: testbed,
         })

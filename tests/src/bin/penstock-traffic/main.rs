@@ -2,6 +2,7 @@
 //!
 //! A server answers "NAME PEER REACHED". A question prints one line of JSON.
 
+mod crowd;
 mod survey;
 
 use std::{
@@ -74,6 +75,17 @@ enum Command {
         to: SocketAddr,
         #[arg(long, default_value_t = 20)]
         interval_ms: u64,
+    },
+    /// Holds many connections and asks over each at once and whenever SIGUSR1 comes; a line each
+    /// time with how many were answered as they were first.
+    Crowd {
+        /// tcp or udp (connected).
+        protocol: String,
+        to: Vec<SocketAddr>,
+        #[arg(long, default_value_t = 100)]
+        count: usize,
+        #[arg(long, default_value_t = 2_000)]
+        timeout_ms: u64,
     },
     /// Connects, asks and closes, as fast as it goes, until stdin ends or the time is over.
     Load {
@@ -156,6 +168,12 @@ fn main() -> Result<()> {
             }
         }
         Command::Hold { to, interval_ms } => hold(to, Duration::from_millis(interval_ms)),
+        Command::Crowd {
+            protocol,
+            to,
+            count,
+            timeout_ms,
+        } => crowd::run(&protocol, &to, count, Duration::from_millis(timeout_ms)),
         Command::Load {
             to,
             for_ms,
@@ -224,6 +242,7 @@ fn plain(address: SocketAddr) -> SocketAddr {
 }
 
 fn serve(name: &str, port: u16) -> Result<()> {
+    crowd::allow_many_files()?;
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).context("listening")?;
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).context("binding")?;
     println!("ready");

@@ -1,0 +1,376 @@
+//! What becomes of flows when there are too many: of one destination's ports, of the table's records.
+//!
+//! Every packet is a BPF_PROG_TEST_RUN of the real program of an uplink (see `node`).
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
+
+mod node;
+
+use std::{
+    collections::HashSet,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Instant,
+};
+
+use anyhow::Context;
+use node::{End, Family, Node, SHOT, TCP, UDP, Uplink, frame, tcp};
+use penstock_common::{Counter, MASQUERADE_PORTS, Timeouts, limits};
+use penstock_testbed::eventually;
+
+/// How many source ports there are towards one destination.
+const PORTS: u32 = MASQUERADE_PORTS.1 as u32 - MASQUERADE_PORTS.0 as u32 + 1;
+
+/// Opens a flow; the source port that its backend sees.
+fn open(uplink: Uplink<'_>, family: Family, client: End, number: u16, proto: u8) -> Option<u16> {
+    let frontend = family.frontend(number);
+    let (from, to) = uplink.pass(client, frontend, proto, tcp::SYN)?;
+    assert_eq!(to, family.backend(number), "{client:?}");
+    assert_eq!(from.0, family.overlay(), "{client:?}");
+    Some(from.1)
+}
+
+/// Has the backend answer, which establishes the flow.
+fn answer(uplink: Uplink<'_>, family: Family, client: End, number: u16, proto: u8, port: u16) {
+    let to = (family.overlay(), port);
+    let flags = tcp::SYN | tcp::ACK;
+    let reply = uplink.pass(family.backend(number), to, proto, flags);
+    assert_eq!(reply, Some((family.frontend(number), client)));
+}
+
+/// Opens and establishes flows of clients from the first on, until one is refused; their ports.
+fn fill(uplink: Uplink<'_>, family: Family, number: u16, proto: u8, first: u32) -> Vec<u16> {
+    let mut ports = Vec::new();
+    loop {
+        let client = family.client(first + ports.len() as u32);
+        let Some(port) = open(uplink, family, client, number, proto) else {
+            return ports;
+        };
+        answer(uplink, family, client, number, proto, port);
+        ports.push(port);
+    }
+}
+
+/// All ports of the range, each once.
+fn assert_whole_range(ports: &[u16]) {
+    let unique: HashSet<u16> = ports.iter().copied().collect();
+    assert_eq!(unique.len(), ports.len(), "a port was given to two flows");
+    let whole: HashSet<u16> = (MASQUERADE_PORTS.0..=MASQUERADE_PORTS.1).collect();
+    let missing = whole.difference(&unique).count();
+    assert!(unique == whole, "{missing} ports were never given");
+}
+
+#[test]
+fn a_destination_gets_every_port_once_before_one_is_refused() {
+    let Some(mut node) = Node::new("ports", 4) else {
+        return;
+    };
+    for (family, proto) in [(Family::V4, TCP), (Family::V6, UDP)] {
+        let (created, refused) = (
+            node.count(Counter::FlowCreated),
+            node.count(Counter::NoSourcePort),
+        );
+        // Each destination has all ports, whatever others have.
+        for number in 0..4 {
+            let began = Instant::now();
+            let ports = fill(node.uplink(), family, number, proto, 0);
+            eprintln!("{family:?}: {} flows in {:?}", ports.len(), began.elapsed());
+            assert_whole_range(&ports);
+        }
+        assert_eq!(node.count(Counter::NoSourcePort) - refused, 4);
+        assert_eq!(
+            node.count(Counter::FlowCreated) - created,
+            4 * u64::from(PORTS)
+        );
+        assert_eq!(node.count(Counter::FlowEvicted), 0);
+    }
+
+    // One flow ends: its port is the only one, and the next flow gets it.
+    let (family, uplink) = (Family::V4, node.uplink());
+    for turn in 0..100 {
+        let client = family.client(turn * 17);
+        let own = uplink.pass(client, family.frontend(0), TCP, tcp::FIN | tcp::ACK);
+        let (source, _) = own.expect("it is established");
+        let began = Instant::now();
+        let port = open(uplink, family, client, 0, TCP);
+        if turn % 50 == 0 {
+            eprintln!("the only free port is found in {:?}", began.elapsed());
+        }
+        assert_eq!(port, Some(source.1), "turn {turn}");
+        answer(uplink, family, client, 0, TCP, source.1);
+        let other = family.client(PORTS + turn);
+        assert_eq!(open(uplink, family, other, 0, TCP), None, "turn {turn}");
+    }
+    let began = Instant::now();
+    for turn in 0..1_000 {
+        let other = family.client(PORTS + turn);
+        assert_eq!(open(uplink, family, other, 0, TCP), None);
+    }
+    eprintln!("a refusal takes {:?}", began.elapsed() / 1_000);
+    // An agent that starts has all ports looked at anew.
+    node.sweeper().mend();
+    let began = Instant::now();
+    assert_eq!(open(uplink, family, family.client(PORTS), 0, TCP), None);
+    eprintln!("looking at the whole range takes {:?}", began.elapsed());
+
+    // All end, as the agent sees it: all ports are there again.
+    node.configure(Timeouts {
+        tcp_syn_secs: 0,
+        tcp_established_secs: 0,
+        tcp_closing_secs: 0,
+        udp_secs: 0,
+        udp_stream_secs: 0,
+    });
+    let mut sweeper = node.sweeper();
+    assert_eq!(sweeper.sweep(), (8 * PORTS as usize, 0));
+    node.configure(Timeouts::default());
+    for (family, proto) in [(Family::V4, TCP), (Family::V6, UDP)] {
+        let ports = fill(node.uplink(), family, 0, proto, 500_000);
+        assert_whole_range(&ports);
+    }
+}
+
+#[test]
+fn ten_destinations_fill_the_table_and_no_destination_its_ports() {
+    let Some(node) = Node::new("ten", 10) else {
+        return;
+    };
+    let (family, uplink) = (Family::V4, node.uplink());
+    let mut ports = vec![HashSet::new(); 10];
+    for number in 0..limits::FLOWS {
+        let (client, to) = (family.client(number), (number % 10) as u16);
+        let port = open(uplink, family, client, to, TCP).expect("records and ports are left");
+        answer(uplink, family, client, to, TCP, port);
+        assert!(ports[usize::from(to)].insert(port), "{port} twice at {to}");
+    }
+    // Ten times the ports would be more than there are records.
+    const { assert!(10 * PORTS > limits::FLOWS && 4 * PORTS < limits::FLOWS) };
+    assert_eq!(
+        open(uplink, family, family.client(limits::FLOWS), 0, TCP),
+        None
+    );
+    assert_eq!(node.count(Counter::FlowTableFull), 1);
+    assert_eq!(node.count(Counter::NoSourcePort), 0);
+    assert_eq!(node.count(Counter::FlowEvicted), 0);
+}
+
+#[test]
+fn flows_that_are_over_give_their_ports_up_when_no_other_is_free() {
+    let Some(node) = Node::new("over", 1) else {
+        return;
+    };
+    let (family, uplink) = (Family::V4, node.uplink());
+    let ports = fill(uplink, family, 0, TCP, 0);
+    assert_whole_range(&ports);
+    // Every fourth is reset.
+    let is_over = |number: u32| number.is_multiple_of(4);
+    for number in (0..PORTS).filter(|number| is_over(*number)) {
+        let reset = uplink.pass(family.client(number), family.frontend(0), TCP, tcp::RST);
+        assert!(reset.is_some());
+    }
+    let freed: HashSet<u16> = (0..PORTS)
+        .filter(|number| is_over(*number))
+        .map(|number| ports[number as usize])
+        .collect();
+    // Who was refused a moment ago comes again.
+    let again = family.client(PORTS);
+    let port = eventually("flows give way", || {
+        open(uplink, family, again, 0, TCP).context("refused")
+    });
+    let port = port.expect("within a second");
+    assert!(freed.contains(&port), "{port}");
+    answer(uplink, family, again, 0, TCP, port);
+    let mut taken = HashSet::from([port]);
+    for number in 1..2_000 {
+        let client = family.client(PORTS + number);
+        let port = open(uplink, family, client, 0, TCP).expect("many give way");
+        answer(uplink, family, client, 0, TCP, port);
+        assert!(freed.contains(&port) && taken.insert(port), "{port}");
+    }
+    assert_eq!(node.count(Counter::FlowEvicted), 2_000);
+    // The rest is as it was.
+    for number in (0..PORTS).filter(|number| !is_over(*number)) {
+        let client = family.client(number);
+        let passed = uplink.pass(client, family.frontend(0), TCP, tcp::ACK);
+        let source = (family.overlay(), ports[number as usize]);
+        assert_eq!(passed, Some((source, family.backend(0))), "{client:?}");
+    }
+}
+
+/// Sends one opening segment of each of these clients, to the frontends in turns; how many were
+/// dropped.
+fn flood(uplink: Uplink<'_>, family: Family, clients: std::ops::Range<u32>, to: u16) -> u32 {
+    let mut frames: Vec<Vec<u8>> = (0..to)
+        .map(|number| frame(family.client(0), family.frontend(number), TCP, tcp::SYN))
+        .collect();
+    let mut output = vec![0; frames[0].len()];
+    let mut dropped = 0;
+    for client in clients {
+        let frame = &mut frames[(client % u32::from(to)) as usize];
+        // The client's IPv4 address.
+        frame[26..30].copy_from_slice(&(0x1400_0000 | client).to_be_bytes());
+        if uplink.run(frame, &mut output) == SHOT {
+            dropped += 1;
+        }
+    }
+    dropped
+}
+
+#[test]
+fn a_flood_of_openings_costs_no_established_connection() {
+    const ESTABLISHED: u32 = 1_000;
+    const FLOOD: u32 = 5_000_000;
+    const BACKENDS: u16 = 8;
+    let Some(node) = Node::new("flood", BACKENDS) else {
+        return;
+    };
+    let (family, uplink) = (Family::V4, node.uplink());
+    let connections: Vec<(End, u16, u16)> = (0..ESTABLISHED)
+        .map(|number| {
+            let (client, to) = (family.client(number), (number % u32::from(BACKENDS)) as u16);
+            let port = open(uplink, family, client, to, TCP).expect("an empty table");
+            answer(uplink, family, client, to, TCP, port);
+            (client, to, port)
+        })
+        .collect();
+    let began = Instant::now();
+    let half = ESTABLISHED + FLOOD / 2;
+    let dropped: u32 = std::thread::scope(|scope| {
+        let parts = [ESTABLISHED..half, half..ESTABLISHED + FLOOD];
+        let threads =
+            parts.map(|clients| scope.spawn(move || flood(uplink, family, clients, BACKENDS)));
+        let dropped = threads.map(|thread| thread.join().expect("packets run"));
+        dropped.iter().sum()
+    });
+    let took = began.elapsed();
+    eprintln!("{FLOOD} openings in {took:?}, {:?} each", took / FLOOD);
+    assert_eq!(dropped, 0, "an opening always finds a record and a port");
+    for (client, to, port) in &connections {
+        let passed = uplink.pass(*client, family.frontend(*to), TCP, tcp::ACK);
+        let source = (family.overlay(), *port);
+        assert_eq!(passed, Some((source, family.backend(*to))), "{client:?}");
+        answer(uplink, family, *client, *to, TCP, *port);
+    }
+    // What the flood cost: all but a table's worth of its flows gave way to others of it.
+    let room = u64::from(limits::FLOWS - ESTABLISHED);
+    assert_eq!(
+        node.count(Counter::FlowCreated),
+        u64::from(ESTABLISHED + FLOOD)
+    );
+    assert_eq!(node.count(Counter::FlowEvicted), u64::from(FLOOD) - room);
+    for counter in [
+        Counter::FlowTableFull,
+        Counter::NoSourcePort,
+        Counter::FlowRace,
+    ] {
+        assert_eq!(node.count(counter), 0, "{}", counter.label());
+    }
+}
+
+#[test]
+fn a_flood_to_one_backend_takes_ports_from_itself_alone() {
+    const ESTABLISHED: u32 = 1_000;
+    const FLOOD: u32 = 200_000;
+    let Some(node) = Node::new("one", 1) else {
+        return;
+    };
+    let (family, uplink) = (Family::V4, node.uplink());
+    let mut connections = Vec::new();
+    for number in 0..ESTABLISHED {
+        let client = family.client(number);
+        let port = open(uplink, family, client, 0, TCP).expect("an empty table");
+        answer(uplink, family, client, 0, TCP, port);
+        connections.push((client, port));
+    }
+    let began = Instant::now();
+    let dropped = flood(uplink, family, ESTABLISHED..ESTABLISHED + FLOOD, 1);
+    let took = began.elapsed();
+    eprintln!("{FLOOD} openings in {took:?}, {:?} each", took / FLOOD);
+    assert_eq!(dropped, 0, "an opening takes the port of another");
+    for (client, port) in connections {
+        let passed = uplink.pass(client, family.frontend(0), TCP, tcp::ACK);
+        let source = (family.overlay(), port);
+        assert_eq!(passed, Some((source, family.backend(0))), "{client:?}");
+    }
+    let left = u64::from(FLOOD - (PORTS - ESTABLISHED));
+    assert_eq!(node.count(Counter::FlowEvicted), left);
+}
+
+#[test]
+fn a_nearly_full_table_still_finds_the_few_flows_that_give_way() {
+    let Some(node) = Node::new("nearly", 10) else {
+        return;
+    };
+    let (family, uplink) = (Family::V4, node.uplink());
+    // One in a hundred is embryonic.
+    let is_embryonic = |number: u32| number % 100 == 99;
+    let mut established = Vec::new();
+    for number in 0..limits::FLOWS {
+        let (client, to) = (family.client(number), (number % 10) as u16);
+        let port = open(uplink, family, client, to, TCP).expect("records and ports are left");
+        if !is_embryonic(number) {
+            answer(uplink, family, client, to, TCP, port);
+            established.push((client, to, port));
+        }
+    }
+    let few = (0..limits::FLOWS)
+        .filter(|number| is_embryonic(*number))
+        .count() as u32;
+    for number in 0..few {
+        let client = family.client(limits::FLOWS + number);
+        let port = open(uplink, family, client, 0, TCP).expect("one gives way");
+        answer(uplink, family, client, 0, TCP, port);
+    }
+    assert_eq!(node.count(Counter::FlowEvicted), u64::from(few));
+    let late = family.client(2 * limits::FLOWS);
+    assert_eq!(open(uplink, family, late, 0, TCP), None);
+    assert_eq!(node.count(Counter::FlowTableFull), 1);
+    for (client, to, port) in established {
+        let passed = uplink.pass(client, family.frontend(to), TCP, tcp::ACK);
+        let source = (family.overlay(), port);
+        assert_eq!(passed, Some((source, family.backend(to))), "{client:?}");
+    }
+}
+
+#[test]
+fn two_first_packets_of_a_flow_at_once_both_arrive_in_one_flow() {
+    const ROUNDS: u32 = 25_000;
+    const { assert!(ROUNDS < PORTS) };
+    let Some(node) = Node::new("race", 1) else {
+        return;
+    };
+    let family = Family::V4;
+    let round = [AtomicU32::new(0), AtomicU32::new(0)];
+    let packets = |cpu: usize| {
+        let mut cpus = nix::sched::CpuSet::new();
+        cpus.set(cpu).expect("a processor's number");
+        // With one processor there is no race, and nothing to lose.
+        let _ = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus);
+        let uplink = node.uplink();
+        let mut seen = Vec::with_capacity(ROUNDS as usize);
+        for number in 0..ROUNDS {
+            // Both at once.
+            round[cpu].store(number + 1, Ordering::Release);
+            while round[1 - cpu].load(Ordering::Acquire) <= number {
+                std::hint::spin_loop();
+            }
+            seen.push(uplink.pass(family.client(number), family.frontend(0), UDP, 0));
+        }
+        seen
+    };
+    let [ours, theirs] = std::thread::scope(|scope| {
+        let threads = [0, 1].map(|cpu| scope.spawn(move || packets(cpu)));
+        threads.map(|thread| thread.join().expect("no packet is lost"))
+    });
+    for (number, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+        assert!(ours.is_some(), "packet {number} was dropped");
+        assert_eq!(ours, theirs, "packet {number} is of two flows");
+    }
+    assert_eq!(node.count(Counter::FlowRace), 0);
+    assert_eq!(node.count(Counter::FlowCreated), u64::from(ROUNDS));
+}

@@ -1,0 +1,331 @@
+//! A node in the kernel whose packets come and go by BPF_PROG_TEST_RUN: the real program of its
+//! uplink, with maps filled by hand. Backends are pods of another node, so that this one speaks for
+//! its clients.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod, TestRun,
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, Queue, lpm_trie::Key},
+    programs::{SchedClassifier, TestRunOptions},
+};
+use penstock_agent::{dataplane::pins::Pins, flows::Sweeper};
+use penstock_common::{
+    Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
+    Frontend, FrontendFlags, FrontendKey, NetworkFlags, Proto, Route, RouteKind, ServiceId,
+    SlotRange, Timeouts, V4, V6, limits,
+};
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+
+/// Flags of a TCP segment (RFC 9293, 3.1).
+pub mod tcp {
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 2;
+    pub const RST: u8 = 4;
+    pub const ACK: u8 = 16;
+}
+
+/// The kernel's verdicts (uapi/linux/pkt_cls.h).
+pub const SHOT: i32 = 2;
+const REDIRECT: i32 = 7;
+
+pub type End = (IpAddr, u16);
+
+/// Where the first frontend is: that of the Nth backend has the Nth port from here on.
+const FRONTEND_PORT: u16 = 30_000;
+pub const BACKEND_PORT: u16 = 8_080;
+
+/// One of the two families' addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// This node's address, with node ports.
+    pub fn node(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::new(172, 18, 0, 2).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x30, 0, 0, 0, 0, 0, 2).into(),
+        }
+    }
+
+    /// What it speaks to pods of other nodes with.
+    pub fn overlay(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::new(10, 244, 1, 0).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 0).into(),
+        }
+    }
+
+    /// A frontend whose only backend is [`Self::backend`] of the same number.
+    pub fn frontend(self, number: u16) -> End {
+        (self.node(), FRONTEND_PORT + number)
+    }
+
+    pub fn backend(self, number: u16) -> End {
+        let ip = match self {
+            Self::V4 => Ipv4Addr::new(10, 244, 2, number as u8).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x244, 2, 0, 0, 0, 0, number).into(),
+        };
+        (ip, BACKEND_PORT)
+    }
+
+    /// One of millions of clients outside.
+    pub fn client(self, number: u32) -> End {
+        let (high, low) = ((number >> 16) as u16, number as u16);
+        let ip = match self {
+            Self::V4 => Ipv4Addr::from(0x1400_0000 | number).into(),
+            Self::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, high, low).into(),
+        };
+        (ip, 40_000)
+    }
+}
+
+/// A frame without payload. Its checksum is none of the programs' business.
+pub fn frame(from: End, to: End, proto: u8, flags: u8) -> Vec<u8> {
+    let length: u16 = if proto == TCP { 20 } else { 8 };
+    // The loopback device, which test runs come in by, has this Ethernet address.
+    let mut frame = vec![0; 12];
+    match (from.0, to.0) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            frame.extend([0x08, 0x00, 0x45, 0]);
+            frame.extend((20 + length).to_be_bytes());
+            frame.extend([0, 0, 0x40, 0, 64, proto, 0, 0]);
+            frame.extend(src.octets());
+            frame.extend(dst.octets());
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            frame.extend(length.to_be_bytes());
+            frame.extend([proto, 64]);
+            frame.extend(src.octets());
+            frame.extend(dst.octets());
+        }
+        _ => panic!("two families in one frame"),
+    }
+    frame.extend(from.1.to_be_bytes());
+    frame.extend(to.1.to_be_bytes());
+    if proto == TCP {
+        frame.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0x10, 0, 0, 0, 0, 0]);
+    } else {
+        frame.extend([0, 8, 0, 0]);
+    }
+    frame
+}
+
+/// Source and destination of a frame of [`frame`]'s.
+fn ends(frame: &[u8]) -> (End, End) {
+    let port = |at: usize| u16::from_be_bytes([frame[at], frame[at + 1]]);
+    if frame[12] == 0x08 {
+        let ip = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).unwrap());
+        ((ip(26), port(34)), (ip(30), port(36)))
+    } else {
+        let ip = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&frame[at..at + 16]).unwrap());
+        ((ip(22), port(54)), (ip(38), port(56)))
+    }
+}
+
+/// The node.
+pub struct Node {
+    ebpf: Ebpf,
+    pins: PathBuf,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.pins);
+    }
+}
+
+impl Node {
+    /// With frontends for so many backends of each family, each over TCP and UDP.
+    pub fn new(name: &str, backends: u16) -> Option<Self> {
+        penstock_testbed::require_kernel()?;
+        let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&pins).expect("bpffs is writable");
+        let mut ebpf = EbpfLoader::new()
+            .default_map_pin_directory(&pins)
+            .override_global("AYA_LOG_LEVEL", &0_u8, false)
+            .load(penstock_agent::dataplane::OBJECT)
+            .expect("the object loads");
+        let program: &mut SchedClassifier = ebpf
+            .program_mut("from_uplink")
+            .expect("from_uplink")
+            .try_into()
+            .expect("a classifier");
+        program.load().expect("the verifier accepts the program");
+        // Other kernels count other numbers, none of which may be more than a million.
+        let info = program.info().expect("its info");
+        let checked = info.verified_instruction_count().expect("a number");
+        assert!(checked < 500_000, "{checked} instructions");
+        let mut node = Self { ebpf, pins };
+        node.fill(backends);
+        Some(node)
+    }
+
+    fn fill(&mut self, backends: u16) {
+        self.configure(Timeouts::default());
+        for id in 0..limits::FLOWS {
+            for name in ["FREE_FLOWS4", "FREE_FLOWS6"] {
+                let mut free: Queue<&mut MapData, FlowId> =
+                    self.ebpf.map_mut(name).expect(name).try_into().expect(name);
+                free.push(FlowId(id), 0).expect("room for every id");
+            }
+        }
+        for family in [Family::V4, Family::V6] {
+            for ip in [family.node(), family.overlay()] {
+                let kind = AddressKind::NODE;
+                match ip {
+                    IpAddr::V4(ip) => self.put("ADDRESSES4", V4::from(ip), Address { kind }),
+                    IpAddr::V6(ip) => self.put("ADDRESSES6", V6::from(ip), Address { kind }),
+                }
+            }
+            let kind = RouteKind::OVERLAY;
+            let route = Route {
+                kind,
+                ..Route::default()
+            };
+            match family.backend(0).0 {
+                IpAddr::V4(ip) => self.route("ROUTES4", Key::new(24, V4::from(ip)), route),
+                IpAddr::V6(ip) => self.route("ROUTES6", Key::new(48, V6::from(ip)), route),
+            }
+            for number in 0..backends {
+                let (ip, port) = family.frontend(number);
+                let backend = family.backend(number);
+                match (ip, backend.0) {
+                    (IpAddr::V4(ip), IpAddr::V4(to)) => {
+                        self.serve('4', V4::from(ip), port, V4::from(to), number);
+                    }
+                    (IpAddr::V6(ip), IpAddr::V6(to)) => {
+                        self.serve('6', V6::from(ip), port, V6::from(to), number);
+                    }
+                    _ => panic!("two families in one service"),
+                }
+            }
+        }
+    }
+
+    /// Sets when flows are forgotten.
+    pub fn configure(&mut self, timeouts: Timeouts) {
+        let mut config = Config {
+            timeouts,
+            network: NetworkFlags::FORWARD,
+            overlay_ifindex: 1,
+            overlay_mtu: 1_450,
+            ..Config::default()
+        };
+        for family in [Family::V4, Family::V6] {
+            match (family.node(), family.overlay()) {
+                (IpAddr::V4(node), IpAddr::V4(overlay)) => {
+                    (config.node4, config.overlay4) = (node.into(), overlay.into());
+                }
+                (IpAddr::V6(node), IpAddr::V6(overlay)) => {
+                    (config.node6, config.overlay6) = (node.into(), overlay.into());
+                }
+                _ => {}
+            }
+        }
+        self.array("CONFIG").set(0, config, 0).expect("CONFIG");
+    }
+
+    fn serve<A: Addr>(&mut self, family: char, ip: A, port: u16, to: A, number: u16)
+    where
+        FrontendKey<A>: Pod,
+        Backend<A>: Pod,
+    {
+        let id = u32::from(number) + if family == '4' { 0 } else { 10_000 };
+        let service = ServiceId(1 + id);
+        let flags = BackendFlags::LIVE | BackendFlags::SELECTED;
+        let backend = Backend::new(1, flags, service, to, Be16::from_host(BACKEND_PORT));
+        self.array(&format!("BACKENDS{family}"))
+            .set(id, backend, 0)
+            .expect("a backend");
+        self.array("SLOTS")
+            .set(id, BackendId(id), 0)
+            .expect("SLOTS");
+        let slots = SlotRange { base: id, count: 1 };
+        for proto in [TCP, UDP] {
+            let key = FrontendKey::new(ip, Be16::from_host(port), Proto(proto));
+            let frontend = Frontend {
+                service,
+                flags: FrontendFlags::EXTERNAL,
+                slots,
+                external: slots,
+                affinity_secs: 0,
+                key_check: key.check(),
+            };
+            self.put(&format!("FRONTENDS{family}"), key, frontend);
+        }
+    }
+
+    fn array<T: Pod>(&mut self, name: &str) -> Array<&mut MapData, T> {
+        self.ebpf.map_mut(name).expect(name).try_into().expect(name)
+    }
+
+    fn put<K: Pod, V: Pod>(&mut self, name: &str, key: K, value: V) {
+        let mut map: HashMap<&mut MapData, K, V> =
+            self.ebpf.map_mut(name).expect(name).try_into().expect(name);
+        map.insert(key, value, 0).expect(name);
+    }
+
+    fn route<A: Pod>(&mut self, name: &str, key: Key<A>, route: Route) {
+        let mut map: LpmTrie<&mut MapData, A, Route> =
+            self.ebpf.map_mut(name).expect(name).try_into().expect(name);
+        map.insert(&key, route, 0).expect(name);
+    }
+
+    /// The agent's sweeper of this node's flows.
+    pub fn sweeper(&self) -> Sweeper {
+        Sweeper::open(&Pins::within(self.pins.clone())).expect("the maps are pinned")
+    }
+
+    /// Its program.
+    pub fn uplink(&self) -> Uplink<'_> {
+        let program = self.ebpf.program("from_uplink").expect("from_uplink");
+        Uplink(program.try_into().expect("a classifier"))
+    }
+
+    /// A counter's sum over all CPUs.
+    pub fn count(&self, counter: Counter) -> u64 {
+        let map = self.ebpf.map("COUNTERS").expect("COUNTERS");
+        let counts: PerCpuArray<&MapData, u64> = map.try_into().expect("a per-CPU array");
+        let counts = counts.get(&(counter as u32), 0);
+        counts.expect("every counter exists").iter().sum()
+    }
+}
+
+/// The program that meets what comes in by the node's uplink.
+#[derive(Clone, Copy)]
+pub struct Uplink<'a>(&'a SchedClassifier);
+
+impl Uplink<'_> {
+    /// The program's verdict, and what became of the frame in `output`.
+    pub fn run(&self, frame: &[u8], output: &mut [u8]) -> i32 {
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(output),
+            ..TestRunOptions::new()
+        };
+        let result = self.0.test_run(options);
+        result.expect("the kernel runs the program").return_value as i32
+    }
+
+    /// Whom a packet goes to and whom it seems to come from; `None` if it was dropped.
+    pub fn pass(&self, from: End, to: End, proto: u8, flags: u8) -> Option<(End, End)> {
+        let frame = frame(from, to, proto, flags);
+        let mut output = vec![0; frame.len()];
+        match self.run(&frame, &mut output) {
+            SHOT => None,
+            // To the other node, or, as this program leaves it, to whoever is outside.
+            REDIRECT | -1 => Some(ends(&output)),
+            verdict => panic!("verdict {verdict} for {from:?} to {to:?}"),
+        }
+    }
+}
