@@ -44,7 +44,7 @@ const KERNELS: &[Kernel] = &[
 type Group = (&'static str, &'static [&'static str]);
 
 /// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
-/// atomically); XDP, which asks the kernel's routes at a hook of their own; both refusals, errors about packets, traces, and agents that are replaced.
+/// atomically); XDP beside TC; both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -62,10 +62,6 @@ const TESTS: &[Group] = &[
     (
         "packets",
         &["xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone"],
-    ),
-    (
-        "external",
-        &["xdp::xdp_goes_by_the_interfaces_ethernet_address_as_it_is"],
     ),
     (
         "trouble",
