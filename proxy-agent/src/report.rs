@@ -3,16 +3,19 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use penstock_cni::state::Attachment;
-use penstock_common::{Algorithm, BackendFlags, FrontendFlags};
+use penstock_common::{Algorithm, BackendFlags, BackendId, FrontendFlags, ServiceId};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     attach::follow,
     dataplane::Dataplane,
+    flows::Lifetimes,
     model::object::{Family, Rejection},
     network,
     plan::planner::PortView,
     reconcile::Reconciler,
+    stats::{Statistics, Stats},
+    usage::Fill,
     watch,
     words::harmless,
 };
@@ -52,6 +55,12 @@ pub struct Report {
     /// This node's pods.
     #[serde(default)]
     pub pods: Vec<Pod>,
+    /// For how long flows may be idle.
+    #[serde(default)]
+    pub lifetimes: Lifetimes,
+    /// How full the kernel's tables are.
+    #[serde(default)]
+    pub tables: Vec<Fill>,
     /// Interfaces with packet hooks.
     pub interfaces: Vec<Interface>,
     /// Objects that can't be used, and frontends that a service does not get.
@@ -139,6 +148,9 @@ pub struct Port {
     pub policies: Policies,
     /// Who serves.
     pub backends: Vec<Backend>,
+    /// What went to all backends that it has and had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
 }
 
 /// A backend.
@@ -152,6 +164,21 @@ pub struct Backend {
     pub generation: u32,
     /// "active": gets new connections; "resting": keeps what it has.
     pub state: String,
+    /// What went to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
+}
+
+impl Port {
+    /// Takes in what was counted of it and of its backends.
+    pub fn count(&mut self, all: &Statistics) {
+        let is_v4 = self.family == "IPv4";
+        self.stats = Some(all.service(ServiceId(self.id)));
+        for backend in &mut self.backends {
+            let life = (BackendId(backend.id), backend.generation);
+            backend.stats = Some(all.backend(is_v4, life));
+        }
+    }
 }
 
 /// An address and port as one writes them.
@@ -184,6 +211,7 @@ impl From<&PortView> for Port {
                 .iter()
                 .map(|(ip, port, _)| endpoint(*ip, *port))
                 .collect(),
+            stats: None,
             affinity_secs: first.affinity_secs,
             algorithm: Algorithm::of(first.flags).label().to_owned(),
             policies: Policies::of(flags),
@@ -195,6 +223,7 @@ impl From<&PortView> for Port {
                     id: id.0,
                     generation: *generation,
                     state: state(*flags).to_owned(),
+                    stats: None,
                 })
                 .collect(),
         }
@@ -304,6 +333,8 @@ impl Report {
             endpoints,
             backends_used,
             slots_used,
+            lifetimes: Lifetimes::default(),
+            tables: Vec::new(),
             network: network.map(Network::from),
             pods: interfaces.attachments.iter().map(Pod::from).collect(),
             interfaces: interfaces

@@ -17,7 +17,10 @@
 //! | `SOURCE_RANGES4/6` | LPM trie | [`SourceRange`] → 1 | agent | the service is reported and retried |
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
+//! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
+//! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
 //! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
 //! | `CONNECTED_UDP` | hash | socket cookie → [`ConnectedUdp`] | programs | the socket is not translated |
@@ -34,6 +37,7 @@
 
 mod algorithm;
 mod config;
+mod count;
 mod counter;
 mod flow;
 mod net;
@@ -44,9 +48,10 @@ mod socket;
 
 pub use algorithm::{Algorithm, client_hash};
 pub use config::{Config, NetworkFlags, Timeouts};
+pub use count::{BackendCounts, BackendLife, FlowCounts, Traffic};
 pub use counter::Counter;
 pub use flow::{
-    Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
+    Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
@@ -84,6 +89,10 @@ pub mod limits {
     pub const TURNS: u32 = 16_384;
     /// Flows of one family that are translated packet by packet.
     pub const FLOWS: u32 = 131_072;
+    /// Backends of one family that this node sent something to; what the agent counts of one is one more.
+    pub const BACKEND_COUNTS: u32 = 131_072;
+    /// Services that remember what backends did that are gone.
+    pub const SERVICE_COUNTS: u32 = 16_384;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
     /// Connected UDP sockets that were translated.

@@ -4,7 +4,7 @@
 //! state to `CLAIMED` or `RECLAIMING` is the only one to change anything but state and time.
 
 use penstock_common::{
-    Addr, BackendFlags, Be16, Counter, Flow, FlowFlags, FlowId, FlowKey, FlowState, Proto,
+    Addr, BackendFlags, Be16, Counter, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Proto,
 };
 
 use crate::{
@@ -72,7 +72,7 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 ) -> bool {
     let is_opening =
         segment.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-    if is_opening && known.state == FlowState::CLOSING {
+    if is_opening && is_ending(known) {
         return false;
     }
     // UDP never sticks to a dead backend, and neither does a handshake that nobody answered; an
@@ -91,11 +91,35 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 /// Whether a reply is of another connection, which the client opened past the service from the same
 /// port once this one was over: a backend agrees to a connection at its beginning only.
 #[inline(always)]
-pub fn is_anothers<A: Addr, R>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
+pub fn is_anothers<A: Addr, R: Record<A>>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
     let agrees = tcp::SYN | tcp::ACK;
-    segment.proto == Proto::TCP
-        && known.state == FlowState::CLOSING
-        && segment.tcp_flags & agrees == agrees
+    segment.proto == Proto::TCP && segment.tcp_flags & agrees == agrees && is_ending(known)
+}
+
+/// Whether one end at least has said that it is done.
+#[inline(always)]
+fn is_ending<A: Addr, R: Record<A>>(known: &Known<A, R>) -> bool {
+    known.state == FlowState::CLOSING || known.record.fins() != 0
+}
+
+/// The state after an end has sent a FIN: until the other one does too it may go on for long, so
+/// the flow stays.
+#[inline(always)]
+fn finish<A: Addr, R: Record<A>>(known: &Known<A, R>, is_reply: bool) -> u32 {
+    let own = if is_reply {
+        Fins::BACKEND
+    } else {
+        Fins::CLIENT
+    };
+    let before = known.record.fins();
+    if known.state != FlowState::ESTABLISHED || before | own == Fins::CLIENT | Fins::BACKEND {
+        return FlowState::CLOSING;
+    }
+    if before != own {
+        // Where both ends' FINs meet here at once one may be lost: the flow goes a little later.
+        known.record.set_fins(own);
+    }
+    known.state
 }
 
 /// Notes a packet of a flow.
@@ -107,8 +131,10 @@ pub fn follow<F: Family, M: Maps<F>>(
     is_reply: bool,
 ) {
     let state = known.state;
-    let next = if segment.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
+    let next = if segment.tcp_flags & tcp::RST != 0 {
         FlowState::CLOSING
+    } else if segment.tcp_flags & tcp::FIN != 0 {
+        finish(known, is_reply)
     } else if state == FlowState::EMBRYONIC && is_reply {
         FlowState::ESTABLISHED
     } else {
@@ -121,6 +147,13 @@ pub fn follow<F: Family, M: Maps<F>>(
     if now != known.record.last_seen().1 {
         known.record.touch(now);
     }
+    let bytes = (segment.transport - segment.network) as u32 + u32::from(segment.transport_length);
+    if maps.count_packet(known.id, is_reply, bytes) && !is_reply {
+        let (id, generation) = known.record.backend();
+        if generation != 0 {
+            maps.count_connection(id, generation, known.record.service());
+        }
+    }
 }
 
 /// Takes a flow out: its next packet begins a new one.
@@ -132,6 +165,7 @@ pub fn retire<F: Family, M: Maps<F>>(maps: &M, known: &Known<F::Addr, M::Record>
     {
         maps.unlink(&known.record.key(FlowKey::<F::Addr>::REQUEST));
         maps.unlink(&known.record.key(FlowKey::<F::Addr>::REPLY));
+        maps.settle(known.id);
         // The id returns to nobody's list: eviction or the agent's sweep finds it.
         known.record.set_state(FlowState::FREE);
     }
@@ -260,6 +294,7 @@ fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter
         if state != FlowState::FREE {
             maps.unlink(&record.key(FlowKey::<F::Addr>::REQUEST));
             maps.unlink(&record.key(FlowKey::<F::Addr>::REPLY));
+            maps.settle(id);
             maps.count(Counter::FlowEvicted);
         }
         return Ok((id, record));
@@ -267,7 +302,8 @@ fn claim<F: Family, M: Maps<F>>(maps: &M) -> Result<(FlowId, M::Record), Counter
     Err(Counter::FlowTableFull)
 }
 
-/// Embryonic and closing flows go first, established ones only once they have expired.
+/// Embryonic and closing flows go first, established ones only once they have expired; half of one is
+/// as good as closing once it was idle for that long.
 #[inline(always)]
 fn may_evict<A: Addr>(
     state: u32,
@@ -279,7 +315,9 @@ fn may_evict<A: Addr>(
         FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
         FlowState::ESTABLISHED => {
             let (proto, seen_secs) = record.last_seen();
-            let timeout = if proto == Proto::TCP {
+            let timeout = if proto == Proto::TCP && record.fins() != 0 {
+                timeouts.tcp_closing_secs
+            } else if proto == Proto::TCP {
                 timeouts.tcp_established_secs
             } else {
                 timeouts.udp_stream_secs
@@ -343,6 +381,6 @@ pub fn opening<F: Family>(
         source_port: segment.src_port,
         flags: if is_hairpin { FlowFlags::HAIRPIN } else { 0 },
         proto: segment.proto,
-        pad: 0,
+        fins: 0,
     }
 }

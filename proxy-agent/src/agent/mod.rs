@@ -25,12 +25,14 @@ use crate::{
         netns,
     },
     dataplane::{bpf::Bpf, pins::Pins},
+    flows::Lifetimes,
     health, ipc,
     model::{node_ports::NodePorts, world::World},
     network::{self, pods::Pods},
     reconcile::Reconciler,
     signals::Signals,
     traces,
+    usage::{Counted, Pressure},
     watch::{self, Scope},
 };
 
@@ -70,6 +72,8 @@ pub struct Options {
     pub exclude_cgroups: Vec<Pattern>,
     /// The pod network, where pods are Penstock's to connect.
     pub network: Option<network::Options>,
+    /// For how long flows may be idle.
+    pub lifetimes: Lifetimes,
     /// Whether the programs trace what they refuse.
     pub is_tracing: bool,
 }
@@ -161,7 +165,8 @@ pub async fn run(options: Options) -> Result<Ending> {
     tokio::spawn(follower.run(shared.changed.clone()));
     let (queries_sender, mut queries) = mpsc::channel(16);
     tokio::spawn(ipc::serve(listener, queries_sender));
-    sweep_flows(&pins)?;
+    let counted = Counted::default();
+    sweep_flows(&pins, options.lifetimes, counted.clone())?;
     let steer = steer_udp(&pins)?;
 
     let (health_checks, checks) = tokio::sync::watch::channel(Arc::default());
@@ -179,6 +184,9 @@ pub async fn run(options: Options) -> Result<Ending> {
         interfaces,
         shared,
         config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        lifetimes: options.lifetimes,
+        counted,
+        pressure: Pressure::default(),
         attached,
         has_cgroup: true,
         exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,

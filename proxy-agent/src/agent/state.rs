@@ -20,12 +20,14 @@ use crate::{
         netns,
     },
     dataplane::bpf::Bpf,
+    flows::Lifetimes,
     health,
     ipc::Query,
     model::object::{Event, Family, Kind, ObjectName},
     network,
     reconcile::Reconciler,
     report::{self, Report},
+    usage::{self, Counted, Fill, Pressure},
     watch,
 };
 
@@ -43,6 +45,10 @@ pub(super) struct Agent {
     pub(super) interfaces: Arc<Mutex<follow::Status>>,
     pub(super) shared: Shared,
     pub(super) config: Array<aya::maps::MapData, Config>,
+    pub(super) lifetimes: Lifetimes,
+    /// How full the tables are that the programs fill.
+    pub(super) counted: Counted,
+    pub(super) pressure: Pressure,
     pub(super) attached: Attached,
     /// Whether the cgroup that the socket hooks are on was there when last looked for.
     pub(super) has_cgroup: bool,
@@ -199,6 +205,7 @@ impl Agent {
             node4,
             node6,
             excluded_cgroups,
+            timeouts: self.lifetimes.timeouts(),
             ..self.network_config(&network)
         };
         let written = self.config.set(0, config, 0);
@@ -212,11 +219,20 @@ impl Agent {
         self.shared.changed.notify_one();
     }
 
+    /// How full the kernel's tables are.
+    fn fills(&self) -> Vec<Fill> {
+        let mut fills = lock(&self.counted).clone();
+        let (_, slots) = self.reconciler.used();
+        fills.extend(usage::services(self.reconciler.sizes(), slots));
+        fills
+    }
+
     /// What is wrong beside objects and services.
     pub(super) fn problems(&self) -> Vec<String> {
         let loss = (!self.has_cgroup).then(|| self.attached.loss());
         let unswept = self.reconciler.unswept().map(str::to_owned);
         let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
+        problems.extend(self.pressure.problems());
         problems.extend(lock(&self.interfaces).problems.iter().cloned());
         problems.extend(lock(&self.unchecked).values().cloned());
         if let Some(network) = &self.network {
@@ -227,6 +243,7 @@ impl Agent {
 
     /// Logs problems that are new, and those that are over.
     pub(super) fn tell_problems(&mut self) {
+        self.pressure.update(&self.fills());
         let problems: BTreeSet<String> = self.problems().into_iter().collect();
         for new in problems.difference(&self.told) {
             tracing::warn!("{new}");
@@ -320,6 +337,8 @@ impl Agent {
                     self.started.elapsed(),
                 );
                 report.problems.extend(self.problems());
+                report.lifetimes = self.lifetimes;
+                report.tables = self.fills();
                 let _ = answer.send(report);
             }
             Query::Ready(answer) => {
