@@ -63,7 +63,7 @@ struct Times {
 }
 
 /// Measures, with so many calls a turn.
-pub fn measure(effort: Effort, calls: usize) -> Result<Vec<Outcome>> {
+pub fn measure(effort: &Effort, calls: usize) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     for families in [Families::V4, Families::Both] {
         outcomes.extend(with(families, effort, calls)?);
@@ -71,7 +71,7 @@ pub fn measure(effort: Effort, calls: usize) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
-fn with(families: Families, effort: Effort, calls: usize) -> Result<Vec<Outcome>> {
+fn with(families: Families, effort: &Effort, calls: usize) -> Result<Vec<Outcome>> {
     // Both keep what they gave to whom in memory, so that no disk is measured.
     let mut testbed = Testbed::new_in(Path::new(MEMORY))?;
 

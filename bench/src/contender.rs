@@ -186,13 +186,15 @@ impl Contender {
             rounds: 1,
             turn_ms: 1,
             warm_up_ms: 0,
+            only: None,
+            contenders: Vec::new(),
         };
-        self.turn(&Trial::closed(Workload::Connect), effort)
+        self.turn(&Trial::closed(Workload::Connect), &effort)
             .map(drop)
     }
 
     /// One turn.
-    pub fn turn(&self, trial: &Trial, effort: Effort) -> Result<Summary> {
+    pub fn turn(&self, trial: &Trial, effort: &Effort) -> Result<Summary> {
         let program = std::env::current_exe().context("finding this program")?;
         let target = self.target.to_string();
         let (measured, warm_up) = (effort.turn_ms.to_string(), effort.warm_up_ms.to_string());

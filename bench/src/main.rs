@@ -53,6 +53,12 @@ struct TurnArgs {
     /// How long a turn is [default: 300, or 2,000 with --full].
     #[arg(long, value_name = "MILLISECONDS", global = true)]
     turn_ms: Option<u64>,
+    /// Only what has this in its name, such as "connect" or "one processor".
+    #[arg(long, global = true, value_name = "TEXT")]
+    only: Option<String>,
+    /// Only contenders that have this in their names (may be repeated).
+    #[arg(long = "contender", global = true, value_name = "TEXT")]
+    contenders: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -133,6 +139,8 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
         rounds: cli.turns.rounds.unwrap_or(rounds),
         turn_ms: cli.turns.turn_ms.unwrap_or(turn_ms),
         warm_up_ms,
+        only: cli.turns.only.clone(),
+        contenders: cli.turns.contenders.clone(),
     };
     let machine = Machine::look();
     machine.introduce();
@@ -167,10 +175,10 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
                 endpoints,
                 changes,
             } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
-            Command::Pods => results.outcomes.extend(pods::measure(effort)?),
-            Command::Cni { calls } => results.outcomes.extend(cni::measure(effort, *calls)?),
+            Command::Pods => results.outcomes.extend(pods::measure(&effort)?),
+            Command::Cni { calls } => results.outcomes.extend(cni::measure(&effort, *calls)?),
             Command::Services { services, ways } => {
-                let outcomes = services::measure(services, ways, effort)?;
+                let outcomes = services::measure(services, ways, &effort)?;
                 results.outcomes.extend(outcomes);
             }
             Command::Report { .. } | Command::Load(_) => {}

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// How much is measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Effort {
     /// How often each contender gets its turn.
     pub rounds: usize,
@@ -18,6 +18,22 @@ pub struct Effort {
     pub turn_ms: u64,
     /// How long it is done before, unmeasured.
     pub warm_up_ms: u64,
+    /// Only trials whose names hold this are done.
+    pub only: Option<String>,
+    /// Only contenders whose names hold one of these take turns; all, if there are none.
+    pub contenders: Vec<String>,
+}
+
+impl Effort {
+    fn holds(&self, trial: &Trial) -> bool {
+        let only = self.only.as_deref();
+        only.is_none_or(|only| trial.name().contains(only))
+    }
+
+    fn admits(&self, contender: &Contender) -> bool {
+        let mut wanted = self.contenders.iter();
+        self.contenders.is_empty() || wanted.any(|wanted| contender.name.contains(wanted))
+    }
 }
 
 /// What is measured.
@@ -216,17 +232,21 @@ pub fn take(
     title: &str,
     contenders: &[Contender],
     trials: &[Trial],
-    effort: Effort,
+    effort: &Effort,
 ) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
-    for trial in trials {
+    let contenders: Vec<&Contender> = contenders
+        .iter()
+        .filter(|contender| effort.admits(contender))
+        .collect();
+    for trial in trials.iter().filter(|trial| effort.holds(trial)) {
         let before: Vec<Vec<u64>> = contenders
             .iter()
-            .map(Contender::witnesses)
+            .map(|contender| contender.witnesses())
             .collect::<Result<_>>()?;
         let mut summaries: Vec<Vec<Summary>> = vec![Vec::new(); contenders.len()];
         for round in 0..effort.rounds {
-            for (contender, summaries) in order(contenders, &mut summaries, round) {
+            for (contender, summaries) in order(&contenders, &mut summaries, round) {
                 summaries.push(contender.turn(trial, effort)?);
             }
         }

@@ -1,6 +1,6 @@
 //! What there is to know about a running agent, for the command line.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use penstock_cni::state::Attachment;
 use penstock_common::{Algorithm, BackendFlags, BackendId, FrontendFlags, ServiceId};
@@ -173,10 +173,26 @@ impl Port {
     /// Takes in what was counted of it and of its backends.
     pub fn count(&mut self, all: &Statistics) {
         let is_v4 = self.family == "IPv4";
-        self.stats = Some(all.service(ServiceId(self.id)));
+        let frontends = self.frontends.iter();
+        // At TCP's sockets alone nobody remembers which backend's life it was: the address has to do.
+        let frontends: Vec<SocketAddr> = if self.protocol == "TCP" {
+            frontends.filter_map(|at| at.parse().ok()).collect()
+        } else {
+            Vec::new()
+        };
+        self.stats = Some(Stats {
+            tcp_sockets: all.tcp_sockets(&frontends, None),
+            ..all.service(ServiceId(self.id))
+        });
         for backend in &mut self.backends {
             let life = (BackendId(backend.id), backend.generation);
-            backend.stats = Some(all.backend(is_v4, life));
+            let address = backend.address.parse().ok();
+            backend.stats = Some(Stats {
+                tcp_sockets: address
+                    .map(|address| all.tcp_sockets(&frontends, Some(address)))
+                    .unwrap_or_default(),
+                ..all.backend(is_v4, life)
+            });
         }
     }
 }

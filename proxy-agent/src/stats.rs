@@ -3,12 +3,16 @@
 //! Invariant: each number in the kernel has one author. The agent alone removes a backend's counts,
 //! once the backend is gone and no flow refers to it, and adds them to its service's before.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+};
 
 use aya::maps::{Array, HashMap as BpfMap, Map, MapData};
 use penstock_common::{
     Addr, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, ConnectedUdp, Flow,
-    FlowCounts, Plain, ServiceId, V4, V6,
+    FlowCounts, Plain, ServiceId, SockEndpoint, TcpPeer, V4, V6,
 };
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +34,8 @@ pub struct Stats {
     pub connections: u64,
     /// Flows that are translated packet by packet and not about to end.
     pub flows: u64,
+    /// TCP sockets that are connected to it, as far as they have a place in `TCP_PEERS`.
+    pub tcp_sockets: u64,
     /// Connected UDP sockets.
     pub udp_sockets: u64,
     /// Packets that it got, of those that are translated one by one.
@@ -62,6 +68,8 @@ pub struct Statistics {
     v4: HashMap<Life, Stats>,
     v6: HashMap<Life, Stats>,
     services: HashMap<ServiceId, Stats>,
+    /// Connected TCP sockets by frontend and backend.
+    tcp: HashMap<SocketAddr, HashMap<SocketAddr, u64>>,
 }
 
 /// Elements that are read at once.
@@ -78,7 +86,6 @@ fn all_counts(
     pins: &Pins,
     map: &'static str,
 ) -> Result<Vec<(BackendLife, BackendCounts)>, FlowsError> {
-    use std::os::fd::AsFd;
     let data = pins.map(map)?;
     batch::lookup_all(data.fd().as_fd(), CHUNK).map_err(unread(map))
 }
@@ -96,12 +103,12 @@ impl Statistics {
         all.v6 = family(&flows6, &all_counts(pins, v6)?, services);
         all.read_services(pins)?;
         all.read_sockets(pins)?;
+        all.read_tcp_sockets(pins)?;
         Ok(all)
     }
 
     /// Adds what backends did that are gone.
     fn read_services(&mut self, pins: &Pins) -> Result<(), FlowsError> {
-        use std::os::fd::AsFd;
         let map = "SERVICE_COUNTS";
         let data = pins.map(map)?;
         let gone: Vec<(ServiceId, BackendCounts)> =
@@ -117,7 +124,6 @@ impl Statistics {
 
     /// Adds connected UDP sockets.
     fn read_sockets(&mut self, pins: &Pins) -> Result<(), FlowsError> {
-        use std::os::fd::AsFd;
         let map = "CONNECTED_UDP";
         let data = pins.map(map)?;
         let sockets: Vec<(u64, ConnectedUdp)> =
@@ -135,6 +141,30 @@ impl Statistics {
         Ok(())
     }
 
+    /// Adds connected TCP sockets.
+    fn read_tcp_sockets(&mut self, pins: &Pins) -> Result<(), FlowsError> {
+        let map = "TCP_PEERS";
+        let data = pins.map(map)?;
+        let places: Vec<(u32, TcpPeer)> =
+            batch::lookup_all(data.fd().as_fd(), CHUNK).map_err(unread(map))?;
+        for (_, place) in places.iter().filter(|(_, place)| place.cookie != 0) {
+            let backends = self.tcp.entry(address(&place.peer.frontend)).or_default();
+            *backends.entry(address(&place.peer.backend)).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    /// TCP sockets that are connected to a backend through one of its frontends; to any where none
+    /// is named.
+    pub fn tcp_sockets(&self, frontends: &[SocketAddr], backend: Option<SocketAddr>) -> u64 {
+        let backends = frontends.iter().filter_map(|at| self.tcp.get(at));
+        let counts = backends.map(|backends| match backend {
+            Some(backend) => backends.get(&backend).copied().unwrap_or_default(),
+            None => backends.values().sum(),
+        });
+        counts.sum()
+    }
+
     /// A backend's.
     pub fn backend(&self, is_v4: bool, life: Life) -> Stats {
         let backends = if is_v4 { &self.v4 } else { &self.v6 };
@@ -145,6 +175,15 @@ impl Statistics {
     pub fn service(&self, id: ServiceId) -> Stats {
         self.services.get(&id).copied().unwrap_or_default()
     }
+}
+
+/// An address as sockets name it.
+fn address(endpoint: &SockEndpoint) -> SocketAddr {
+    let ip = match endpoint.addr.to_mapped_v4() {
+        Some(ip) => IpAddr::V4(ip.into()),
+        None => IpAddr::V6(endpoint.addr.into()),
+    };
+    SocketAddr::new(ip, endpoint.port.to_host())
 }
 
 fn family<A: Addr>(
@@ -221,7 +260,6 @@ where
 
     /// Takes the counts of backends out that are gone for good; what they were, by service.
     fn tidy(&mut self, referred: &HashSet<Life>) -> Vec<BackendCounts> {
-        use std::os::fd::AsFd;
         let all: Vec<(BackendLife, BackendCounts)> =
             match batch::lookup_all(self.all_counts.fd().as_fd(), CHUNK) {
                 Ok(all) => all,

@@ -23,6 +23,7 @@
 //! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
 //! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
+//! | `TCP_PEERS` | array | socket cookie's low bits → [`TcpPeer`] | programs | the socket is in `SOCKETS` |
 //! | `CONNECTED_UDP` | hash | socket cookie → [`ConnectedUdp`] | programs | the socket is not translated |
 //! | `DATAGRAMS` | LRU hash | [`DatagramKey`] → [`Datagram`] | programs | the oldest pair is forgotten |
 //! | `DATAGRAM_PEERS` | LRU hash | [`DatagramKey`] → [`SockEndpoint`] | programs | the oldest pair is forgotten |
@@ -64,7 +65,7 @@ pub use service::{
     FrontendFlags, FrontendKey, ServiceId, SlotRange, SourcePrefix, SourceRange, slot_at,
 };
 pub use socket::{
-    ConnectedUdp, Datagram, DatagramKey, Netns, NetnsFlags, SockEndpoint, SocketPeer,
+    ConnectedUdp, Datagram, DatagramKey, Netns, NetnsFlags, SockEndpoint, SocketPeer, TcpPeer,
 };
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
@@ -95,6 +96,9 @@ pub mod limits {
     pub const SERVICE_COUNTS: u32 = 16_384;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
+    /// Connected TCP sockets whose peers have a place outside of the sockets' own storage; a power of
+    /// two.
+    pub const TCP_PEERS: u32 = 65_536;
     /// Connected UDP sockets that were translated.
     pub const CONNECTED_UDP: u32 = 65_536;
     /// Pairs of an unconnected UDP socket and a service that it sends to.

@@ -44,6 +44,19 @@ pub struct SocketPeer {
     pub backend: SockEndpoint,
 }
 
+/// A place for the peer of a connected TCP socket, named by the low bits of the socket's cookie.
+///
+/// Socket storage holds the same, but costs two allocations a connection; it is for sockets whose
+/// place another one has.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpPeer {
+    /// The cookie of the socket that has the place, 0 if nobody has it: no socket has that cookie.
+    pub cookie: u64,
+    /// Its peer.
+    pub peer: SocketPeer,
+}
+
 /// A UDP socket that was connected to a service: the agent connects it anew when its backend goes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,6 +139,6 @@ pub struct Netns {
 }
 
 map_types! {
-    SockEndpoint = 20, SocketPeer = 40, ConnectedUdp = 36, DatagramKey = 32, Datagram = 12,
+    SockEndpoint = 20, SocketPeer = 40, TcpPeer = 48, ConnectedUdp = 36, DatagramKey = 32, Datagram = 12,
     Netns = 24,
 }

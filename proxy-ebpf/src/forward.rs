@@ -25,8 +25,8 @@ pub fn from_pod<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let config = maps.config();
-    if config.network & NetworkFlags::FORWARD == 0 {
+    let network = maps.network();
+    if network & NetworkFlags::FORWARD == 0 {
         return Ok(Verdict::Pass);
     }
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
@@ -42,9 +42,11 @@ pub fn from_pod<F: Family, M: Maps<F>>(
         return Ok(Verdict::Local);
     }
     match maps.route(&ends.1) {
-        Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, &config),
+        Some(route) if route.kind == RouteKind::OVERLAY => {
+            enter_overlay::<F>(packet, &maps.config())
+        }
         Some(_) => Ok(Verdict::Pass),
-        None if config.network & NetworkFlags::MASQUERADE == 0 => Ok(Verdict::Pass),
+        None if network & NetworkFlags::MASQUERADE == 0 => Ok(Verdict::Pass),
         None if F::is_multicast(ends.1) || hops::<F>(packet).is_none() => Ok(Verdict::Pass),
         None => leaving::<F, M>(packet, maps, &ends),
     }

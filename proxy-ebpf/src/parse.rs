@@ -10,7 +10,7 @@ use crate::{
     packet::Packet,
 };
 
-/// TCP's flags (RFC 9293, 3.1).
+/// TCP's flags and header (RFC 9293, 3.1).
 pub mod tcp {
     /// No more data from the sender.
     pub const FIN: u8 = 1;
@@ -20,6 +20,8 @@ pub mod tcp {
     pub const RST: u8 = 4;
     /// The acknowledgment field counts.
     pub const ACK: u8 = 16;
+    /// The header's length without options, in bytes.
+    pub const HEADER: usize = 20;
 }
 
 /// A TCP or UDP packet, or an ICMP echo.

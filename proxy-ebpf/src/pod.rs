@@ -6,7 +6,8 @@
 //! function of its own in the kernel, with a stack of its own, and parses what it needs.
 
 use penstock_common::{
-    Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, Frontend, FrontendKey, Proto, Route,
+    Addr, AddressKind, Be16, Counter, FlowFlags, FlowKey, Frontend, FrontendKey, NetworkFlags,
+    Proto, Route,
 };
 
 use crate::{
@@ -93,7 +94,11 @@ pub fn classify<F: Family>(packet: &impl Packet, maps: &impl Maps<F>) -> Result<
         return Ok(Path::Pass);
     };
     let Some(address) = maps.address(&dst) else {
-        return Ok(Path::Forward);
+        return Ok(if maps.network() & NetworkFlags::FORWARD == 0 {
+            Path::Pass
+        } else {
+            Path::Forward
+        });
     };
     let header = F::network(packet, ETHERNET);
     Ok(match (address.kind, header) {

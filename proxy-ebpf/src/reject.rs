@@ -12,8 +12,6 @@ use crate::{
     rewrite::{Pair, turn_around},
 };
 
-/// Length of a TCP header without options.
-const TCP_HEADER: usize = 20;
 /// Length of an ICMP error's own header.
 const ICMP_HEADER: usize = 8;
 /// How much of a transport header an error must quote (RFC 792).
@@ -66,8 +64,8 @@ fn reset<F: Family>(packet: &mut impl Packet, segment: &Segment<F::Addr>) -> Res
         (0, seq.wrapping_add(counted).to_be(), tcp::RST | tcp::ACK)
     };
     let ports = [segment.dst_port.raw(), segment.src_port.raw()].pair();
-    let control = u32::from_ne_bytes([(TCP_HEADER as u8 / 4) << 4, flags, 0, 0]);
-    let pseudo = pseudo_header(segment.dst, segment.src, Proto::TCP.0, TCP_HEADER as u16);
+    let control = u32::from_ne_bytes([(tcp::HEADER as u8 / 4) << 4, flags, 0, 0]);
+    let pseudo = pseudo_header(segment.dst, segment.src, Proto::TCP.0, tcp::HEADER as u16);
     let sum = u64::from(ports) + u64::from(seq) + u64::from(ack) + u64::from(control);
     // A checksum that the kernel has yet to complete holds the pseudo header's sum.
     let checksum = if is_partial {
@@ -76,8 +74,8 @@ fn reset<F: Family>(packet: &mut impl Packet, segment: &Segment<F::Addr>) -> Res
         !fold(pseudo + sum)
     };
 
-    packet.resize((ETHERNET + F::HEADER + TCP_HEADER) as u32)?;
-    let header = F::header(segment.dst, segment.src, Proto::TCP, TCP_HEADER as u16);
+    packet.resize((ETHERNET + F::HEADER + tcp::HEADER) as u32)?;
+    let header = F::header(segment.dst, segment.src, Proto::TCP, tcp::HEADER as u16);
     packet.store(ETHERNET, &header)?;
     let at = ETHERNET + F::HEADER;
     packet.store(at, &[ports, seq, ack, control, [checksum, 0].pair()])

@@ -11,6 +11,9 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Result;
+use aya::maps::{Array, Map, MapError};
+use penstock_agent::dataplane::pins::Pins;
+use penstock_common::TcpPeer;
 use penstock_testbed::{PROTOCOLS, Scene, all_answer, eventually, frontends, require_kernel, text};
 use serde_json::json;
 
@@ -70,6 +73,62 @@ fn packets_that_no_socket_hook_saw_are_translated() -> Result<()> {
     }
     assert_eq!(agent.count("socket_connect")?, 0);
     assert!(agent.count("packet_request")? > 0);
+    Ok(())
+}
+
+#[test]
+fn clients_see_the_service_as_their_peer_wherever_that_is_remembered() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let pins = Pins::at(&scene.nodes[0].bpffs);
+    let mut places: Array<_, TcpPeer> = Map::Array(pins.map("TCP_PEERS")?).try_into()?;
+    let taken = |places: &Array<_, TcpPeer>| -> Result<usize> {
+        let cookies: Vec<u64> = places
+            .iter()
+            .map(|place| Ok(place?.cookie))
+            .collect::<Result<_, MapError>>()?;
+        Ok(cookies.iter().filter(|cookie| **cookie != 0).count())
+    };
+    let hosts = [&scene.client.host, &scene.nodes[0].host];
+    let all_see_it = || -> Result<()> {
+        for (host, service) in hosts
+            .iter()
+            .flat_map(|host| frontends(10, 80).map(|service| (host, service.to_string())))
+        {
+            let answer = host.ask("tcp", &service, &[])?;
+            assert_eq!(text(&answer, "peer"), service, "{answer}");
+        }
+        Ok(())
+    };
+    all_see_it()?;
+    eventually("places of sockets that are gone are free", || {
+        anyhow::ensure!(taken(&places)? == 0);
+        Ok(())
+    })?;
+    let service = frontends(10, 80)[0].to_string();
+    let mut asking = scene.client.host.traffic(&["hold", &service])?;
+    asking.line()?;
+    assert_eq!(taken(&places)?, 1, "a connection has a place");
+    drop(asking);
+
+    let another = TcpPeer {
+        cookie: u64::MAX,
+        ..TcpPeer::default()
+    };
+    for index in 0..places.len() {
+        places.set(index, another, 0)?;
+    }
+    all_see_it()?;
+    assert_eq!(
+        taken(&places)?,
+        places.len() as usize,
+        "nobody loses a place"
+    );
+    assert_eq!(agent.count("socket_peer_forgotten")?, 0);
     Ok(())
 }
 

@@ -17,7 +17,7 @@ const DEVICE: &str = "flannel.1";
 const UPLINK: &str = "eth0";
 
 /// Measures.
-pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
+pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
     let mut testbed = Testbed::new()?;
     let contenders = [
         flannel(&mut testbed)?,

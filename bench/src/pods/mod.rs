@@ -30,7 +30,7 @@ const TRIALS: [Trial; 8] = [
 ];
 
 /// Measures.
-pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
+pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
     let mut outcomes = one_node::measure(effort)?;
     outcomes.extend(across::measure(effort)?);
     Ok(outcomes)

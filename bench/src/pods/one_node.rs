@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Measures.
-pub fn measure(effort: Effort) -> Result<Vec<Outcome>> {
+pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
     let mut testbed = Testbed::new()?;
 
     let node = testbed.node()?;

@@ -53,8 +53,10 @@ pub struct Places {
 /// How a contender reaches services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Way {
-    /// Not at all: it asks the pod.
+    /// Not at all: it asks the pod, on a node without any of the others.
     Direct,
+    /// Not at all: it asks the pod, on a node of Penstock's.
+    Pod,
     /// Penstock, where the socket connects.
     Socket,
     /// Penstock, packet by packet.
@@ -67,8 +69,9 @@ pub enum Way {
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Direct,
+        Self::Pod,
         Self::Socket,
         Self::Packet,
         Self::Iptables,
@@ -78,6 +81,7 @@ impl Way {
     const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no service, the pod's address",
+            Self::Pod => "Penstock, the pod's address",
             Self::Socket => "Penstock, at the socket",
             Self::Packet => "Penstock, packet by packet",
             Self::Iptables => "kube-proxy, iptables",
@@ -133,7 +137,7 @@ impl Lane {
         let server = &self.server.host;
         match self.way {
             Way::Direct => {}
-            Way::Socket | Way::Packet => {
+            Way::Pod | Way::Socket | Way::Packet => {
                 objects::write(&self.node.manifests, count, server)?;
                 let agent = Agent::start(&self.node, &Source::Manifests, &["--log-level", "info"])?;
                 agent.wait_for_pods(2)?;
@@ -168,6 +172,10 @@ impl Lane {
         let mut all = vec![arrives];
         match self.way {
             Way::Direct => {}
+            Way::Pod => {
+                all.extend(ours(AT_SOCKETS, Counts::Nothing));
+                all.extend(ours(IN_PACKETS, Counts::Nothing));
+            }
             Way::Socket => {
                 all.extend(ours(AT_SOCKETS, Counts::Connections));
                 all.extend(ours(IN_PACKETS, Counts::Nothing));
@@ -188,7 +196,7 @@ impl Lane {
 
     fn contender(&self, service: IpAddr) -> Contender {
         let target = match self.way {
-            Way::Direct => (self.server.host.ip4, PORT),
+            Way::Direct | Way::Pod => (self.server.host.ip4, PORT),
             _ => (service, SERVICE_PORT),
         };
         Contender::new(
@@ -202,7 +210,7 @@ impl Lane {
 }
 
 /// Measures some ways with each number of services.
-pub fn measure(counts: &[usize], ways: &[Way], effort: Effort) -> Result<Vec<Outcome>> {
+pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort) -> Result<Vec<Outcome>> {
     let mut ways = ways.to_vec();
     let assets = penstock_testbed::require_api_server();
     let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
@@ -221,7 +229,7 @@ fn with(
     count: usize,
     ways: &[Way],
     assets: Option<&PathBuf>,
-    effort: Effort,
+    effort: &Effort,
 ) -> Result<Vec<Outcome>> {
     anyhow::ensure!(count > 0, "there has to be a service to be asked");
     let mut testbed = Testbed::new()?;

@@ -284,7 +284,7 @@ pub(super) fn cell(name: Option<&str>) -> String {
 const UNUSUAL_COLUMNS: usize = 4;
 
 /// The columns of what was counted.
-const STATS: [&str; 5] = ["CONNECTIONS", "FLOWS", "UDP SOCKETS", "SENT", "ANSWERED"];
+const STATS: [&str; 5] = ["CONNECTIONS", "FLOWS", "SOCKETS", "SENT", "ANSWERED"];
 
 /// What was counted, in the columns of [`STATS`].
 fn counts(stats: Option<&Stats>) -> Vec<String> {
@@ -293,7 +293,7 @@ fn counts(stats: Option<&Stats>) -> Vec<String> {
     vec![
         stats.connections.to_string(),
         stats.flows.to_string(),
-        stats.udp_sockets.to_string(),
+        (stats.tcp_sockets + stats.udp_sockets).to_string(),
         both(stats.request_packets, stats.request_bytes),
         both(stats.reply_packets, stats.reply_bytes),
     ]

@@ -361,16 +361,19 @@ macro_rules! family {
                 generation,
                 author: BackendLife::PROGRAMS,
             };
-            if $backend_counts.get_ptr(&life).is_none() {
+            let mut counts = $backend_counts.get_ptr_mut(&life);
+            if counts.is_none() {
                 // Without room this one is not counted.
                 let _ = $backend_counts.insert(&life, &NOTHING, u64::from(BPF_NOEXIST));
-            }
-            if let Some(counts) = $backend_counts.get_ptr_mut(&life) {
-                // SAFETY: fields of a mapped element (see `copy`); everybody writes the same service.
-                unsafe {
-                    addr_of_mut!((*counts).service).write_volatile(ServiceId(service));
-                    add(addr_of_mut!((*counts).connections), 1);
+                counts = $backend_counts.get_ptr_mut(&life);
+                if let Some(counts) = counts {
+                    // SAFETY: a field of a mapped element (see `copy`); all write the same.
+                    unsafe { addr_of_mut!((*counts).service).write_volatile(ServiceId(service)) };
                 }
+            }
+            if let Some(counts) = counts {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                add(unsafe { addr_of_mut!((*counts).connections) }, 1);
             }
         }
 

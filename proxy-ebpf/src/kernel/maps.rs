@@ -11,7 +11,7 @@ use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     ConnectedUdp, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId, FlowKey,
     FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, Route, ServiceId, SockEndpoint,
-    SocketPeer, SourceRange, Uplink, V4, V6, limits,
+    SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, limits,
 };
 
 /// A family's maps: a static cannot be generic.
@@ -87,6 +87,8 @@ pub(crate) static WAYS: PerCpuArray<[u32; 16]> = PerCpuArray::with_max_entries(1
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketPeer> = SkStorage::new();
+#[map]
+pub(crate) static TCP_PEERS: Array<TcpPeer> = Array::pinned(limits::TCP_PEERS, 0);
 #[map]
 pub(crate) static CONNECTED_UDP: HashMap<u64, ConnectedUdp> =
     HashMap::pinned(limits::CONNECTED_UDP, BPF_F_NO_PREALLOC);

@@ -24,11 +24,12 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use penstock_common::{Addr, Plain, Route, V4, V6};
+use penstock_common::{Addr, Plain, Proto, Route, V4, V6};
 use penstock_ebpf::{
     checksum::Delta,
-    family::ETHERNET,
+    family::{ETHERNET, Family},
     packet::{Covers, Packet, Refused, Zero},
+    parse::tcp,
 };
 
 use super::maps::WAYS;
@@ -55,7 +56,7 @@ impl<'a> Skb<'a> {
     #[inline(always)]
     pub(crate) fn new(context: &'a TcContext) -> Self {
         let wanted = context.len().min(LOOKED_AT);
-        if context.data() + wanted as usize > context.data_end() {
+        if context.data() + wanted as usize > context.data_end() && !is_plain(context) {
             // Where it fails the headers are not found, and the packet is left to the kernel.
             // SAFETY: the context is the one that the kernel called this program with.
             unsafe { bpf_skb_pull_data(context.skb.skb, wanted) };
@@ -144,6 +145,28 @@ impl<'a> Skb<'a> {
         };
         done(result)
     }
+}
+
+/// Whether a packet is TCP or UDP without options and extensions, whose headers are readable already:
+/// nobody looks at more of it, and making data readable copies it.
+#[inline(always)]
+fn is_plain(context: &TcContext) -> bool {
+    let packet = Skb(context);
+    let (ends, proto) = match u16::from_be(context.skb.protocol() as u16) {
+        V4::ETHERTYPE => {
+            let version_ihl: Option<u8> = packet.load(ETHERNET);
+            // Version 4, five words of header.
+            if version_ihl != Some(0x45) {
+                return false;
+            }
+            (V4::HEADER, packet.load(ETHERNET + 9))
+        }
+        V6::ETHERTYPE => (V6::HEADER, packet.load(ETHERNET + 6)),
+        _ => return false,
+    };
+    // As long as TCP's header, which is longer than UDP's.
+    let last: Option<u16> = packet.load(ETHERNET + ends + tcp::HEADER - 2);
+    last.is_some() && matches!(proto, Some(Proto::TCP | Proto::UDP))
 }
 
 /// An address as the kernel's look-up of routes takes it.

@@ -1,7 +1,10 @@
 //! [`Socket`] for the contexts of the cgroup hooks.
 #![expect(unsafe_code, reason = "contexts and socket storage are kernel memory")]
 
-use core::ptr::{addr_of, addr_of_mut};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_cxchg},
+    ptr::{addr_of, addr_of_mut},
+};
 
 use aya_ebpf::{
     Global,
@@ -13,8 +16,8 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext},
 };
 use penstock_common::{
-    Be16, ConnectedUdp, Counter, Datagram, DatagramKey, Netns, Proto, SockEndpoint, SocketPeer, V4,
-    V6, limits,
+    Be16, ConnectedUdp, Counter, Datagram, DatagramKey, Netns, Proto, SockEndpoint, SocketPeer,
+    TcpPeer, V4, V6, limits,
 };
 use penstock_ebpf::{env::Env, socket::Socket};
 
@@ -96,6 +99,46 @@ impl<'a> HookSocket<'a> {
             unsafe { bpf_set_retval(-errno) };
         }
         0
+    }
+}
+
+/// The place in `TCP_PEERS` of the socket with a cookie.
+#[inline(always)]
+fn place(cookie: u64) -> Option<*mut TcpPeer> {
+    TCP_PEERS.get_ptr_mut(cookie as u32 % limits::TCP_PEERS)
+}
+
+/// Gives a place from one cookie to another, if that one has it.
+#[inline(always)]
+fn pass_on(place: *mut TcpPeer, from: u64, to: u64) -> bool {
+    // SAFETY: a mapped element's first field, an aligned word that everybody changes atomically.
+    unsafe {
+        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+            addr_of_mut!((*place).cookie),
+            from,
+            to,
+        )
+        .1
+    }
+}
+
+/// The cookie that has a place.
+#[inline(always)]
+fn holder(place: *mut TcpPeer) -> u64 {
+    // SAFETY: as above.
+    unsafe { addr_of!((*place).cookie).read_volatile() }
+}
+
+impl HookSocket<'_> {
+    /// This socket's place in `TCP_PEERS`, if it is one for TCP and has it.
+    #[inline(always)]
+    fn own_place(&self) -> Option<(u64, *mut TcpPeer)> {
+        if self.proto() != Proto::TCP {
+            return None;
+        }
+        let cookie = self.cookie();
+        let place = place(cookie)?;
+        (holder(place) == cookie).then_some((cookie, place))
     }
 }
 
@@ -190,6 +233,11 @@ impl Socket for HookSocket<'_> {
 
     #[inline(always)]
     fn peer(&self) -> Option<SocketPeer> {
+        if let Some((_, place)) = self.own_place() {
+            // SAFETY: a mapped element that this socket has; the copy is volatile and any bytes are
+            // a `SocketPeer`.
+            return Some(unsafe { addr_of!((*place).peer).read_volatile() });
+        }
         // SAFETY: the storage belongs to this context's socket, which lives while the program
         // runs; the copy is volatile and any bytes are a `SocketPeer`.
         unsafe {
@@ -200,6 +248,16 @@ impl Socket for HookSocket<'_> {
 
     #[inline(always)]
     fn set_peer(&self, peer: &SocketPeer) {
+        if self.proto() == Proto::TCP {
+            let cookie = self.cookie();
+            if let Some(place) = place(cookie)
+                && (holder(place) == cookie || pass_on(place, 0, cookie))
+            {
+                // SAFETY: a mapped element that is this socket's, which system calls lock.
+                unsafe { addr_of_mut!((*place).peer).write_volatile(*peer) };
+                return;
+            }
+        }
         // SAFETY: as above.
         unsafe {
             let stored = SOCKETS.get_or_insert_ptr_mut(self.context, None);
@@ -218,6 +276,10 @@ impl Socket for HookSocket<'_> {
 
     #[inline(always)]
     fn forget(&self) {
+        if let Some((cookie, place)) = self.own_place() {
+            pass_on(place, cookie, 0);
+            return;
+        }
         if self.peer().is_none() {
             return;
         }
@@ -273,15 +335,24 @@ impl Socket for HookSocket<'_> {
     }
 }
 
-/// Forgets a UDP socket that is gone.
+/// Forgets a socket that is gone.
+///
+/// The kernel's own sockets go without a word: a place that one had stays taken.
 #[inline(always)]
 pub(crate) fn released(context: &SockContext) {
     // SAFETY: a field of the program's own context.
-    let proto = unsafe { addr_of!((*context.sock).protocol).read_volatile() };
-    if proto == u32::from(Proto::UDP.0) {
-        // SAFETY: the context is the one that the kernel called this program with.
-        let cookie = unsafe { bpf_get_socket_cookie(context.sock.cast()) };
+    let proto = Proto(unsafe { addr_of!((*context.sock).protocol).read_volatile() } as u8);
+    if !matches!(proto, Proto::TCP | Proto::UDP) {
+        return;
+    }
+    // SAFETY: the context is the one that the kernel called this program with.
+    let cookie = unsafe { bpf_get_socket_cookie(context.sock.cast()) };
+    if proto == Proto::UDP {
         // Absent is as good as removed.
         let _ = CONNECTED_UDP.remove(cookie);
+    } else if let Some(place) = place(cookie)
+        && holder(place) == cookie
+    {
+        pass_on(place, cookie, 0);
     }
 }

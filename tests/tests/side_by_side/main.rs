@@ -26,8 +26,7 @@ mod stage;
 use anyhow::Result;
 use comparison::Comparison;
 use differences::Difference;
-use penstock_testbed::require_kube_proxy;
-use random::Random;
+use penstock_testbed::{Random, require_kube_proxy};
 use stage::Stage;
 
 fn setting(name: &str, default: u64) -> u64 {
