@@ -8,7 +8,7 @@
     reason = "a test fails by panicking"
 )]
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use aya::maps::{Array, Map, MapData};
@@ -22,13 +22,6 @@ use penstock_testbed::{
     require_kernel, text,
 };
 use serde_json::{Value, json};
-
-/// A node's pins.
-fn pins(node: &Node) -> Result<Pins> {
-    let mut folders = std::fs::read_dir(&node.bpffs)?;
-    let folder: PathBuf = folders.next().context("something is pinned")??.path();
-    Ok(Pins::within(folder))
-}
 
 /// What a command shows.
 fn shown(node: &Node, command: &str, options: &[&str]) -> Result<Value> {
@@ -165,6 +158,39 @@ fn flows_are_listed_and_counted_with_and_without_an_agent() -> Result<()> {
 }
 
 #[test]
+fn connections_that_live_are_told_from_those_that_did() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let _agent = scene.agent(&[])?;
+    let node = &scene.nodes[0];
+    let packets = scene.client.host.without_socket_hooks();
+    for service in frontends(10, 80) {
+        let to = service.to_string();
+        let live = |what| -> Result<u64> { Ok(number(&stats(node, service, "TCP")?, what)) };
+        let mut at_the_socket = scene.client.host.traffic(&["hold", &to])?;
+        at_the_socket.line()?;
+        let mut by_packets = packets.traffic(&["hold", &to])?;
+        by_packets.line()?;
+        assert_eq!(live("tcp_sockets")?, 1);
+        assert_eq!(live("flows")?, 1);
+        let flow = flows(node, &["--frontend", &to])?.pop().expect("a flow");
+        assert_eq!(text(&flow, "state"), "established", "{flow}");
+        let left = number(&flow, "left_secs");
+        assert!((86_000..=86_400).contains(&left), "{flow}");
+        drop((at_the_socket, by_packets));
+        eventually("both are over", || {
+            anyhow::ensure!(live("tcp_sockets")? + live("flows")? == 0);
+            Ok(())
+        })?;
+        assert_eq!(live("connections")?, 2);
+    }
+    Ok(())
+}
+
+#[test]
 fn counts_outlive_their_flows_and_a_services_its_backends() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
@@ -200,7 +226,7 @@ fn counts_outlive_their_flows_and_a_services_its_backends() -> Result<()> {
         udp_secs: 0,
         udp_stream_secs: 0,
     };
-    let mut sweeper = Sweeper::open(&pins(node)?, none)?;
+    let mut sweeper = Sweeper::open(&Pins::at(&node.bpffs), none)?;
     assert!(sweeper.sweep().swept >= 2);
     let ended = |value: &Value| {
         let mut value = value.clone();
@@ -216,7 +242,7 @@ fn counts_outlive_their_flows_and_a_services_its_backends() -> Result<()> {
         MapData,
         penstock_common::BackendLife,
         penstock_common::BackendCounts,
-    > = Map::HashMap(pins(node)?.map("BACKEND_COUNTS4")?).try_into()?;
+    > = Map::HashMap(Pins::at(&node.bpffs).map("BACKEND_COUNTS4")?).try_into()?;
     let authors: Vec<u32> = counts.keys().map(|life| life.unwrap().author).collect();
     assert_eq!(
         authors.len(),
@@ -260,7 +286,8 @@ fn flows_go_when_the_operator_says() -> Result<()> {
     ];
     let _agent = scene.agent(&options)?;
     let node = &scene.nodes[0];
-    let config: Array<MapData, Config> = Map::Array(pins(node)?.map("CONFIG")?).try_into()?;
+    let config: Array<MapData, Config> =
+        Map::Array(Pins::at(&node.bpffs).map("CONFIG")?).try_into()?;
     let timeouts = config.get(&0, 0)?.timeouts;
     assert_eq!(timeouts.udp_stream_secs, 1);
     assert_eq!(timeouts.tcp_closing_secs, 10_800);
@@ -294,7 +321,8 @@ fn a_table_that_fills_up_is_told_before_it_is_full() -> Result<()> {
     scene.manifests()?;
     let agent = scene.agent(&[])?;
     let node = &scene.nodes[0];
-    let mut table: Array<MapData, Flow<V4>> = Map::Array(pins(node)?.map("FLOWS4")?).try_into()?;
+    let mut table: Array<MapData, Flow<V4>> =
+        Map::Array(Pins::at(&node.bpffs).map("FLOWS4")?).try_into()?;
     let mut fill = |ids: std::ops::Range<u32>, state| -> Result<()> {
         for id in ids {
             let flow = Flow {
