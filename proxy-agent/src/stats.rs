@@ -11,8 +11,8 @@ use std::{
 
 use aya::maps::{Array, HashMap as BpfMap, Map, MapData};
 use penstock_common::{
-    Addr, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, ConnectedUdp, Flow,
-    FlowCounts, Plain, ServiceId, SockEndpoint, TcpPeer, V4, V6,
+    Addr, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, ConnectedUdp, Connections,
+    Flow, FlowCounts, Plain, ServiceId, SockEndpoint, TcpPeer, V4, V6,
 };
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +74,8 @@ pub struct Statistics {
 
 /// Elements that are read at once.
 const CHUNK: usize = 4_096;
+/// The same of a table that has hundreds of thousands.
+const MANY: usize = 65_536;
 
 const COUNTS: [&str; 2] = ["BACKEND_COUNTS4", "BACKEND_COUNTS6"];
 
@@ -101,6 +103,8 @@ impl Statistics {
         // Flows first: one that ends meanwhile is then counted twice rather than not at all.
         all.v4 = family(&flows4, &all_counts(pins, v4)?, services);
         all.v6 = family(&flows6, &all_counts(pins, v6)?, services);
+        read_connections(pins, "CONNECTIONS4", &mut all.v4, services)?;
+        read_connections(pins, "CONNECTIONS6", &mut all.v6, services)?;
         all.read_services(pins)?;
         all.read_sockets(pins)?;
         all.read_tcp_sockets(pins)?;
@@ -175,6 +179,24 @@ impl Statistics {
     pub fn service(&self, id: ServiceId) -> Stats {
         self.services.get(&id).copied().unwrap_or_default()
     }
+}
+
+/// Adds what backends were given in the last lives of their ids.
+fn read_connections(
+    pins: &Pins,
+    map: &'static str,
+    backends: &mut HashMap<Life, Stats>,
+    services: &mut HashMap<ServiceId, Stats>,
+) -> Result<(), FlowsError> {
+    let data = pins.map(map)?;
+    let all: Vec<(u32, Connections)> =
+        batch::lookup_all(data.fd().as_fd(), MANY).map_err(unread(map))?;
+    for (id, given) in all.iter().filter(|(_, given)| given.count > 0) {
+        let life = (BackendId(*id), given.generation);
+        backends.entry(life).or_default().connections += given.count;
+        services.entry(given.service).or_default().connections += given.count;
+    }
+    Ok(())
 }
 
 /// An address as sockets name it.

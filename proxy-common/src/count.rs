@@ -3,7 +3,7 @@
 //! A flow's packets are counted beside its record, each direction in a cache line of its own: the
 //! two are often seen by different CPUs. Whoever ends a flow takes its counts, which leaves zeros for
 //! the record's next flow, and adds them to its backend's. A backend's counts are those of one life
-//! of its id, so that they begin at zero without anybody's doing.
+//! of its id, so that they begin at zero without the agent's doing.
 
 use crate::{
     plain::map_types,
@@ -64,6 +64,20 @@ impl FlowCounts {
     }
 }
 
+/// Connections and flows that a backend was given, in the present life of its id or, until the next
+/// one is given its first, in the last. Whoever begins a life moves what was counted of the one before
+/// into `BACKEND_COUNTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Connections {
+    /// The id's generation.
+    pub generation: u32,
+    /// The service port.
+    pub service: ServiceId,
+    /// How many.
+    pub count: u64,
+}
+
 /// One life of a backend's id, as one of those see it who add to its counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,14 +97,14 @@ impl BackendLife {
     pub const AGENT: u32 = 1;
 }
 
-/// What went to a backend and came back.
+/// What went to a backend and came back, as far as it is over.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendCounts {
     /// The service port.
     pub service: ServiceId,
     pad: u32,
-    /// Connections and flows that were given to it.
+    /// Connections and flows that it was given, once another life of its id has begun.
     pub connections: u64,
     /// What flows that have ended brought it.
     pub request: Traffic,
@@ -137,5 +151,5 @@ impl BackendCounts {
 }
 
 map_types! {
-    Traffic = 16, FlowCounts = 128, BackendLife = 12, BackendCounts = 48,
+    Traffic = 16, FlowCounts = 128, Connections = 16, BackendLife = 12, BackendCounts = 48,
 }

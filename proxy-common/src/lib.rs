@@ -19,6 +19,7 @@
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
 //! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
 //! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
 //! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
@@ -49,7 +50,7 @@ mod socket;
 
 pub use algorithm::{Algorithm, client_hash};
 pub use config::{Config, NetworkFlags, Timeouts};
-pub use count::{BackendCounts, BackendLife, FlowCounts, Traffic};
+pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Traffic};
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,

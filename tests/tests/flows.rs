@@ -11,12 +11,14 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use penstock_agent::{
     dataplane::pins::Pins,
     flows::{Lifetimes, Sweeper, now_secs},
 };
-use penstock_common::{Be16, Config, Flow, FlowState, Proto, V4, limits};
+use penstock_common::{
+    BackendCounts, BackendLife, Be16, Config, Flow, FlowState, Proto, V4, limits,
+};
 use penstock_testbed::{
     Node, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
     require_kernel, text,
@@ -71,6 +73,7 @@ fn flows_are_listed_and_counted_with_and_without_an_agent() -> Result<()> {
     let node = &scene.nodes[0];
     let sockets = &scene.client.host;
     let packets = sockets.without_socket_hooks();
+    let pins = Pins::at(&node.bpffs);
     assert_eq!(flows(node, &[])?, Vec::<Value>::new());
     for service in frontends(10, 80) {
         let to = service.to_string();
@@ -154,6 +157,21 @@ fn flows_are_listed_and_counted_with_and_without_an_agent() -> Result<()> {
     );
     agent.restart()?;
     assert_eq!(all()?, before);
+
+    // An agent that counted nothing ran before: flows stay, and counts begin.
+    agent.kill();
+    for family in ["4", "6"] {
+        for map in ["FLOW_COUNTS", "BACKEND_COUNTS", "CONNECTIONS"] {
+            std::fs::remove_file(pins.root().join(format!("{map}{family}")))?;
+        }
+    }
+    std::fs::remove_file(pins.root().join("SERVICE_COUNTS"))?;
+    agent.restart()?;
+    assert_eq!(flows(node, &[])?.len(), 7);
+    packets.who_answers("udp", &services[0].to_string())?;
+    let counted = stats(node, services[0], "UDP")?;
+    assert_eq!(number(&counted, "connections"), 1, "{counted}");
+    assert_eq!(number(&counted, "flows"), 3, "{counted}");
     Ok(())
 }
 
@@ -238,16 +256,13 @@ fn counts_outlive_their_flows_and_a_services_its_backends() -> Result<()> {
     for _ in 0..64 {
         sweeper.sweep();
     }
-    let counts: aya::maps::HashMap<
-        MapData,
-        penstock_common::BackendLife,
-        penstock_common::BackendCounts,
-    > = Map::HashMap(Pins::at(&node.bpffs).map("BACKEND_COUNTS4")?).try_into()?;
-    let authors: Vec<u32> = counts.keys().map(|life| life.unwrap().author).collect();
+    let counts: HashMap<MapData, BackendLife, BackendCounts> =
+        Map::HashMap(Pins::at(&node.bpffs).map("BACKEND_COUNTS4")?).try_into()?;
+    let lives: Vec<BackendLife> = counts.keys().collect::<Result<_, _>>()?;
     assert_eq!(
-        authors.len(),
-        2,
-        "one backend, as programs and agent saw it"
+        lives.len(),
+        1,
+        "one backend, as the agent saw it: {lives:?}"
     );
     assert_eq!(stats(node, service, "UDP")?, ended(&before));
     drop(sweeper);
@@ -269,6 +284,15 @@ fn counts_outlive_their_flows_and_a_services_its_backends() -> Result<()> {
     assert!(number(&fresh, "generation") > 1, "{fresh}");
     assert_eq!(number(&fresh["stats"], "connections"), 0, "{fresh}");
     assert_eq!(stats(node, service, "UDP")?, ended(&before));
+    let mut asked = number(&before, "connections");
+    loop {
+        asked += 1;
+        if packets.who_answers("udp", &service.to_string())? == scene.servers[0].host.name {
+            break;
+        }
+    }
+    // Its first connection moved those of the id's last life to where that one's are.
+    assert_eq!(number(&stats(node, service, "UDP")?, "connections"), asked);
     Ok(())
 }
 

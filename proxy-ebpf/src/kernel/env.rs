@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "map elements are shared memory")]
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg},
     ptr::{addr_of, addr_of_mut},
 };
 
@@ -14,8 +14,9 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Be16, Config,
-    Counter, Endpoint, Flow, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Plain, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, limits,
+    Connections, Counter, Endpoint, Flow, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts,
+    Frontend, FrontendKey, Plain, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6,
+    limits,
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
@@ -350,30 +351,69 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
-    ($family:ty, $connected:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $counts:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+        $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident) => {
-        /// [`Maps::count_connection`], a function of its own, see [`take_turn`].
+        /// The counts of a backend's life, which begin if need be; none without room for them.
+        #[inline(always)]
+        fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
+            if let Some(counts) = $backend_counts.get_ptr_mut(life) {
+                return Some(counts);
+            }
+            // Whoever else begins them writes the same.
+            let _ = $backend_counts.insert(life, &NOTHING, u64::from(BPF_NOEXIST));
+            let counts = $backend_counts.get_ptr_mut(life)?;
+            // SAFETY: a field of a mapped element (see `copy`).
+            unsafe { addr_of_mut!((*counts).service).write_volatile(service) };
+            Some(counts)
+        }
+
+        /// Begins a life of a backend's id, a function of its own, see [`take_turn`].
         #[inline(never)]
-        fn $connected(backend: u32, generation: u32, service: u32) {
+        fn $begin_life(backend: u32, generation: u32, service: u32) {
+            let Some(connections) = $connections.get_ptr_mut(backend) else {
+                return;
+            };
+            // SAFETY: fields' addresses inside the mapped element; nothing is read.
+            let (before, owner, count) = unsafe {
+                (
+                    addr_of_mut!((*connections).generation),
+                    addr_of_mut!((*connections).service),
+                    addr_of_mut!((*connections).count),
+                )
+            };
             let life = BackendLife {
                 backend: BackendId(backend),
-                generation,
+                generation: copy(before),
                 author: BackendLife::PROGRAMS,
             };
-            let mut counts = $backend_counts.get_ptr_mut(&life);
-            if counts.is_none() {
-                // Without room this one is not counted.
-                let _ = $backend_counts.insert(&life, &NOTHING, u64::from(BPF_NOEXIST));
-                counts = $backend_counts.get_ptr_mut(&life);
-                if let Some(counts) = counts {
-                    // SAFETY: a field of a mapped element (see `copy`); all write the same.
-                    unsafe { addr_of_mut!((*counts).service).write_volatile(ServiceId(service)) };
-                }
+            if (generation.wrapping_sub(life.generation) as i32) <= 0 {
+                // Of a life that is over, or somebody else has begun this one.
+                return;
             }
-            if let Some(counts) = counts {
+            let last_owner = copy(owner);
+            // SAFETY: an aligned word that everybody changes atomically.
+            let is_mine = unsafe {
+                atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                    before,
+                    life.generation,
+                    generation,
+                )
+                .1
+            };
+            if !is_mine {
+                return;
+            }
+            // SAFETY: as above, and a word that only who begins a life writes.
+            let last = unsafe {
+                owner.write_volatile(ServiceId(service));
+                atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(count, 0)
+            };
+            if last != 0
+                && let Some(counts) = $counts_of(&life, last_owner)
+            {
                 // SAFETY: a field's address inside the mapped element; nothing is read.
-                add(unsafe { addr_of_mut!((*counts).connections) }, 1);
+                add(unsafe { addr_of_mut!((*counts).connections) }, last);
             }
         }
 
@@ -384,22 +424,27 @@ macro_rules! family {
                 return;
             };
             // SAFETY: fields' addresses inside the mapped element; nothing is read.
-            let (backend, generation) = unsafe {
+            let (backend, generation, service) = unsafe {
                 (
                     copy(addr_of!((*flow).backend_id)),
                     copy(addr_of!((*flow).backend_generation)),
+                    copy(addr_of!((*flow).service)),
                 )
-            };
-            let Some(ended) = $counts.get_ptr_mut(id) else {
-                return;
             };
             let life = BackendLife {
                 backend,
                 generation,
                 author: BackendLife::PROGRAMS,
             };
-            // None for a flow that was masqueraded, or that began before anything was counted.
-            let counts = $backend_counts.get_ptr_mut(&life);
+            // What was masqueraded has no backend.
+            let counts = if generation == 0 {
+                None
+            } else {
+                $counts_of(&life, service)
+            };
+            let Some(ended) = $counts.get_ptr_mut(id) else {
+                return;
+            };
             // SAFETY: fields' addresses inside mapped elements; nothing is read.
             unsafe {
                 move_traffic(
@@ -491,7 +536,23 @@ macro_rules! family {
 
             #[inline(always)]
             fn count_connection(&self, id: BackendId, generation: u32, service: ServiceId) {
-                $connected(id.0, generation, service.0);
+                let Some(connections) = $connections.get_ptr_mut(id.0) else {
+                    return;
+                };
+                // SAFETY: fields' addresses inside the mapped element; nothing is read.
+                let (present, count) = unsafe {
+                    (
+                        addr_of!((*connections).generation),
+                        addr_of_mut!((*connections).count),
+                    )
+                };
+                if copy(present) != generation {
+                    $begin_life(id.0, generation, service.0);
+                    if copy(present) != generation {
+                        return;
+                    }
+                }
+                add(count, 1);
             }
 
             #[inline(always)]
@@ -556,7 +617,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, connected4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4);
-family!(V6, connected6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6);

@@ -9,15 +9,15 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    ConnectedUdp, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId, FlowKey,
-    FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, Route, ServiceId, SockEndpoint,
-    SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, limits,
+    ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, Route, ServiceId,
+    SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $counts:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
@@ -39,6 +39,8 @@ macro_rules! family_maps {
         #[map]
         pub(crate) static $counts: Array<FlowCounts> = Array::pinned(limits::FLOWS, BPF_F_MMAPABLE);
         #[map]
+        pub(crate) static $connections: Array<Connections> = Array::pinned(limits::BACKENDS, 0);
+        #[map]
         pub(crate) static $backend_counts: HashMap<BackendLife, BackendCounts> =
             HashMap::pinned(limits::BACKEND_COUNTS, BPF_F_NO_PREALLOC);
         #[map]
@@ -57,9 +59,9 @@ macro_rules! family_maps {
     };
 }
 
-family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4);
-family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6);
 
 #[map]

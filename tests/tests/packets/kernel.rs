@@ -14,8 +14,8 @@ use aya::{
 };
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, Be16,
-    Config, Counter, Flow, FlowCounts, FlowId, FlowState, Frontend, FrontendFlags, FrontendKey,
-    Proto, ServiceId, SlotRange, V4, V6, limits,
+    Config, Connections, Counter, Flow, FlowCounts, FlowId, FlowState, Frontend, FrontendFlags,
+    FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
 };
 
 use crate::model::{Endpoint, Hook, Model, Service, Tally, service_id};
@@ -238,7 +238,7 @@ impl Kernel {
     /// What was counted of a family's backends: of flows that have ended, and of those that are there.
     fn tallies<A: Addr>(
         &mut self,
-        [backends, ended, flows, counts]: [&'static str; 4],
+        [backends, connections, ended, flows, counts]: [&'static str; 5],
         ip: impl Fn(A) -> IpAddr,
     ) -> BTreeMap<(ServiceId, Endpoint), Tally>
     where
@@ -253,7 +253,18 @@ impl Kernel {
             .expect("a hash map");
         let ended: Vec<(BackendLife, BackendCounts)> =
             ended.iter().collect::<Result<_, _>>().expect(backends);
-        let mut tallies = BTreeMap::new();
+        let mut tallies: BTreeMap<_, Tally> = BTreeMap::new();
+        for id in 0..1_000 {
+            let backend: Backend<A> = self.array(backends).get(&id, 0).expect(backends);
+            let given: Connections = self.array(connections).get(&id, 0).expect(connections);
+            if given.count > 0 {
+                assert_eq!(given.generation, backend.generation);
+                assert_eq!(given.service, backend.service);
+                let endpoint = (ip(backend.addr), backend.port.to_host());
+                let tally = tallies.entry((backend.service, endpoint)).or_default();
+                tally.connections = given.count;
+            }
+        }
         for (life, counts) in ended {
             let backend: Backend<A> = self
                 .array(backends)
@@ -263,12 +274,11 @@ impl Kernel {
             assert_eq!(life.author, BackendLife::PROGRAMS);
             assert_eq!(counts.service, backend.service);
             let endpoint = (ip(backend.addr), backend.port.to_host());
-            let tally = Tally {
-                connections: counts.connections,
-                request: counts.request,
-                reply: counts.reply,
-            };
-            tallies.insert((backend.service, endpoint), tally);
+            assert_eq!(counts.connections, 0, "its first life is not over");
+            let tally = tallies.get_mut(&(backend.service, endpoint));
+            let tally = tally.expect("a connection was counted");
+            tally.request = counts.request;
+            tally.reply = counts.reply;
         }
         for id in 0..limits::FLOWS {
             let counts: FlowCounts = self.array(counts).get(&id, 0).expect(counts);
@@ -290,8 +300,20 @@ impl Kernel {
 
     /// What was counted of all backends.
     pub fn all_tallies(&mut self) -> BTreeMap<(ServiceId, Endpoint), Tally> {
-        let v4 = ["BACKENDS4", "BACKEND_COUNTS4", "FLOWS4", "FLOW_COUNTS4"];
-        let v6 = ["BACKENDS6", "BACKEND_COUNTS6", "FLOWS6", "FLOW_COUNTS6"];
+        let v4 = [
+            "BACKENDS4",
+            "CONNECTIONS4",
+            "BACKEND_COUNTS4",
+            "FLOWS4",
+            "FLOW_COUNTS4",
+        ];
+        let v6 = [
+            "BACKENDS6",
+            "CONNECTIONS6",
+            "BACKEND_COUNTS6",
+            "FLOWS6",
+            "FLOW_COUNTS6",
+        ];
         let mut all = self.tallies::<V4>(v4, |ip| IpAddr::V4(ip.into()));
         all.extend(self.tallies::<V6>(v6, |ip| IpAddr::V6(ip.into())));
         all
