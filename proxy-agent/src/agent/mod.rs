@@ -27,7 +27,9 @@ use crate::{
     dataplane::{bpf::Bpf, pins::Pins},
     flows::Lifetimes,
     health, ipc,
+    metrics::Syncs,
     model::{node_ports::NodePorts, world::World},
+    monitor,
     network::{self, pods::Pods},
     reconcile::Reconciler,
     signals::Signals,
@@ -72,6 +74,8 @@ pub struct Options {
     pub exclude_cgroups: Vec<Pattern>,
     /// The pod network, where pods are Penstock's to connect.
     pub network: Option<network::Options>,
+    /// Where metrics and health checks are served.
+    pub monitor: monitor::Addresses,
     /// For how long flows may be idle.
     pub lifetimes: Lifetimes,
     /// Whether the programs trace what they refuse.
@@ -164,6 +168,8 @@ pub async fn run(options: Options) -> Result<Ending> {
     let interfaces = follower.status.clone();
     tokio::spawn(follower.run(shared.changed.clone()));
     let (queries_sender, mut queries) = mpsc::channel(16);
+    let unmonitored = monitor::Problems::default();
+    monitor::run(options.monitor, &pins, queries_sender.clone(), &unmonitored);
     tokio::spawn(ipc::serve(listener, queries_sender));
     let counted = Counted::default();
     sweep_flows(&pins, options.lifetimes, counted.clone())?;
@@ -197,6 +203,8 @@ pub async fn run(options: Options) -> Result<Ending> {
         steer,
         health_checks,
         unchecked,
+        unmonitored,
+        syncs: Syncs::default(),
         started: Instant::now(),
         was_settled: false,
         was_synced: false,

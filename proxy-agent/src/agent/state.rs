@@ -23,8 +23,9 @@ use crate::{
     flows::Lifetimes,
     health,
     ipc::Query,
+    metrics::{Syncs, Vitals},
     model::object::{Event, Family, Kind, ObjectName},
-    network,
+    monitor, network,
     reconcile::Reconciler,
     report::{self, Report},
     usage::{self, Counted, Fill, Pressure},
@@ -60,6 +61,8 @@ pub(super) struct Agent {
     pub(super) steer: Arc<Notify>,
     pub(super) health_checks: tokio::sync::watch::Sender<Arc<health::Checks>>,
     pub(super) unchecked: health::Problems,
+    pub(super) unmonitored: monitor::Problems,
+    pub(super) syncs: Syncs,
     pub(super) started: Instant,
     pub(super) was_settled: bool,
     pub(super) was_synced: bool,
@@ -113,7 +116,11 @@ impl Agent {
     }
 
     pub(super) fn step(&mut self) {
+        let began = Instant::now();
         let outcome = self.reconciler.step(self.started.elapsed());
+        if outcome.services > 0 || outcome.writes > 0 {
+            self.syncs.done(began.elapsed());
+        }
         if outcome.writes > 0 {
             tracing::debug!("{} services, {} writes", outcome.services, outcome.writes);
         }
@@ -235,6 +242,7 @@ impl Agent {
         problems.extend(self.pressure.problems());
         problems.extend(lock(&self.interfaces).problems.iter().cloned());
         problems.extend(lock(&self.unchecked).values().cloned());
+        problems.extend(lock(&self.unmonitored).values().cloned());
         if let Some(network) = &self.network {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }
@@ -341,6 +349,9 @@ impl Agent {
                 report.tables = self.fills();
                 let _ = answer.send(report);
             }
+            Query::Vitals(answer) => {
+                let _ = answer.send(self.vitals());
+            }
             Query::Ready(answer) => {
                 let _ = answer.send(self.readiness());
             }
@@ -353,6 +364,23 @@ impl Agent {
                     let _ = request.answer.send(not_ready);
                 }
             },
+        }
+    }
+
+    /// How the agent is, in short.
+    fn vitals(&self) -> Vitals {
+        let world = &self.reconciler.world;
+        let (rejections, untold) = self.status.rejections();
+        let told = rejections.len() + untold + world.conflicts().len();
+        Vitals {
+            is_synced: world.is_synced(),
+            is_settled: self.reconciler.is_settled(),
+            // As in kube-proxy, one that nobody spoke of stays.
+            is_node_eligible: world.node().is_none_or(|node| !node.is_leaving),
+            sizes: world.sizes(),
+            problems: told + self.reconciler.errors().len() + self.problems().len(),
+            tables: self.fills(),
+            syncs: self.syncs.clone(),
         }
     }
 

@@ -7,6 +7,7 @@ mod pinned;
 mod show;
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -21,6 +22,7 @@ use crate::{
     attach::follow::Names,
     flows::Lifetimes,
     model::node_ports::{NodePorts, Which},
+    monitor,
     network::{self, plan::Routing},
     watch::kube::Servers,
 };
@@ -109,6 +111,13 @@ struct AgentArgs {
     /// Cgroups below --cgroup whose sockets are left alone, by path; `*` matches (repeatable).
     #[arg(long = "exclude-cgroup", value_name = "PATTERN", value_delimiter = ',')]
     exclude_cgroups: Vec<Pattern>,
+    /// Where Prometheus asks (/metrics); empty for nowhere.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10249", value_parser = bind_address)]
+    metrics_bind_address: Bind,
+    /// Where load balancers and kubelet ask for this node's health (/healthz, /livez); empty for
+    /// nowhere.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10256", value_parser = bind_address)]
+    healthz_bind_address: Bind,
     #[command(flatten)]
     conntrack: ConntrackArgs,
     #[command(flatten)]
@@ -269,6 +278,20 @@ impl NetworkArgs {
     }
 }
 
+/// Where to listen, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bind(Option<SocketAddr>);
+
+fn bind_address(text: &str) -> Result<Bind, String> {
+    if text.is_empty() {
+        return Ok(Bind(None));
+    }
+    let address = text
+        .parse()
+        .map_err(|_| "write an address and port: 127.0.0.1:10249, [::]:10256".to_owned());
+    address.map(|address| Bind(Some(address)))
+}
+
 /// A node's name is that of an object.
 fn node_name(name: &str) -> Result<String, String> {
     crate::api::check_name("the name", name).map(|()| name.to_owned())
@@ -400,6 +423,10 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         },
         exclude_cgroups: args.exclude_cgroups,
         lifetimes: args.conntrack.lifetimes(),
+        monitor: monitor::Addresses {
+            metrics: args.metrics_bind_address.0,
+            healthz: args.healthz_bind_address.0,
+        },
         is_tracing: args.log_level == LogLevel::Trace,
     })
     .await?;
