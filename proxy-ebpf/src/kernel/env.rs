@@ -14,9 +14,8 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Be16, Config,
-    Connections, Counter, Endpoint, Flow, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts,
-    Frontend, FrontendKey, Plain, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6,
-    limits,
+    Counter, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey,
+    Plain, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, limits,
 };
 use penstock_ebpf::env::{Env, Maps, Record};
 
