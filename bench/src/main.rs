@@ -10,8 +10,10 @@ mod control;
 mod figures;
 mod load;
 mod machine;
+mod outside;
 mod plot;
 mod pods;
+mod programs;
 mod report;
 mod results;
 mod services;
@@ -84,6 +86,8 @@ enum Command {
         #[arg(long, default_value_t = 50)]
         calls: usize,
     },
+    /// What each packet costs in each program, by itself.
+    Programs,
     /// To a ClusterIP: Penstock's ways and kube-proxy's.
     Services {
         /// How many there are.
@@ -92,6 +96,15 @@ enum Command {
         /// Which ways; the first is what the others are compared with.
         #[arg(long, value_delimiter = ',', default_values_t = services::Way::ALL)]
         ways: Vec<services::Way>,
+    },
+    /// From clients outside to a node port: Penstock's ways and kube-proxy's.
+    Outside {
+        /// How many services there are.
+        #[arg(long, default_value_t = 1)]
+        services: usize,
+        /// Which ways; the first is what the others are compared with.
+        #[arg(long, value_delimiter = ',', default_values_t = outside::Way::ALL)]
+        ways: Vec<outside::Way>,
     },
     /// Writes the report and the pictures of an earlier run anew.
     Report {
@@ -155,6 +168,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
             calls: if cli.full { 200 } else { 50 },
         },
         Command::Pods,
+        Command::Programs,
         Command::Services {
             services: if cli.full {
                 vec![1, 1_000, 5_000, 10_000]
@@ -162,6 +176,10 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
                 vec![1, 1_000]
             },
             ways: services::Way::ALL.to_vec(),
+        },
+        Command::Outside {
+            services: if cli.full { 1_000 } else { 1 },
+            ways: outside::Way::ALL.to_vec(),
         },
     ];
     let commands = match &cli.command {
@@ -176,9 +194,14 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
                 changes,
             } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
             Command::Pods => results.outcomes.extend(pods::measure(&effort)?),
+            Command::Programs => results.programs = Some(programs::measure(&effort)?),
             Command::Cni { calls } => results.outcomes.extend(cni::measure(&effort, *calls)?),
             Command::Services { services, ways } => {
                 let outcomes = services::measure(services, ways, &effort)?;
+                results.outcomes.extend(outcomes);
+            }
+            Command::Outside { services, ways } => {
+                let outcomes = outside::measure(*services, ways, &effort)?;
                 results.outcomes.extend(outcomes);
             }
             Command::Report { .. } | Command::Load(_) => {}

@@ -86,6 +86,44 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     if let Some(agent) = results.control.as_ref().and_then(|all| all.get("agent")) {
         text.push_str(&programming(agent));
     }
+    if let Some(programs) = &results.programs {
+        text.push_str(&per_packet(programs));
+    }
+    text
+}
+
+/// What packets cost in the programs.
+fn per_packet(programs: &Value) -> String {
+    let mut text = String::from(
+        "\n## Programs\n\nNanoseconds a packet, of one run each (BPF_PROG_TEST_RUN), each packet of another flow; \
+         less those of a frame that is not IP, which are what measuring takes.\n\n\
+         | program | packet | in all | less measuring |\n| --- | --- | --- | --- |\n",
+    );
+    for line in programs
+        .get("programs")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        let word = |field: &str| line.get(field).and_then(Value::as_str).unwrap_or_default();
+        let spread = |field: &str| {
+            let median = line.get(field).cloned().unwrap_or_default();
+            let median = serde_json::from_value::<Median>(median);
+            median.map_or_else(
+                |_| String::new(),
+                |Median { value, low, high }| format!("{value:.0} ({low:.0} to {high:.0})"),
+            )
+        };
+        let _ = writeln!(
+            text,
+            "| `{}` | {}, {} | {} | {} |",
+            word("program"),
+            word("family"),
+            word("packet"),
+            spread("nanos"),
+            spread("less")
+        );
+    }
     text
 }
 

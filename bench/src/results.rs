@@ -21,6 +21,9 @@ pub struct Results {
     /// What programming takes, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<Value>,
+    /// What packets cost in each program, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub programs: Option<Value>,
 }
 
 impl Results {
@@ -30,6 +33,7 @@ impl Results {
             machine,
             outcomes: Vec::new(),
             control: None,
+            programs: None,
         }
     }
 

@@ -119,6 +119,12 @@ pub struct Interface {
     pub attached: bool,
     /// Why not.
     pub error: Option<String>,
+    /// How XDP meets what comes from the outside, if it does: native or generic.
+    #[serde(default)]
+    pub xdp: Option<String>,
+    /// Why it does not, where it should.
+    #[serde(default)]
+    pub xdp_error: Option<String>,
     /// The pod's addresses, as far as known.
     pub addresses: Vec<String>,
 }
@@ -413,6 +419,8 @@ impl From<&follow::Followed> for Interface {
             name: followed.name.clone(),
             attached: followed.is_attached,
             error: followed.error.clone(),
+            xdp: followed.xdp.map(|mode| mode.label().to_owned()),
+            xdp_error: followed.xdp_error.clone(),
             addresses: addr4.into_iter().chain(addr6).collect(),
         }
     }

@@ -1,7 +1,7 @@
 //! What the agent tells the programs about this node; it may change while they run.
 
 use crate::{
-    net::{V4, V6},
+    net::{Be16, V4, V6},
     plain::map_types,
 };
 
@@ -63,10 +63,14 @@ pub struct Config {
     pub overlay_mtu: u32,
     /// The overlay's VXLAN network identifier.
     pub overlay_vni: u32,
+    /// The UDP port of its tunnels.
+    pub overlay_port: Be16,
+    /// Zero.
+    pub pad: u16,
     /// This node's IPv4 address in the overlay, unspecified if it has none.
     pub overlay4: V4,
     /// This node's IPv6 address in the overlay, unspecified if it has none.
     pub overlay6: V6,
 }
 
-map_types! { Timeouts = 20, Config = 80 }
+map_types! { Timeouts = 20, Config = 84 }

@@ -50,6 +50,8 @@ counters! {
     ExternalRequest = "external_request", COUNT;
     /// Replies to the outside, translated back.
     ExternalReply = "external_reply", COUNT;
+    /// Packets from the outside that XDP translated and sent on; each is counted as what it is, too.
+    ExternalXdp = "external_xdp", COUNT;
     /// Replies translated back at a pod.
     PacketReply = "packet_reply", COUNT;
     /// ICMP errors translated together with the packet that they quote.

@@ -33,6 +33,7 @@
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
+//! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
 #![cfg_attr(target_arch = "bpf", no_std)]
@@ -58,7 +59,7 @@ pub use flow::{
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
     Endpoint, EndpointFlags, MASQUERADE_PORTS, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind,
-    Uplink,
+    Uplink, XdpUplink,
 };
 pub use plain::Plain;
 pub use service::{
@@ -71,7 +72,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// How many entries each map holds.
 pub mod limits {

@@ -63,6 +63,16 @@ pub struct Uplink {
     pub addr6: V6,
 }
 
+/// An interface to the outside whose packets meet XDP first, found by its index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct XdpUplink {
+    /// Its Ethernet address: at XDP nobody has yet told what is for another host.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub pad: u16,
+}
+
 /// Source ports of masqueraded flows: below those that the kernel gives to sockets (32,768 to 60,999
 /// by default) and those of node ports (30,000 to 32,767), so that no flow meets another's.
 pub const MASQUERADE_PORTS: (u16, u16) = (1_024, 29_999);
@@ -73,4 +83,4 @@ pub const OVERLAY_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 1];
 /// Whom frames in the overlay come from; a device drops what seems to come from itself.
 pub const OVERLAY_PEER_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 2];
 
-map_types! { Endpoint = 20, Route = 24, Uplink = 20 }
+map_types! { Endpoint = 20, Route = 24, Uplink = 20, XdpUplink = 8 }

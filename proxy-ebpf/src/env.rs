@@ -6,10 +6,34 @@
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Proto, Route, ServiceId,
-    SourceRange, Uplink,
+    SourceRange, Uplink, XdpUplink,
 };
 
 use crate::family::Family;
+
+/// Where the kernel's routes send a packet, and to which neighbour there.
+#[derive(Clone, Copy)]
+pub struct NextHop {
+    /// The interface that it leaves by.
+    pub ifindex: u32,
+    /// The neighbour's Ethernet address.
+    pub to: [u8; 6],
+    /// The interface's own.
+    pub from: [u8; 6],
+}
+
+/// The device that leads to other nodes' pods.
+#[derive(Clone, Copy, Default)]
+pub struct Overlay {
+    /// Its index, 0 if there is none.
+    pub ifindex: u32,
+    /// How long a packet may be, in bytes, IP header included.
+    pub mtu: u32,
+    /// The VXLAN network identifier.
+    pub vni: u32,
+    /// The UDP port of tunnels.
+    pub port: Be16,
+}
 
 /// What is there for both families.
 pub trait Env {
@@ -23,8 +47,12 @@ pub trait Env {
     fn config(&self) -> Config;
     /// An interface to the outside.
     fn uplink(&self, ifindex: u32) -> Option<Uplink>;
+    /// An interface to the outside whose packets meet XDP first.
+    fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
+    /// The overlay device of [`Config`].
+    fn overlay(&self) -> Overlay;
     /// Counts one.
     fn count(&self, counter: Counter);
     /// How often a search by chance is repeated: for a record to evict, for a free source port.
@@ -72,6 +100,8 @@ pub trait Maps<F: Family>: Env {
     /// A flow's record.
     type Record: Record<F::Addr>;
 
+    /// This node's own address, unspecified if it has none of this family.
+    fn node(&self) -> F::Addr;
     /// Whether an address is of interest.
     fn address(&self, addr: &F::Addr) -> Option<Address>;
     /// Whether an address is of a kind ([`penstock_common::AddressKind`]).
@@ -115,6 +145,8 @@ pub trait Maps<F: Family>: Env {
     /// The interface that a packet of this source leaves by, having come in by `ingress`, if the
     /// kernel's routes and the packet's length let it.
     fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;
+    /// The same, and the neighbour there if the kernel knows it.
+    fn next_hop(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<NextHop>;
     /// The narrowest range that covers an address.
     fn route(&self, addr: &F::Addr) -> Option<Route>;
     /// The ports of a fragmented datagram.

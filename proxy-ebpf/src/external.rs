@@ -6,8 +6,8 @@
 //! for forged: they leave from the hook.
 
 use penstock_common::{
-    Addr, AddressKind, Config, Counter, FlowFlags, FlowKey, MASQUERADE_PORTS, NetworkFlags,
-    OVERLAY_MAC, OVERLAY_PEER_MAC, RouteKind,
+    Addr, AddressKind, Counter, FlowFlags, FlowKey, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
+    OVERLAY_PEER_MAC, Route, RouteKind,
 };
 
 use crate::{
@@ -19,6 +19,7 @@ use crate::{
     pod::{self, Back, Verdict},
     reject, rewrite,
     select::{self, Origin},
+    tunnel,
 };
 
 /// Sorts a packet that came in by an interface to the outside.
@@ -33,6 +34,9 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
+    if tunnel::is_own::<F, M>(packet, maps, &dst) {
+        return Ok(Verdict::Pass);
+    }
     let Some(address) = maps.address(&dst) else {
         return Ok(if forward::is_local::<F, M>(packet, maps, &dst) {
             Verdict::Local
@@ -89,7 +93,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
 }
 
 #[inline(always)]
-fn open_flow<F: Family, M: Maps<F>>(
+pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     ingress: u32,
     maps: &M,
     segment: &Segment<F::Addr>,
@@ -157,13 +161,9 @@ pub fn onward<F: Family, M: Maps<F>>(
     if maps.is(&dst, AddressKind::NODE) {
         return Ok(Verdict::Pass);
     }
-    let config = maps.config();
-    let route = maps.route(&dst);
-    let is_behind_overlay = config.network & NetworkFlags::FORWARD != 0
-        && route.is_some_and(|route| route.kind == RouteKind::OVERLAY);
-    if is_behind_overlay {
-        return match forward::enter_overlay::<F>(packet, &config)? {
-            Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, &config),
+    if let Some(route) = tunnel_to::<F, M>(maps, &dst) {
+        return match forward::enter_overlay::<F>(packet, maps, route)? {
+            Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, maps),
             verdict => Ok(verdict),
         };
     }
@@ -173,15 +173,34 @@ pub fn onward<F: Family, M: Maps<F>>(
     Ok(Verdict::Pass)
 }
 
+/// The tunnel that leads to an address.
+#[inline(always)]
+fn tunnel_to<F: Family, M: Maps<F>>(maps: &M, dst: &F::Addr) -> Option<Route> {
+    if maps.network() & NetworkFlags::FORWARD == 0 {
+        return None;
+    }
+    let route = maps.route(dst)?;
+    (route.kind == RouteKind::OVERLAY).then_some(route)
+}
+
+/// Whether [`onward`] lets a packet with these ends leave by the kernel's routes.
+#[inline(always)]
+pub(crate) fn leaves<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::Addr) -> bool {
+    maps.endpoint(dst).is_none()
+        && !maps.is(dst, AddressKind::NODE)
+        && tunnel_to::<F, M>(maps, dst).is_none()
+        && maps.address(src).is_some()
+}
+
 /// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had
 /// come in by the overlay's own device, which may have this node's addresses for sources.
 #[inline(always)]
-fn too_long<F: Family>(packet: &mut impl Packet, config: &Config) -> Result<Verdict, Counter> {
+fn too_long<F: Family>(packet: &mut impl Packet, maps: &impl Maps<F>) -> Result<Verdict, Counter> {
     if !F::may_be_split(packet, ETHERNET) {
         return Ok(Verdict::TooLong);
     }
     forward::frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(forward::refused)?;
-    Ok(Verdict::In(config.overlay_ifindex))
+    Ok(Verdict::In(maps.overlay().ifindex))
 }
 
 /// Tells the sender of a packet that does not fit the overlay, which was translated already, what
@@ -203,6 +222,6 @@ pub fn shorten<F: Family, M: Maps<F>>(
     rewrite::translate::<F>(packet, &segment, client, frontend)?;
     (segment.src, segment.src_port) = client;
     (segment.dst, segment.dst_port) = frontend;
-    reject::too_long::<F, M>(packet, maps, &segment, maps.config().overlay_mtu)?;
+    reject::too_long::<F, M>(packet, maps, &segment, maps.overlay().mtu)?;
     Ok(Verdict::TurnAround)
 }

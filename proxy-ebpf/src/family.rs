@@ -6,6 +6,8 @@ use crate::{checksum, packet::Packet};
 
 /// The Ethernet header's length.
 pub const ETHERNET: usize = 14;
+/// Where the sender stands in it, in bytes.
+pub const ETHERNET_SOURCE: usize = 6;
 
 /// Where the network header ends, and what follows.
 #[derive(Clone, Copy)]

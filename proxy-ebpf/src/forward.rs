@@ -5,14 +5,14 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Addr, AddressKind, Config, Counter, EndpointFlags, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
-    OVERLAY_PEER_MAC, Proto, RouteKind,
+    Addr, AddressKind, Counter, EndpointFlags, MASQUERADE_PORTS, NetworkFlags, OVERLAY_MAC,
+    OVERLAY_PEER_MAC, Proto, Route, RouteKind,
 };
 
 use crate::{
     checksum::Delta,
     env::Maps,
-    family::{ETHERNET, Family},
+    family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow,
     packet::{Packet, Refused},
     parse,
@@ -42,9 +42,7 @@ pub fn from_pod<F: Family, M: Maps<F>>(
         return Ok(Verdict::Local);
     }
     match maps.route(&ends.1) {
-        Some(route) if route.kind == RouteKind::OVERLAY => {
-            enter_overlay::<F>(packet, &maps.config())
-        }
+        Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, maps, route),
         Some(_) => Ok(Verdict::Pass),
         None if network & NetworkFlags::MASQUERADE == 0 => Ok(Verdict::Pass),
         None if F::is_multicast(ends.1) || hops::<F>(packet).is_none() => Ok(Verdict::Pass),
@@ -188,12 +186,16 @@ pub fn from_overlay<F: Family, M: Maps<F>>(
     })
 }
 
-/// A packet that is about to enter the overlay: a pod's, or this node's own.
+/// A packet that is about to enter the overlay: this node's own, or one that [`enter_overlay`] has
+/// given its tunnel already.
 #[inline(always)]
 pub fn to_overlay<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
+    if packet.load(ETHERNET_SOURCE) == Some(OVERLAY_PEER_MAC) {
+        return Ok(Verdict::Pass);
+    }
     let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
@@ -233,21 +235,24 @@ pub fn deliver<F: Family, M: Maps<F>>(
     })
 }
 
-/// To another node.
+/// To another node, with its tunnel, which the device's own hook needs not look up again.
 #[inline(always)]
 pub(crate) fn enter_overlay<F: Family>(
     packet: &mut impl Packet,
-    config: &Config,
+    maps: &impl Maps<F>,
+    route: Route,
 ) -> Result<Verdict, Counter> {
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
-    if !packet.fits(config.overlay_ifindex, config.overlay_mtu) {
+    let overlay = maps.overlay();
+    if !packet.fits(overlay.ifindex, overlay.mtu) {
         return Ok(Verdict::Pass);
     }
     take_hop::<F>(packet, hops).map_err(refused)?;
     frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(refused)?;
-    Ok(Verdict::Out(config.overlay_ifindex))
+    maps.count(Counter::OverlaySent);
+    Ok(Verdict::Overlay(route))
 }
 
 pub(crate) fn refused(_: Refused) -> Counter {
@@ -256,7 +261,7 @@ pub(crate) fn refused(_: Refused) -> Counter {
 
 /// The bits at [`Family::HOPS`] of a packet that has hops left.
 #[inline(always)]
-fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
+pub(crate) fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
     let word: u16 = packet.load(ETHERNET + F::HOPS)?;
     (F::hops(word) > 1).then_some(word)
 }
@@ -273,17 +278,23 @@ pub(crate) fn is_local<F: Family, M: Maps<F>>(
 
 /// Takes one from the hop limit (RFC 1812, 5.3.1).
 #[inline(always)]
-fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused> {
+pub(crate) fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<(), Refused> {
     let new = F::with_one_hop_less(old);
     let at = ETHERNET + F::HOPS;
-    match F::HEADER_CHECKSUM {
-        Some(checksum) => {
-            packet.store(at, &new)?;
-            let delta = Delta::default().word(old.into(), new.into());
-            packet.change_header_checksum(ETHERNET + checksum, delta)
-        }
-        None => packet.store_uncovered(at, &new),
-    }
+    let Some(checksum) = F::HEADER_CHECKSUM else {
+        return packet.store_uncovered(at, &new);
+    };
+    // Its checksum follows it at once, and one write is cheaper than two.
+    const {
+        assert!(
+            matches!(F::HEADER_CHECKSUM, None | Some(10))
+                && (F::HOPS == 8) == F::HEADER_CHECKSUM.is_some()
+        )
+    };
+    let delta = Delta::default().word(old.into(), new.into());
+    let sum = delta.apply(packet.load(ETHERNET + checksum).ok_or(Refused)?);
+    let ([a, b], [c, d]) = (new.to_ne_bytes(), sum.to_ne_bytes());
+    packet.store(at, &[a, b, c, d])
 }
 
 /// Gives a frame its receiver and sender (IEEE 802.3, 3.2).

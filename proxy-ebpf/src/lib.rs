@@ -32,3 +32,5 @@ pub mod reject;
 pub mod rewrite;
 pub mod select;
 pub mod socket;
+pub mod tunnel;
+pub mod xdp;

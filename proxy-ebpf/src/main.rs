@@ -21,9 +21,14 @@ mod kernel;
 )]
 mod programs {
     use aya_ebpf::{
-        bindings::{__sk_buff, TC_ACT_SHOT},
-        macros::{cgroup_sock, cgroup_sock_addr, classifier},
-        programs::{SockAddrContext, SockContext, TcContext},
+        EbpfContext,
+        bindings::{
+            __sk_buff, TC_ACT_SHOT,
+            xdp_action::{XDP_DROP, XDP_PASS},
+            xdp_md,
+        },
+        macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
+        programs::{SockAddrContext, SockContext, TcContext, XdpContext},
     };
     use penstock_common::{Counter, V4, V6};
     use penstock_ebpf::{
@@ -31,11 +36,13 @@ mod programs {
         external,
         family::Family,
         forward,
+        packet::Packet,
         pod::{self, Path, Verdict},
         socket::{self, Outcome},
+        tunnel, xdp,
     };
 
-    use crate::kernel::{env::Kernel, skb::Skb, sock::HookSocket};
+    use crate::kernel::{env::Kernel, skb::Skb, sock::HookSocket, xdp::Xdp};
 
     /// Leaves the packet to whoever is next at the hook, and else to the kernel.
     const NEXT: i32 = -1;
@@ -50,7 +57,7 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident) => {
+            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident) => {
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -70,6 +77,7 @@ mod programs {
             family!(stage $outward, external::onward, $family);
             family!(stage $answer, external::answer, $family);
             family!(stage $shorten, external::shorten, $family);
+            family!(stage $to_uplink, tunnel::to_uplink, $family);
 
             #[unsafe(no_mangle)]
             #[inline(never)]
@@ -209,10 +217,48 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, arrived4, admit4, outward4, answer4, shorten4);
+        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, arrived6, admit6, outward6, answer6, shorten6);
+        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6);
+
+    /// XDP's functions for one family; their answers are as the other hooks'.
+    macro_rules! xdp_family {
+        ($family:ty: $before_stack:ident, $carry:ident, $begin:ident) => {
+            xdp_family!(stage $carry, xdp::carry, $family);
+            xdp_family!(stage $begin, xdp::open, $family);
+
+            #[inline(always)]
+            fn $before_stack(xdp: *mut xdp_md) -> i32 {
+                let mut verdict = $carry(xdp);
+                if verdict == OPEN {
+                    verdict = $begin(xdp);
+                    if verdict == OPENED {
+                        verdict = $carry(xdp);
+                    }
+                }
+                verdict
+            }
+        };
+        (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $name(xdp: *mut xdp_md) -> i32 {
+                let context = XdpContext::new(xdp);
+                let kernel = Kernel { context: &context };
+                let mut xdp = Xdp::new(&context);
+                match $module::$path::<$family, _>(&mut xdp, &kernel) {
+                    Ok(Verdict::Routed(ifindex)) => xdp.send(ifindex),
+                    Ok(Verdict::Open) => OPEN,
+                    Ok(Verdict::Opened) => OPENED,
+                    Ok(_) => NEXT,
+                    Err(reason) => dropped(&context, reason),
+                }
+            }
+        };
+    }
+    xdp_family!(V4: before_stack4, carry4, begin4);
+    xdp_family!(V6: before_stack6, carry6, begin6);
 
     // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
     const TOO_LONG: i32 = -14;
@@ -258,16 +304,23 @@ mod programs {
             Verdict::In(ifindex) => skb.receive(ifindex),
             Verdict::TooLong => TOO_LONG,
             Verdict::Routed(ifindex) => skb.route(ifindex),
-            Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.config().overlay_vni) {
+            Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.overlay().vni) {
                 Ok(()) => NEXT,
                 Err(_) => dropped(context, Counter::RewriteFailed),
             },
+            Verdict::Overlay(route) => {
+                let overlay = kernel.overlay();
+                match skb.tunnel(&route, overlay.vni) {
+                    Ok(()) => skb.send(overlay.ifindex),
+                    Err(_) => dropped(context, Counter::RewriteFailed),
+                }
+            }
         }
     }
 
     /// Counts a packet that goes no further.
     #[inline(always)]
-    fn dropped(context: &TcContext, reason: Counter) -> i32 {
+    fn dropped<C: EbpfContext>(context: &C, reason: Counter) -> i32 {
         Kernel { context }.count(reason);
         DROPPED + reason as i32
     }
@@ -287,14 +340,38 @@ mod programs {
     #[inline(never)]
     fn trace(skb: *mut __sk_buff, reason: i32) -> i32 {
         let context = TcContext::new(skb);
-        let packet = Skb::new(&context);
-        let (proto, port) = match ethertype(&context) {
-            V4::ETHERTYPE => pod::destination::<V4>(&packet),
-            V6::ETHERTYPE => pod::destination::<V6>(&packet),
+        trace_packet(
+            &context,
+            &Skb::new(&context),
+            ethertype(&context),
+            reason as u32,
+        )
+    }
+
+    /// The same at XDP. Of a function that is not global the compiler would make one of the frame's
+    /// pointers, which no function may be given.
+    #[unsafe(no_mangle)]
+    #[inline(never)]
+    pub(crate) extern "C" fn trace_frame(xdp: *mut xdp_md, reason: i32) -> i32 {
+        let context = XdpContext::new(xdp);
+        let frame = Xdp::new(&context);
+        let ethertype = frame.load(12).map_or(0, u16::from_be);
+        trace_packet(&context, &frame, ethertype, reason as u32)
+    }
+
+    #[inline(always)]
+    fn trace_packet<C: EbpfContext>(
+        context: &C,
+        packet: &impl Packet,
+        ethertype: u16,
+        reason: u32,
+    ) -> i32 {
+        let (proto, port) = match ethertype {
+            V4::ETHERTYPE => pod::destination::<V4>(packet),
+            V6::ETHERTYPE => pod::destination::<V6>(packet),
             _ => Default::default(),
         };
-        let context = &context;
-        Kernel { context }.trace_index(reason as u32, proto, port.to_host());
+        Kernel { context }.trace_index(reason, proto, port.to_host());
         0
     }
 
@@ -334,13 +411,33 @@ mod programs {
         )
     }
 
+    /// Packets from the outside, before anybody else has seen them.
+    #[xdp]
+    pub(crate) fn xdp_uplink(context: XdpContext) -> u32 {
+        let packet = Xdp::new(&context);
+        let verdict = match packet.load(12).map(u16::from_be) {
+            Some(V4::ETHERTYPE) => before_stack4(context.ctx),
+            Some(V6::ETHERTYPE) => before_stack6(context.ctx),
+            _ => NEXT,
+        };
+        match verdict {
+            // What was not sent, begun or not, is the TC hook's.
+            ..0 => XDP_PASS,
+            DROPPED.. => {
+                trace_frame(context.ctx, verdict - DROPPED);
+                XDP_DROP
+            }
+            verdict => verdict as u32,
+        }
+    }
+
     /// Packets that leave for the outside.
     #[classifier]
     pub(crate) fn to_uplink(context: TcContext) -> i32 {
         by_family(
             &context,
-            || returning4(context.skb.skb),
-            || returning6(context.skb.skb),
+            || to_uplink4(context.skb.skb),
+            || to_uplink6(context.skb.skb),
         )
     }
 

@@ -66,6 +66,8 @@ pub enum Verdict {
     TooLong,
     /// It gets this tunnel and goes on.
     Tunnel(Route),
+    /// It gets this tunnel and leaves by the overlay.
+    Overlay(Route),
 }
 
 /// Which way a packet from a pod takes.

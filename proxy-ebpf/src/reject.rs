@@ -135,7 +135,7 @@ fn error<F: Family>(
 /// Whether a checksum holds the pseudo header's sum alone, as a local sender leaves it to the
 /// interface to complete.
 #[inline(always)]
-fn has_partial_checksum<A: penstock_common::Addr>(
+pub(crate) fn has_partial_checksum<A: penstock_common::Addr>(
     packet: &impl Packet,
     segment: &Segment<A>,
     at: usize,

@@ -68,6 +68,34 @@ impl Host {
         self.start(traffic()?, arguments)
     }
 
+    /// Segments and datagrams that it dropped for a wrong checksum.
+    pub fn checksum_errors(&self) -> Result<u64> {
+        let text = self.run("cat", &["/proc/thread-self/net/snmp"])?;
+        let mut errors = 0;
+        let lines: Vec<&str> = text.lines().collect();
+        for pair in lines.chunks(2) {
+            let [names, values] = pair else { continue };
+            let columns = names.split(' ').zip(values.split(' '));
+            errors += columns
+                .filter(|(name, _)| *name == "InCsumErrors")
+                .filter_map(|(_, value)| value.parse::<u64>().ok())
+                .sum::<u64>();
+        }
+        // TCP's are those of both families there, UDP's are not.
+        let text = self.run("cat", &["/proc/thread-self/net/snmp6"])?;
+        let count = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Udp6InCsumErrors"))
+            .and_then(|count| count.trim().parse::<u64>().ok());
+        Ok(errors + count.context("snmp6 counts UDP's checksum errors")?)
+    }
+
+    /// Switches checksum offload of an interface off, so that every checksum is really computed.
+    pub fn without_checksum_offload(&self, interface: &str) -> Result<()> {
+        self.run("ethtool", &["-K", interface, "tx", "off"])
+            .map(drop)
+    }
+
     /// Serves TCP and UDP on `port` of all addresses: each answer names this host, who asked, and
     /// the address that was reached.
     pub fn serve(&self, port: u16) -> Result<Process> {

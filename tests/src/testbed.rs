@@ -423,28 +423,15 @@ impl Node {
 
     /// Switches checksum offload of an interface off, so that every checksum is really computed.
     pub fn without_checksum_offload(&self, pod: &Pod) -> Result<()> {
-        self.host
-            .run("ethtool", &["-K", &pod.interface, "tx", "off"])?;
-        pod.host.run("ethtool", &["-K", "eth0", "tx", "off"])?;
-        Ok(())
+        self.host.without_checksum_offload(&pod.interface)?;
+        pod.host.without_checksum_offload("eth0")
     }
 }
 
 impl Pod {
     /// Segments and datagrams that it dropped for a wrong checksum.
     pub fn checksum_errors(&self) -> Result<u64> {
-        let text = self.host.run("cat", &["/proc/thread-self/net/snmp"])?;
-        let mut errors = 0;
-        let lines: Vec<&str> = text.lines().collect();
-        for pair in lines.chunks(2) {
-            let [names, values] = pair else { continue };
-            let columns = names.split(' ').zip(values.split(' '));
-            errors += columns
-                .filter(|(name, _)| *name == "InCsumErrors")
-                .filter_map(|(_, value)| value.parse::<u64>().ok())
-                .sum::<u64>();
-        }
-        Ok(errors)
+        self.host.checksum_errors()
     }
 }
 

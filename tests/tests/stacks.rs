@@ -149,7 +149,16 @@ fn every_chain_of_functions_fits_the_stack_of_older_kernels() {
     let functions = functions(&file);
     let names: BTreeSet<&str> = functions.values().map(|function| &*function.name).collect();
     // That functions, their stacks and their calls were found at all.
-    for name in ["from_pod", "to_pod", "from_uplink", "connect6", "request6"] {
+    for name in [
+        "from_pod",
+        "to_pod",
+        "from_uplink",
+        "connect6",
+        "request6",
+        "xdp_uplink",
+        "carry6",
+        "begin6",
+    ] {
         assert!(names.contains(name), "{name} is none of {names:?}");
     }
     let all: Vec<(u32, String)> = functions

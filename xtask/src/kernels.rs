@@ -44,7 +44,7 @@ const KERNELS: &[Kernel] = &[
 type Group = (&'static str, &'static [&'static str]);
 
 /// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
-/// atomically); both refusals, errors about packets, traces, and agents that are replaced.
+/// atomically); XDP, which asks the kernel's routes at a hook of their own; both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -58,6 +58,13 @@ const TESTS: &[Group] = &[
     (
         "algorithms",
         &["turns_go_round_and_affinity_comes_before_them"],
+    ),
+    (
+        "external",
+        &[
+            "xdp::xdp_goes_by_the_interfaces_ethernet_address_as_it_is",
+            "xdp::xdp_is_where_it_can_be_and_leaves_when_it_is_not_wanted",
+        ],
     ),
     (
         "trouble",

@@ -1,14 +1,24 @@
 //! The real kube-proxy in its iptables mode, on a node of the testbed, with a real API server.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use penstock_testbed::{self as testbed, ApiServer, Host, Node, Testbed, patiently};
 
 use super::{
     Places,
-    objects::{self, SERVICE_PORT},
+    objects::{self, Kind, SERVICE_PORT},
 };
+
+/// The folder with a kube-proxy and what it needs, or a word about its being left out.
+pub fn assets() -> Option<PathBuf> {
+    let assets = testbed::require_api_server();
+    let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
+    if assets.is_none() {
+        println!("WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables mode is left out");
+    }
+    assets
+}
 
 /// A node's kube-proxy, and who tells it of services.
 pub struct KubeProxy {
@@ -26,11 +36,12 @@ impl KubeProxy {
         assets: &Path,
         node: &Node,
         count: usize,
+        kind: Kind,
         server: &Host,
     ) -> Result<Self> {
         let host = testbed.client()?;
         let api = ApiServer::start(assets, &host, testbed.folder())?;
-        for list in objects::lists(count, server) {
+        for list in objects::lists(count, kind, server) {
             api.create(&list)?;
         }
         let mut process = testbed::KubeProxy::start(assets, node, &api)?;

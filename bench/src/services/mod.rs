@@ -3,9 +3,9 @@
 //! Every contender has a node of its own with a client and a server, and the same services, whose
 //! one endpoint is that server.
 
-mod kube_proxy;
-mod nftables;
-mod objects;
+pub mod kube_proxy;
+pub mod nftables;
+pub mod objects;
 
 use std::{
     fmt::{Display, Formatter},
@@ -24,7 +24,7 @@ use crate::{
     turns::{self, Effort, Outcome, Trial},
 };
 use kube_proxy::KubeProxy;
-use objects::SERVICE_PORT;
+use objects::{Kind, SERVICE_PORT};
 
 /// What is measured over TCP.
 const TCP: [Trial; 6] = [
@@ -138,19 +138,23 @@ impl Lane {
         match self.way {
             Way::Direct => {}
             Way::Pod | Way::Socket | Way::Packet => {
-                objects::write(&self.node.manifests, count, server)?;
+                objects::write(&self.node.manifests, count, Kind::ClusterIp, server)?;
                 let agent = Agent::start(&self.node, &Source::Manifests, &["--log-level", "info"])?;
                 agent.wait_for_pods(2)?;
                 self.agent = Some(Rc::new(agent));
             }
             Way::Iptables => {
                 let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
-                let proxy = KubeProxy::start(testbed, assets, &self.node, count, server)?;
+                let kind = Kind::ClusterIp;
+                let proxy = KubeProxy::start(testbed, assets, &self.node, count, kind, server)?;
                 let order = proxy.first_and_last;
                 self._kube_proxy = Some(proxy);
                 return Ok(Some(order));
             }
-            Way::Nftables => nftables::load(count, server, &self.node, testbed.folder())?,
+            Way::Nftables => {
+                let folder = testbed.folder();
+                nftables::load(count, Kind::ClusterIp, server, &self.node, folder)?;
+            }
         }
         Ok(None)
     }
@@ -212,12 +216,8 @@ impl Lane {
 /// Measures some ways with each number of services.
 pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort) -> Result<Vec<Outcome>> {
     let mut ways = ways.to_vec();
-    let assets = penstock_testbed::require_api_server();
-    let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
-    if assets.is_none() && ways.contains(&Way::Iptables) {
-        println!("WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables mode is left out");
-        ways.retain(|way| *way != Way::Iptables);
-    }
+    let assets = kube_proxy::assets();
+    ways.retain(|way| *way != Way::Iptables || assets.is_some());
     let mut outcomes = Vec::new();
     for count in counts {
         outcomes.extend(with(*count, &ways, assets.as_ref(), effort)?);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use penstock_testbed::{Host, Node};
 use serde_json::Value;
 
-use super::objects::{self, SERVICE_PORT};
+use super::objects::{self, Kind, SERVICE_PORT};
 use crate::{cluster::service_ip, contender::PORT};
 
 /// Everything but services.
@@ -66,7 +66,7 @@ add rule ip kube-proxy firewall-check ip daddr . meta l4proto . th dport vmap @f
 ";
 
 /// The rules for so many services.
-fn rules(count: usize, server: &Host, node: &Node) -> String {
+fn rules(count: usize, kind: Kind, server: &Host, node: &Node) -> Result<String> {
     let mut text = BASE.to_owned();
     let (server, node) = (server.ip4, node.host.ip4);
     // Writing to a string can't fail.
@@ -89,15 +89,31 @@ fn rules(count: usize, server: &Host, node: &Node) -> String {
                  add rule ip kube-proxy {service} numgen random mod 1 vmap {{ 0 : goto {endpoint} }}\n\
                  add element ip kube-proxy service-ips {{ {ip} . {protocol} . {SERVICE_PORT} : goto {service} }}\n",
             );
+            if kind == Kind::NodePort {
+                let (external, port) = (format!("external-{name}"), objects::node_port(number)?);
+                let _ = write!(
+                    text,
+                    "add chain ip kube-proxy {external}\n\
+                     add rule ip kube-proxy {external} jump mark-for-masquerade\n\
+                     add rule ip kube-proxy {external} goto {service}\n\
+                     add element ip kube-proxy service-nodeports {{ {protocol} . {port} : goto {external} }}\n",
+                );
+            }
         }
     }
-    text
+    Ok(text)
 }
 
 /// Loads the rules for so many services on a node; `folder` is for the file.
-pub fn load(count: usize, server: &Host, node: &Node, folder: &std::path::Path) -> Result<()> {
+pub fn load(
+    count: usize,
+    kind: Kind,
+    server: &Host,
+    node: &Node,
+    folder: &std::path::Path,
+) -> Result<()> {
     let path = folder.join("kube-proxy.nft");
-    std::fs::write(&path, rules(count, server, node))
+    std::fs::write(&path, rules(count, kind, server, node)?)
         .with_context(|| format!("writing {}", path.display()))?;
     let path = path.to_str().context("a folder's name is no text")?;
     node.host.run("nft", &["-f", path]).map(drop)

@@ -15,6 +15,24 @@ pub const SERVICE_PORT: u16 = 80;
 const WITH_UDP: usize = 50;
 /// Objects in a file.
 const PER_FILE: usize = 500;
+/// The first node port.
+const FIRST_NODE_PORT: usize = 30_000;
+
+/// How clients reach services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// By the service's own address.
+    ClusterIp,
+    /// By a port of the node, too.
+    NodePort,
+}
+
+/// A service's node port, both of TCP and of UDP.
+pub fn node_port(number: usize) -> Result<u16> {
+    let port = u16::try_from(FIRST_NODE_PORT + number).ok();
+    port.filter(|port| *port < 32_768)
+        .context("there are only 2,768 node ports")
+}
 
 /// The protocols of a service's ports.
 pub fn protocols(number: usize) -> &'static [&'static str] {
@@ -43,16 +61,23 @@ fn ports(number: usize, target: impl Fn(&str) -> Value) -> Value {
 }
 
 /// Service `number`.
-fn service(number: usize) -> Value {
+fn service(number: usize, kind: Kind) -> Value {
     let ip = service_ip(number);
+    let (kind, node_port) = match kind {
+        Kind::ClusterIp => ("ClusterIP", None),
+        Kind::NodePort => ("NodePort", Some(FIRST_NODE_PORT + number)),
+    };
     let port = |protocol: &str| {
         let name = protocol.to_lowercase();
-        json!({ "name": name, "port": SERVICE_PORT, "protocol": protocol, "targetPort": PORT })
+        json!({
+            "name": name, "port": SERVICE_PORT, "protocol": protocol, "targetPort": PORT,
+            "nodePort": node_port,
+        })
     };
     json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": { "name": format!("s{number}"), "namespace": "default" },
-        "spec": { "type": "ClusterIP", "clusterIP": ip, "ports": ports(number, port) },
+        "spec": { "type": kind, "clusterIP": ip, "ports": ports(number, port) },
     })
 }
 
@@ -75,20 +100,20 @@ fn slice(number: usize, server: &Host) -> Value {
 }
 
 /// So many services, in lists of a size that programs take.
-pub fn lists(count: usize, server: &Host) -> impl Iterator<Item = Value> {
+pub fn lists(count: usize, kind: Kind, server: &Host) -> impl Iterator<Item = Value> {
     let starts = (0..count).step_by(PER_FILE);
     starts.map(move |start| {
         let numbers = start..(start + PER_FILE).min(count);
         let items: Vec<Value> = numbers
-            .flat_map(|number| [service(number), slice(number, server)])
+            .flat_map(|number| [service(number, kind), slice(number, server)])
             .collect();
         json!({ "apiVersion": "v1", "kind": "List", "items": items })
     })
 }
 
 /// Writes them as manifests.
-pub fn write(folder: &Path, count: usize, server: &Host) -> Result<()> {
-    for (number, list) in lists(count, server).enumerate() {
+pub fn write(folder: &Path, count: usize, kind: Kind, server: &Host) -> Result<()> {
+    for (number, list) in lists(count, kind, server).enumerate() {
         let path = folder.join(format!("services-{number:04}.json"));
         fs::write(&path, list.to_string())
             .with_context(|| format!("writing {}", path.display()))?;

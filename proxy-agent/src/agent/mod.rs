@@ -22,7 +22,7 @@ use crate::{
         exclude::Exclusions,
         follow::{Follower, Names, Wiring},
         interface::PacketHooks,
-        netns,
+        netns, xdp,
     },
     dataplane::{bpf::Bpf, pins::Pins},
     flows::Lifetimes,
@@ -68,6 +68,8 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// Names of interfaces, by what is behind them.
     pub interfaces: Names,
+    /// Where packets from the outside are met first.
+    pub xdp: xdp::Choice,
     /// At which addresses of this node its ports are services'.
     pub node_ports: NodePorts,
     /// Cgroups, below `cgroup`, whose sockets are left alone.
@@ -116,7 +118,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         traces::forward(&mut ebpf);
     }
     let attached = cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
-    let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6))?;
+    let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6), options.xdp)?;
     tracing::info!("socket hooks are on {}", options.cgroup.display());
 
     let (sender, mut events) = mpsc::channel(BATCH);

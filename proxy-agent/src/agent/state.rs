@@ -9,7 +9,7 @@ use std::{
 
 use aya::maps::Array;
 use penstock_cni::agent::Answer;
-use penstock_common::{Config, NetworkFlags, V4, V6};
+use penstock_common::{Be16, Config, NetworkFlags, V4, V6};
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
@@ -296,6 +296,7 @@ impl Agent {
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,
+            overlay_port: Be16::from_host(network.port),
             overlay4,
             overlay6,
             ..Config::default()

@@ -25,7 +25,8 @@ use penstock_cni::{
 };
 use penstock_common::{Netns, NetnsFlags, V4, V6};
 use rtnetlink::{
-    Handle, MulticastGroup, new_multicast_connection, packet_route::link::LinkAttribute,
+    Handle, MulticastGroup, new_multicast_connection,
+    packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType},
 };
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -33,11 +34,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     interface::{PacketHooks, Role},
     netns::{self, Identity},
+    xdp::{Facts, Mode},
 };
 use crate::{
     dataplane::{batch, pins::Pins},
     model::{object::ObjectName, port::HostPort},
-    network::{self, Endpoints, MapsError, Uplinks, pods::Pods},
+    network::{self, Endpoints, MapsError, Uplinks, XdpUplinks, pods::Pods},
 };
 
 /// How long to let messages gather before looking: a pod's link comes with several.
@@ -48,6 +50,9 @@ const SETTLE_WIRED: Duration = Duration::from_millis(20);
 const RETRY: Duration = Duration::from_millis(100);
 /// How often to look without any message.
 const IDLE: Duration = Duration::from_secs(30);
+/// How often XDP is tried on an interface in a row: a link of another mode's takes its time to go. From
+/// then on it is tried when there is another reason to look.
+const XDP_ATTEMPTS: u32 = 20;
 /// After this many looks an interface's namespace is no longer expected to show an address, nor an
 /// attachment without an interface to get one or to be forgotten.
 const PATIENCE: u32 = 100;
@@ -65,6 +70,11 @@ pub struct Followed {
     pub role: Option<Role>,
     /// The namespace behind it.
     pub identity: Option<Identity>,
+    /// How XDP meets what comes from the outside, if it does.
+    pub xdp: Option<Mode>,
+    /// Why it does not, where it should.
+    pub xdp_error: Option<String>,
+    xdp_attempts: u32,
     looks: u32,
 }
 
@@ -89,8 +99,16 @@ const GROUPS: [MulticastGroup; 3] = [
     MulticastGroup::Ipv6Ifaddr,
 ];
 
-/// Interfaces by index: name, namespace and role.
-type Present = BTreeMap<u32, (String, Option<i32>, Role)>;
+/// An interface to follow.
+struct Link {
+    name: String,
+    namespace: Option<i32>,
+    role: Role,
+    facts: Facts,
+}
+
+/// Interfaces by index.
+type Present = BTreeMap<u32, Link>;
 
 /// What connects pods.
 pub struct Wiring {
@@ -141,6 +159,7 @@ pub struct Follower {
     hooks: PacketHooks,
     names: Names,
     uplinks: Uplinks,
+    xdp_uplinks: XdpUplinks,
     /// This node's addresses by interface, as last seen.
     addresses: Vec<(String, IpAddr)>,
     namespaces: MapData,
@@ -171,6 +190,7 @@ impl Follower {
             hooks,
             names,
             uplinks: Uplinks::open(pins)?,
+            xdp_uplinks: XdpUplinks::open(pins)?,
             addresses: Vec::new(),
             namespaces: pins.map("NETNS")?,
             node_addresses,
@@ -256,12 +276,10 @@ impl Follower {
 
     /// Makes `UPLINKS` say which addresses this node has at its interfaces to the outside.
     fn write_uplinks(&mut self, present: &Present) -> bool {
-        let uplinks = present
-            .iter()
-            .filter(|(_, (.., role))| *role == Role::Uplink);
+        let uplinks = present.iter().filter(|(_, link)| link.role == Role::Uplink);
         let addresses = &self.addresses;
-        let uplinks = uplinks.map(|(index, (name, ..))| {
-            let ips = addresses.iter().filter(move |(on, _)| on == name);
+        let uplinks = uplinks.map(|(index, link)| {
+            let ips = addresses.iter().filter(move |(on, _)| *on == link.name);
             (*index, ips.map(|(_, ip)| *ip))
         });
         match self.uplinks.set(uplinks) {
@@ -273,29 +291,84 @@ impl Follower {
         }
     }
 
+    /// Makes `XDP_UPLINKS` name the interfaces to the outside that have XDP, so that it serves there
+    /// and sends to them.
+    fn write_xdp_uplinks(&mut self, present: &Present) -> bool {
+        let status = lock(&self.status);
+        let uplinks = present.iter().filter_map(|(index, link)| {
+            let followed = status.interfaces.get(index)?;
+            let has_xdp = link.role == Role::Uplink && followed.xdp.is_some();
+            Some((*index, link.facts.mac.filter(|_| has_xdp)?))
+        });
+        match self.xdp_uplinks.set(uplinks) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!("{error}; clients outside are served at TC until then");
+                false
+            }
+        }
+    }
+
     /// Looks at all interfaces; whether nothing is left to wait for.
     async fn look(&mut self, handle: &Handle) -> Result<bool, rtnetlink::Error> {
         self.tell_addresses();
         let mut present: Present = BTreeMap::new();
+        let mut carriers = HashSet::new();
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await? {
             let mut name = None;
             let mut namespace = None;
+            let mut below = None;
+            let mut kind = None;
+            let mut mac = None;
             for attribute in &link.attributes {
                 match attribute {
                     LinkAttribute::IfName(text) => name = Some(text.clone()),
                     LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
+                    LinkAttribute::Link(index) => below = Some(*index),
+                    LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(&**bytes).ok(),
+                    LinkAttribute::LinkInfo(infos) => {
+                        kind = infos.iter().find_map(|info| match info {
+                            LinkInfo::Kind(kind) => Some(kind.clone()),
+                            _ => None,
+                        });
+                    }
                     _ => {}
                 }
+            }
+            if kind == Some(InfoKind::Vlan) && namespace.is_none() {
+                carriers.extend(below);
             }
             if let Some(name) = name
                 && let Some(role) = self.role(&name)
             {
-                present.insert(link.header.index, (name, namespace, role));
+                let is_ethernet = link.header.link_layer_type == LinkLayerType::Ether;
+                let facts = Facts {
+                    mac: mac.filter(|_| is_ethernet),
+                    is_veth: kind == Some(InfoKind::Veth),
+                    has_vlans: false,
+                };
+                let link_seen = Link {
+                    name,
+                    namespace,
+                    role,
+                    facts,
+                };
+                present.insert(link.header.index, link_seen);
             }
+        }
+        for (index, link) in &mut present {
+            link.facts.has_vlans = carriers.contains(index);
+        }
+        // Before the program leaves an interface, nobody sends there any more. What an earlier agent
+        // wrote holds until its programs are replaced.
+        if !lock(&self.status).interfaces.is_empty() {
+            self.write_xdp_uplinks(&present);
         }
         self.forget_absent(&present);
         let mut is_settled = self.attach_new(&present);
+        is_settled &= self.attach_xdp(&present);
+        is_settled &= self.write_xdp_uplinks(&present);
         is_settled &= self.identify_new(handle, &present).await;
         self.write_namespaces();
         is_settled &= self.write_endpoints();
@@ -417,7 +490,7 @@ impl Follower {
                 }
             }
         }
-        for (index, (name, _, role)) in present {
+        for (index, Link { name, role, .. }) in present {
             if status
                 .interfaces
                 .get(index)
@@ -430,7 +503,7 @@ impl Follower {
 
     fn attach_new(&mut self, present: &Present) -> bool {
         let mut is_settled = true;
-        for (index, (name, _, role)) in present {
+        for (index, Link { name, role, .. }) in present {
             let mut followed = lock(&self.status)
                 .interfaces
                 .get(index)
@@ -442,6 +515,10 @@ impl Follower {
             // Nobody else has hooks on links of our own plugin's.
             let quickly = self.wiring.is_some() && penstock_cni::names::is_interface(name);
             let result = self.hooks.attach(*role, name, *index, quickly);
+            if *role != Role::Uplink {
+                // It may have been one.
+                self.hooks.detach_xdp(*index);
+            }
             followed.role = Some(*role);
             followed.name.clone_from(name);
             followed.is_attached = result.is_ok();
@@ -464,12 +541,52 @@ impl Follower {
         is_settled
     }
 
+    /// Puts XDP on interfaces to the outside, and takes it off others; whether there is nothing to be
+    /// tried again soon.
+    fn attach_xdp(&mut self, present: &Present) -> bool {
+        let mut is_settled = true;
+        for (index, link) in present {
+            let Some(mut followed) = lock(&self.status).interfaces.get(index).cloned() else {
+                continue;
+            };
+            if link.role != Role::Uplink {
+                continue;
+            }
+            if link.facts.has_vlans {
+                followed.xdp = None;
+            }
+            if !self.hooks.xdp().is_wanted() {
+                followed.xdp_error = self.hooks.xdp().problem().map(str::to_owned);
+            } else if followed.xdp.is_none() {
+                let result = self.hooks.attach_xdp(&link.name, *index, link.facts);
+                if !matches!(result, Ok(Some(_))) {
+                    // An earlier agent's.
+                    self.hooks.detach_xdp(*index);
+                }
+                let error = result.as_ref().err().map(ToString::to_string);
+                if let Ok(Some(mode)) = result {
+                    tracing::info!("XDP is on interface {}, {}", link.name, mode.label());
+                    followed.xdp = Some(mode);
+                } else if followed.xdp_error != error
+                    && let Some(error) = &error
+                {
+                    tracing::warn!("{error}; clients outside are served at TC there");
+                }
+                followed.xdp_attempts += 1;
+                is_settled &= error.is_none() || followed.xdp_attempts >= XDP_ATTEMPTS;
+                followed.xdp_error = error;
+            }
+            lock(&self.status).interfaces.insert(*index, followed);
+        }
+        is_settled
+    }
+
     async fn identify_new(&mut self, handle: &Handle, present: &Present) -> bool {
         let wanted: Vec<(u32, i32)> = {
             let status = lock(&self.status);
             present
                 .iter()
-                .filter_map(|(index, (_, namespace, _))| Some((*index, (*namespace)?)))
+                .filter_map(|(index, link)| Some((*index, link.namespace?)))
                 .filter(|(index, _)| {
                     status.interfaces.get(index).is_some_and(|followed| {
                         followed.looks < PATIENCE

@@ -14,7 +14,10 @@ use aya::{
     },
 };
 
-use super::AttachError;
+use super::{
+    AttachError,
+    xdp::{self, Choice, Facts, Mode, XdpError, XdpHook},
+};
 use crate::dataplane::pins::{PinError, Pins, refused};
 
 /// What is behind an interface.
@@ -67,21 +70,50 @@ pub struct PacketHooks {
     ebpf: Ebpf,
     pins: Pins,
     has_tcx: bool,
+    xdp: XdpHook,
 }
 
 impl PacketHooks {
     /// Loads the packet programs of `ebpf`.
-    pub fn load(mut ebpf: Ebpf, pins: Pins, has_tcx: bool) -> Result<Self, AttachError> {
+    pub fn load(
+        mut ebpf: Ebpf,
+        pins: Pins,
+        has_tcx: bool,
+        xdp: Choice,
+    ) -> Result<Self, AttachError> {
         for (name, _) in all_hooks() {
             classifier(&mut ebpf, name)?
                 .load()
                 .map_err(|error| refused(name, &error))?;
         }
+        let xdp = XdpHook::load(&mut ebpf, &pins, xdp);
         Ok(Self {
             ebpf,
             pins,
             has_tcx,
+            xdp,
         })
+    }
+
+    /// XDP as a whole.
+    pub fn xdp(&self) -> &XdpHook {
+        &self.xdp
+    }
+
+    /// Puts XDP on an interface to the outside; `None` where that is not to be.
+    pub fn attach_xdp(
+        &mut self,
+        interface: &str,
+        index: u32,
+        facts: Facts,
+    ) -> Result<Option<Mode>, XdpError> {
+        self.xdp
+            .attach(&mut self.ebpf, &self.pins, interface, index, facts)
+    }
+
+    /// Takes XDP off an interface.
+    pub fn detach_xdp(&self, index: u32) {
+        xdp::detach(&self.pins, index);
     }
 
     /// Puts a role's hooks on an interface, `quickly` where somebody waits for it: for a TCX link the
@@ -116,6 +148,7 @@ impl PacketHooks {
                 detach_filter(interface, direction);
             }
         }
+        self.detach_xdp(index);
     }
 
     /// The interfaces that pinned links are for.

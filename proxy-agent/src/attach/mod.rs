@@ -1,4 +1,5 @@
-//! Which program runs where: cgroup hooks on the node's cgroup, packet hooks on pods' interfaces.
+//! Which program runs where: cgroup hooks on the node's cgroup, packet hooks on interfaces of pods and
+//! to the outside.
 //!
 //! Invariant: a link is pinned before anyone relies on it and replaced in place by the next agent
 //! (BPF_LINK_UPDATE), so that no packet and no connection meets a gap.
@@ -9,12 +10,15 @@ pub mod follow;
 pub mod interface;
 pub mod netns;
 mod syscall;
+pub mod xdp;
 
 pub(crate) use syscall::{end_with_readers, socket_option};
 
 use std::{io, path::PathBuf};
 
 use aya::programs::ProgramError;
+
+use crate::words::chain;
 
 /// A program can't be put where it belongs.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +39,7 @@ pub enum AttachError {
         path: PathBuf,
     },
     /// Attaching failed.
-    #[error("attaching {program} to {target}: {source}")]
+    #[error("attaching {program} to {target}: {}", chain(&**source))]
     Attach {
         /// The program.
         program: String,

@@ -19,7 +19,7 @@ use ipnetwork::IpNetwork;
 
 use crate::{
     agent::{self, Ending, Options, Source},
-    attach::follow::Names,
+    attach::{follow::Names, xdp::Choice},
     flows::Lifetimes,
     model::node_ports::{NodePorts, Which},
     monitor,
@@ -101,6 +101,9 @@ struct AgentArgs {
         default_value = "*"
     )]
     uplinks: Vec<Pattern>,
+    /// Where packets from the outside are met first.
+    #[arg(long, value_enum, default_value_t = Choice::Off)]
+    xdp: Choice,
     /// At which of this node's addresses its ports are services': the first of each family
     /// ("primary"), or those in ranges, separated by commas.
     #[arg(long, value_name = "primary|RANGES", default_value = "primary")]
@@ -417,6 +420,7 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
             pods: args.pod_interfaces,
             uplinks: args.uplinks,
         },
+        xdp: args.xdp,
         node_ports: NodePorts {
             which: args.nodeport_addresses,
             loopback: !args.no_localhost_nodeports,

@@ -161,6 +161,13 @@ pub(super) async fn status(look: &Look) -> Result<ExitCode> {
             interface.error.as_deref().unwrap_or("not yet")
         );
     }
+    for interface in &report.interfaces {
+        match (&interface.xdp, &interface.xdp_error) {
+            (Some(mode), _) => println!("  XDP on {}: {mode}", interface.name),
+            (None, Some(error)) => println!("  XDP: {error}"),
+            (None, None) => {}
+        }
+    }
     let filled = report.tables.iter().filter(|fill| fill.used > 0);
     let filled: Vec<Vec<String>> = filled
         .map(|fill| {

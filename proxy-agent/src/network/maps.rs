@@ -14,7 +14,7 @@ use aya::{
     },
 };
 use ipnetwork::IpNetwork;
-use penstock_common::{Addr, Endpoint, Route, RouteKind, Uplink, V4, V6};
+use penstock_common::{Addr, Endpoint, Route, RouteKind, Uplink, V4, V6, XdpUplink};
 
 use super::plan::{Hop, Plan};
 use crate::dataplane::pins::{PinError, Pins};
@@ -225,6 +225,32 @@ impl Uplinks {
             }
             (index, uplink)
         });
+        self.0.set(&uplinks.collect())
+    }
+}
+
+/// `XDP_UPLINKS`.
+pub struct XdpUplinks(Mirror<u32, XdpUplink, HashMap<MapData, u32, XdpUplink>>);
+
+impl XdpUplinks {
+    /// The pinned map, with what is in it.
+    pub fn open(pins: &Pins) -> Result<Self, MapsError> {
+        const NAME: &str = "XDP_UPLINKS";
+        let map = HashMap::try_from(Map::HashMap(pins.map(NAME)?)).map_err(failed(NAME))?;
+        let known = map.iter().collect::<Result<_, _>>().map_err(failed(NAME))?;
+        Ok(Self(Mirror {
+            name: NAME,
+            map,
+            known,
+        }))
+    }
+
+    /// Makes the map hold these interfaces and their Ethernet addresses.
+    pub fn set(
+        &mut self,
+        wanted: impl Iterator<Item = (u32, [u8; 6])>,
+    ) -> Result<usize, MapsError> {
+        let uplinks = wanted.map(|(index, mac)| (index, XdpUplink { mac, pad: 0 }));
         self.0.set(&uplinks.collect())
     }
 }

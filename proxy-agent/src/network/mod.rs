@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 pub use kernel::DEVICE;
 use maps::Routes;
-pub use maps::{Endpoints, MapsError, Uplinks};
+pub use maps::{Endpoints, MapsError, Uplinks, XdpUplinks};
 use plan::{Plan, Routing};
 
 use crate::{
@@ -83,6 +83,8 @@ pub struct State {
     pub overlay_mtu: u32,
     /// The network identifier of tunnels.
     pub vni: u32,
+    /// Their UDP port.
+    pub port: u16,
     /// This node's ranges.
     pub own: Vec<IpNetwork>,
     /// Other nodes' ranges and how they are reached.
@@ -305,6 +307,7 @@ impl Network {
             masquerades: self.options.masquerade,
             overlay_mtu,
             vni: self.options.vni,
+            port: self.options.vxlan_port,
             own: plan.own,
             remote: plan.remote.into_values().collect(),
             rejections: plan.rejections,

@@ -15,11 +15,14 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Be16, Config,
     Counter, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey,
-    Plain, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, limits,
+    Plain, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink, limits,
 };
-use penstock_ebpf::env::{Env, Maps, Record};
+use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Record};
 
-use super::{maps::*, skb};
+use super::{
+    maps::*,
+    routes::{self, Hook},
+};
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
 /// (icmp_msgs_per_sec).
@@ -95,10 +98,37 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     }
 
     #[inline(always)]
+    fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink> {
+        XDP_UPLINKS.get_ptr(ifindex).map(copy)
+    }
+
+    #[inline(always)]
     fn network(&self) -> u32 {
         // SAFETY: a field's address inside the mapped element; nothing is read.
         let field = |config: *const Config| unsafe { addr_of!((*config).network) };
         CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn overlay(&self) -> Overlay {
+        let Some(config) = CONFIG.get_ptr(0) else {
+            return Overlay::default();
+        };
+        // SAFETY: fields' addresses inside the mapped element; nothing is read.
+        let fields = unsafe {
+            (
+                addr_of!((*config).overlay_ifindex),
+                addr_of!((*config).overlay_mtu),
+                addr_of!((*config).overlay_vni),
+                addr_of!((*config).overlay_port),
+            )
+        };
+        Overlay {
+            ifindex: copy(fields.0),
+            mtu: copy(fields.1),
+            vni: copy(fields.2),
+            port: copy(fields.3),
+        }
     }
 
     #[inline(always)]
@@ -352,7 +382,7 @@ static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 macro_rules! family {
     ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident) => {
+        $source_ranges:ident, $node:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
         fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
@@ -457,8 +487,15 @@ macro_rules! family {
             }
         }
 
-        impl<C: EbpfContext> Maps<$family> for Kernel<'_, C> {
+        impl<C: Hook> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
+
+            #[inline(always)]
+            fn node(&self) -> $family {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                let field = |config: *const Config| unsafe { addr_of!((*config).$node) };
+                CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+            }
 
             #[inline(always)]
             fn address(&self, addr: &$family) -> Option<Address> {
@@ -587,7 +624,12 @@ macro_rules! family {
 
             #[inline(always)]
             fn egress(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
-                skb::egress(self.context.as_ptr(), ingress, *src, *dst)
+                routes::egress(self.context, ingress, *src, *dst)
+            }
+
+            #[inline(always)]
+            fn next_hop(&self, ingress: u32, src: &$family, dst: &$family) -> Option<NextHop> {
+                routes::next_hop(self.context, ingress, *src, *dst)
             }
 
             #[inline(always)]
@@ -617,6 +659,6 @@ macro_rules! family {
 }
 
 family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4);
+    SOURCE_RANGES4, node4);
 family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6);
+    SOURCE_RANGES6, node6);

@@ -11,7 +11,7 @@ use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId,
     FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, Route, ServiceId,
-    SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, limits,
+    SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
@@ -74,6 +74,9 @@ pub(crate) static SERVICE_COUNTS: LruHashMap<ServiceId, BackendCounts> =
 pub(crate) static TURNS: LruHashMap<u32, u32> = LruHashMap::pinned(limits::TURNS, 0);
 #[map]
 pub(crate) static UPLINKS: HashMap<u32, Uplink> =
+    HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static XDP_UPLINKS: HashMap<u32, XdpUplink> =
     HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);

@@ -5,22 +5,18 @@
 //! written.
 #![expect(unsafe_code, reason = "packet memory")]
 
-use core::{
-    ffi::c_void,
-    mem::offset_of,
-    ptr::{addr_of, addr_of_mut},
-};
+use core::mem::offset_of;
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{
         BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_fib_lookup as FibLookup, bpf_tunnel_key,
+        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
     },
     helpers::generated::{
-        bpf_check_mtu, bpf_fib_lookup, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
-        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+        bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
+        bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -32,15 +28,10 @@ use penstock_ebpf::{
     parse::tcp,
 };
 
-use super::maps::WAYS;
-
 /// As many bytes of each packet as the programs may look at: Ethernet, IPv6 with extensions, an
 /// ICMP error's header, a quoted packet's headers.
 const LOOKED_AT: u32 = 256;
 
-/// From the kernel's uapi/linux/bpf.h, as the two below.
-const BPF_FIB_LKUP_RET_SUCCESS: u32 = 0;
-const BPF_FIB_LKUP_RET_NO_NEIGH: u32 = 7;
 /// `BPF_MTU_CHK_SEGS` of the kernel's uapi/linux/bpf.h: also look at the segments of a packet that
 /// is yet to be cut.
 const BPF_MTU_CHK_SEGS: u64 = 1;
@@ -169,78 +160,12 @@ fn is_plain(context: &TcContext) -> bool {
     last.is_some() && matches!(proto, Some(Proto::TCP | Proto::UDP))
 }
 
-/// An address as the kernel's look-up of routes takes it.
-pub(crate) trait Routable: Copy {
-    /// AF_INET or AF_INET6.
-    const FAMILY: u8;
-    /// Writes both ends of a way.
-    ///
-    /// # Safety
-    ///
-    /// `way` points to a whole structure that nobody else uses.
-    unsafe fn write(way: *mut FibLookup, src: Self, dst: Self);
-}
-
-impl Routable for V4 {
-    const FAMILY: u8 = 2;
-
-    #[inline(always)]
-    unsafe fn write(way: *mut FibLookup, src: Self, dst: Self) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            addr_of_mut!((*way).__bindgen_anon_3.ipv4_src).write(src.raw());
-            addr_of_mut!((*way).__bindgen_anon_4.ipv4_dst).write(dst.raw());
-        }
-    }
-}
-
-impl Routable for V6 {
-    const FAMILY: u8 = 10;
-
-    #[inline(always)]
-    unsafe fn write(way: *mut FibLookup, src: Self, dst: Self) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            addr_of_mut!((*way).__bindgen_anon_3.ipv6_src).write(src.raw());
-            addr_of_mut!((*way).__bindgen_anon_4.ipv6_dst).write(dst.raw());
-        }
-    }
-}
-
-/// The interface that the kernel would forward a packet by.
-#[inline(always)]
-pub(crate) fn egress<A: Routable>(
-    context: *mut c_void,
-    ingress: u32,
-    src: A,
-    dst: A,
-) -> Option<u32> {
-    let way: *mut FibLookup = WAYS.get_ptr_mut(0)?.cast();
-    // SAFETY: the element is this CPU's and as large as the structure; programs at TC hooks do not
-    // interrupt each other. The helper reads and writes it within the call.
-    unsafe {
-        addr_of_mut!((*way).family).write(A::FAMILY);
-        addr_of_mut!((*way).l4_protocol).write(0);
-        addr_of_mut!((*way).sport).write(0);
-        addr_of_mut!((*way).dport).write(0);
-        addr_of_mut!((*way).__bindgen_anon_1.tot_len).write(0);
-        addr_of_mut!((*way).ifindex).write(ingress);
-        addr_of_mut!((*way).__bindgen_anon_2.rt_metric).write(0);
-        A::write(way, src, dst);
-        let result = bpf_fib_lookup(context, way, size_of::<FibLookup>() as i32, 0);
-        // A neighbour that is not known yet is found by whoever sends.
-        let is_found = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
-            || result == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
-        is_found.then(|| addr_of!((*way).ifindex).read())
-    }
-}
-
 /// Hides where a pointer comes from.
 ///
 /// Otherwise the compiler drops a bounds check that another one implies, and the verifier, which
 /// knows no such implication between two pointers, refuses the program.
 #[inline(always)]
-fn opaque(mut pointer: usize) -> usize {
+pub(super) fn opaque(mut pointer: usize) -> usize {
     // SAFETY: a register moved to itself. (Nothing at all would leave two line records at one place,
     // which the kernel refuses.)
     unsafe {

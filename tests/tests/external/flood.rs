@@ -12,9 +12,17 @@ fn frames_for_another_host_are_left_alone() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
-    let stage = Stage::new(Pods::Routed)?;
-    let [here, there] = &stage.servers;
-    stage.web(&[here, there], |web| web)?;
+    for xdp in ["off", "generic"] {
+        left_alone(xdp)?;
+    }
+    Ok(())
+}
+
+fn left_alone(xdp: &str) -> Result<()> {
+    let stage = Stage::with(Pods::Routed, &["--xdp", xdp])?;
+    let [_, there] = &stage.servers;
+    stage.client.without_checksum_offload("eth0")?;
+    stage.web(&[there], |web| web)?;
     let gateways = ["172.31.0.250", "fd00:31::fa"];
     for (ip, gateway) in BALANCER.into_iter().zip(gateways) {
         let to = SocketAddr::new(ip.parse()?, 80);

@@ -14,3 +14,4 @@ mod health;
 mod inside;
 mod outside;
 mod stage;
+mod xdp;

@@ -10,12 +10,17 @@ use crate::stage::{Answer, BALANCER, Pods, Stage, all_answers, ask, failure, sam
 
 #[test]
 fn clients_outside_reach_pods_that_the_kernel_routes_to() -> Result<()> {
-    clients_outside_reach(Pods::Routed)
+    clients_outside_reach(Pods::Routed, &[])
 }
 
 #[test]
 fn clients_outside_reach_pods_that_penstock_connects() -> Result<()> {
-    clients_outside_reach(Pods::Wired)
+    clients_outside_reach(Pods::Wired, &[])
+}
+
+#[test]
+fn clients_outside_reach_pods_behind_the_overlay_past_xdp() -> Result<()> {
+    clients_outside_reach(Pods::Wired, &["--xdp", "generic"])
 }
 
 /// The source that a backend of the second node sees.
@@ -29,12 +34,14 @@ fn stand_in(stage: &Stage, pods: Pods, to: SocketAddr) -> std::net::IpAddr {
     }
 }
 
-fn clients_outside_reach(pods: Pods) -> Result<()> {
+fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
-    let stage = Stage::new(pods)?;
+    let stage = Stage::with(pods, options)?;
     let [here, there] = &stage.servers;
+    // So that XDP, where it is, sees checksums that it could change.
+    stage.client.without_checksum_offload("eth0")?;
     stage.web(&[here, there], |web| web)?;
     for protocol in PROTOCOLS {
         for to in stage.addresses(protocol) {

@@ -41,6 +41,11 @@ pub struct Stage {
 
 impl Stage {
     pub fn new(pods: Pods) -> Result<Self> {
+        Self::with(pods, &[])
+    }
+
+    /// The same, with more options for the first node's agent.
+    pub fn with(pods: Pods, options: &[&str]) -> Result<Self> {
         let mut testbed = Testbed::new()?;
         let client = testbed.client()?;
         let mut agents = Vec::new();
@@ -50,14 +55,14 @@ impl Stage {
                 let servers = [testbed.pod(&nodes[0])?, testbed.pod(&nodes[1])?];
                 let guest = testbed.pod(&nodes[0])?;
                 nodes[0].knows(&[&nodes[0], &nodes[1]])?;
-                agents.push(Agent::start(&nodes[0], &Source::Manifests, &[])?);
+                agents.push(Agent::start(&nodes[0], &Source::Manifests, options)?);
                 (nodes, servers, guest)
             }
             Pods::Wired => {
                 let nodes = [testbed.network_node()?, testbed.network_node()?];
                 for node in &nodes {
                     node.knows(&[&nodes[0], &nodes[1]])?;
-                    agents.push(Agent::start_network(node, &Source::Manifests, &[])?);
+                    agents.push(Agent::start_network(node, &Source::Manifests, options)?);
                 }
                 let servers = [
                     testbed.network_pod(&nodes[0])?,

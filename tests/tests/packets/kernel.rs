@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun,
     maps::{Array, HashMap, MapData, PerCpuArray, Queue},
-    programs::{SchedClassifier, TestRunOptions},
+    programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, Be16,
@@ -42,30 +42,59 @@ impl Drop for Kernel {
 }
 
 impl Kernel {
-    /// Loads the programs and fills the maps with the model's services.
+    /// Loads the programs of pods' hooks and fills the maps with the model's services.
     pub fn load(model: &Model) -> Option<Self> {
+        let mut kernel = Self::without_programs("packets", model)?;
+        for name in ["from_pod", "to_pod"] {
+            kernel.load_classifier(name);
+        }
+        Some(kernel)
+    }
+
+    /// The maps, filled with the model's services, pinned in a folder with `name` in its own.
+    pub fn without_programs(name: &str, model: &Model) -> Option<Self> {
         penstock_testbed::require_kernel()?;
         static LOADED: AtomicU32 = AtomicU32::new(0);
         let number = LOADED.fetch_add(1, Ordering::Relaxed);
-        let name = format!("pn{}-packets{number}", std::process::id());
+        let name = format!("pn{}-{name}{number}", std::process::id());
         let pins = Path::new("/sys/fs/bpf").join(name);
         std::fs::create_dir_all(&pins).expect("bpffs is writable");
-        let mut ebpf = EbpfLoader::new()
+        let ebpf = EbpfLoader::new()
             .default_map_pin_directory(&pins)
             .override_global("AYA_LOG_LEVEL", &0_u8, false)
             .load(penstock_agent::dataplane::OBJECT)
             .expect("the object loads");
-        for name in ["from_pod", "to_pod"] {
-            let program: &mut SchedClassifier = ebpf
-                .program_mut(name)
-                .expect(name)
-                .try_into()
-                .expect("a classifier");
-            program.load().expect("the verifier accepts the program");
-        }
         let mut kernel = Self { ebpf, pins };
         kernel.fill(model);
         Some(kernel)
+    }
+
+    fn classifier(&mut self, name: &str) -> &mut SchedClassifier {
+        self.ebpf
+            .program_mut(name)
+            .expect(name)
+            .try_into()
+            .expect("a classifier")
+    }
+
+    /// Loads a program of a TC hook.
+    pub fn load_classifier(&mut self, name: &str) {
+        let program = self.classifier(name);
+        program.load().expect("the verifier accepts the program");
+    }
+
+    fn xdp(&mut self) -> &mut Xdp {
+        self.ebpf
+            .program_mut("xdp_uplink")
+            .expect("the program")
+            .try_into()
+            .expect("a program for XDP")
+    }
+
+    /// Loads XDP's program.
+    pub fn load_xdp(&mut self) {
+        let program = self.xdp();
+        program.load().expect("the verifier accepts the program");
     }
 
     fn fill(&mut self, model: &Model) {
@@ -115,7 +144,7 @@ impl Kernel {
         }
     }
 
-    fn array<T: Pod>(&mut self, name: &str) -> Array<&mut MapData, T> {
+    pub fn array<T: Pod>(&mut self, name: &str) -> Array<&mut MapData, T> {
         self.ebpf
             .map_mut(name)
             .expect(name)
@@ -123,7 +152,7 @@ impl Kernel {
             .expect("an array")
     }
 
-    fn put<K: Pod, V: Pod>(&mut self, name: &str, key: K, value: V) {
+    pub fn put<K: Pod, V: Pod>(&mut self, name: &str, key: K, value: V) {
         let mut map: HashMap<&mut MapData, K, V> = self
             .ebpf
             .map_mut(name)
@@ -133,7 +162,7 @@ impl Kernel {
         map.insert(key, value, 0).expect(name);
     }
 
-    fn put_address(&mut self, address: IpAddr, kind: u32) {
+    pub fn put_address(&mut self, address: IpAddr, kind: u32) {
         match address {
             IpAddr::V4(ip) => self.put("ADDRESSES4", V4::from(ip), Address { kind }),
             IpAddr::V6(ip) => self.put("ADDRESSES6", V6::from(ip), Address { kind }),
@@ -206,24 +235,17 @@ impl Kernel {
         } else {
             "to_pod"
         };
-        let program: &mut SchedClassifier = self
-            .ebpf
-            .program_mut(name)
-            .expect(name)
-            .try_into()
-            .expect("a classifier");
-        let mut output = vec![0; 4_096];
-        let options = TestRunOptions {
-            data_in: Some(input),
-            data_out: Some(&mut output),
-            ..TestRunOptions::new()
-        };
-        let result = program
-            .test_run(options)
-            .expect("the kernel runs the program");
-        let length = result.data_size_out as usize;
-        output.truncate(length);
-        (result.return_value as i32, output)
+        run(self.classifier(name), input)
+    }
+
+    /// What a program of a TC hook makes of a frame.
+    pub fn run_classifier(&mut self, name: &str, input: &[u8]) -> (i32, Vec<u8>) {
+        run(self.classifier(name), input)
+    }
+
+    /// What XDP's program makes of a frame.
+    pub fn run_xdp(&mut self, input: &[u8]) -> (i32, Vec<u8>) {
+        run(self.xdp(), input)
     }
 
     /// The state and the FINs of the only IPv4 flow.
@@ -333,4 +355,21 @@ impl Kernel {
             .iter()
             .sum()
     }
+}
+
+fn run<P>(program: &P, input: &[u8]) -> (i32, Vec<u8>)
+where
+    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
+{
+    let mut output = vec![0; 4_096];
+    let options = TestRunOptions {
+        data_in: Some(input),
+        data_out: Some(&mut output),
+        ..TestRunOptions::new()
+    };
+    let result = program
+        .test_run(options)
+        .expect("the kernel runs the program");
+    output.truncate(result.data_size_out as usize);
+    (result.return_value as i32, output)
 }

@@ -14,6 +14,7 @@
 mod frame;
 mod kernel;
 mod model;
+mod xdp;
 
 use std::net::IpAddr;
 

@@ -1,0 +1,448 @@
+//! What the programs that meet packets cost by themselves: one run a packet (BPF_PROG_TEST_RUN), each
+//! packet of another flow, over the maps that a real agent has filled.
+//!
+//! Every run is also a call of the kernel's, whose clock is read before and after the program. A frame that
+//! is not IP ends at a program's first comparison: what it takes is what measuring takes, and is
+//! subtracted.
+
+use std::{
+    fs::File,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    thread,
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use aya::{
+    Ebpf, TestRun,
+    maps::HashMap,
+    programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
+};
+use nix::sched::{CloneFlags, setns};
+use penstock_agent::dataplane::pins::Pins;
+use penstock_common::XdpUplink;
+use penstock_testbed::{Agent, Node, Pod, Service, Slice, Source, Testbed, eventually, list};
+use serde_json::{Value, json};
+
+use crate::{
+    figures::{self, Median},
+    turns::Effort,
+};
+
+/// Packets of each kind that a program gets in a round.
+const PACKETS: usize = 1_000;
+/// Verdicts of TC (uapi/linux/pkt_cls.h) and of XDP (uapi/linux/bpf.h).
+const NEXT: i32 = -1;
+const REDIRECT: i32 = 7;
+const XDP_REDIRECT: i32 = 4;
+/// TCP's flags (RFC 9293, 3.1).
+const SYN: u8 = 2;
+const ACK: u8 = 0x10;
+/// By which frames of test runs come in, and its Ethernet address.
+const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
+
+/// A program, and who asks it for what.
+#[derive(Clone, Copy)]
+struct Subject {
+    request: &'static str,
+    /// The program that meets the replies.
+    reply: &'static str,
+    /// What it answers where it did its work.
+    verdict: i32,
+    clients: (Ipv4Addr, Ipv6Addr),
+    service: (Ipv4Addr, Ipv6Addr),
+    /// In a port's place.
+    port: u16,
+}
+
+/// What a program got.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Nothing,
+    First,
+    Known,
+    Reply,
+}
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "not IP",
+            Self::First => "a flow's first packet",
+            Self::Known => "a known flow's packet",
+            Self::Reply => "a reply",
+        }
+    }
+}
+
+/// One program's medians over all rounds.
+struct Line {
+    program: &'static str,
+    kind: Kind,
+    is_v4: bool,
+    nanos: Vec<f64>,
+}
+
+/// Measures; prints nanoseconds a packet as they are and less what measuring takes.
+pub fn measure(effort: &Effort) -> Result<Value> {
+    let mut testbed = Testbed::new()?;
+    let nodes = [testbed.node()?, testbed.node()?];
+    let [node, other] = &nodes;
+    let (here, there) = (testbed.pod(node)?, testbed.pod(other)?);
+    node.knows(&[node, other])?;
+    let service = Service::new("web", 10)
+        .port("tcp", 80, "TCP")
+        .balanced(30_080, &[]);
+    let mut items = vec![service.json()];
+    items.extend(Slice::both("web", 8080, &[&there]));
+    node.manifest("web.json", &list(&items))?;
+    let mut agent = Agent::start(node, &Source::Manifests, &["--log-level", "info"])?;
+    eventually("the agent has hooks on the node's interface", || {
+        let log = agent.log();
+        ensure!(log.contains("hooks are on interface eth0"), "{log}");
+        Ok(())
+    })?;
+    // The kernel goes on without, and nobody else is at work.
+    agent.kill();
+    let lines = thread::scope(|scope| {
+        let run = || -> Result<Vec<Line>> {
+            let namespace = File::open(format!("/run/netns/{}", node.host.name));
+            setns(
+                namespace.context("the node's namespace")?,
+                CloneFlags::CLONE_NEWNET,
+            )?;
+            rounds(node, other, &here, effort.rounds)
+        };
+        scope.spawn(run).join()
+    });
+    let lines = lines.map_err(|_| anyhow!("measuring panicked"))??;
+    Ok(tell(&lines))
+}
+
+fn rounds(node: &Node, other: &Node, here: &Pod, rounds: usize) -> Result<Vec<Line>> {
+    let mut programs = Programs::load(node)?;
+    lay_out(&mut programs, node, other)?;
+    let (v4, v6) = families(here.host.ip4, here.host.ip6)?;
+    let (node4, node6) = families(node.host.ip4, node.host.ip6)?;
+    let client = |last: u8| {
+        (
+            Ipv4Addr::new(172, 31, 0, last),
+            Ipv6Addr::new(0xfd00, 0x31, 0, 0, 0, 0, 0, last.into()),
+        )
+    };
+    let subjects = [
+        Subject {
+            request: "from_pod",
+            reply: "to_pod",
+            verdict: NEXT,
+            clients: (v4, v6),
+            service: (
+                Ipv4Addr::new(10, 96, 0, 10),
+                "fd00:96::a".parse().context("an address")?,
+            ),
+            port: 80,
+        },
+        Subject {
+            request: "from_uplink",
+            reply: "from_uplink",
+            verdict: REDIRECT,
+            clients: client(201),
+            service: (node4, node6),
+            port: 30_080,
+        },
+        Subject {
+            request: "xdp_uplink",
+            reply: "xdp_uplink",
+            verdict: XDP_REDIRECT,
+            clients: client(202),
+            service: (node4, node6),
+            port: 30_080,
+        },
+    ];
+    let mut lines: Vec<Line> = Vec::new();
+    for round in 0..rounds {
+        let mut order: Vec<&Subject> = subjects.iter().collect();
+        order.rotate_left(round % subjects.len());
+        for subject in order {
+            for is_v4 in [true, false] {
+                for (program, kind, times) in turn(&mut programs, subject, is_v4, round)? {
+                    let nanos = figures::percentile(&times, 50) as f64;
+                    let known = lines.iter_mut().find(|line| {
+                        line.program == program && line.kind == kind && line.is_v4 == is_v4
+                    });
+                    match known {
+                        Some(line) => line.nanos.push(nanos),
+                        None => lines.push(Line {
+                            program,
+                            kind,
+                            is_v4,
+                            nanos: vec![nanos],
+                        }),
+                    }
+                }
+            }
+        }
+    }
+    lines.sort_by_key(|line| !line.is_v4);
+    Ok(lines)
+}
+
+type Times = Vec<u64>;
+
+/// A program's turn: times of each kind of packet.
+fn turn(
+    programs: &mut Programs,
+    subject: &Subject,
+    is_v4: bool,
+    round: usize,
+) -> Result<Vec<(&'static str, Kind, Times)>> {
+    let first_port = 1_024 + round * PACKETS;
+    ensure!(
+        first_port + PACKETS <= usize::from(u16::MAX),
+        "too many rounds"
+    );
+    let (client, service) = if is_v4 {
+        (subject.clients.0.into(), subject.service.0.into())
+    } else {
+        (subject.clients.1.into(), subject.service.1.into())
+    };
+    let request = |index: usize, flags| {
+        let port = (first_port + index) as u16;
+        frame((client, port), (service, subject.port), flags)
+    };
+    let nothing: Vec<_> = (0..PACKETS)
+        .map(|index| {
+            let mut frame = request(index, SYN);
+            if let Some(ethertype) = frame.get_mut(12..14) {
+                ethertype.copy_from_slice(&[0x88, 0xb5]);
+            }
+            frame
+        })
+        .collect();
+    let mut done = Vec::new();
+    let mut names = vec![subject.request];
+    if subject.reply != subject.request {
+        names.push(subject.reply);
+    }
+    for name in names {
+        let runs = programs.run_all(name, &nothing)?;
+        let times = runs.iter().map(|run| run.nanos).collect();
+        done.push((name, Kind::Nothing, times));
+    }
+
+    let first: Vec<_> = (0..PACKETS).map(|index| request(index, SYN)).collect();
+    let runs = programs.run_all(subject.request, &first)?;
+    // XDP leaves some to TC, as it should; what follows is about the others.
+    let mut times = Vec::new();
+    let (mut known, mut replies) = (Vec::new(), Vec::new());
+    for (index, run) in runs.iter().enumerate() {
+        if run.verdict == subject.verdict && first.get(index) != Some(&run.frame) {
+            times.push(run.nanos);
+            known.push(request(index, ACK));
+            replies.push(answer(&run.frame, is_v4).context("a translated packet")?);
+        }
+    }
+    check(subject.request, Kind::First, times.len())?;
+    done.push((subject.request, Kind::First, times));
+    for (name, kind, frames) in [
+        (subject.request, Kind::Known, &known),
+        (subject.reply, Kind::Reply, &replies),
+    ] {
+        let runs = programs.run_all(name, frames)?;
+        let worked = runs
+            .iter()
+            .zip(frames)
+            .filter(|(run, frame)| run.verdict == subject.verdict && run.frame != **frame);
+        let times: Times = worked.map(|(run, _)| run.nanos).collect();
+        check(name, kind, times.len())?;
+        done.push((name, kind, times));
+    }
+    Ok(done)
+}
+
+/// Most packets have to have gone the way that is measured.
+fn check(program: &str, kind: Kind, worked: usize) -> Result<()> {
+    ensure!(
+        worked > PACKETS * 8 / 10,
+        "{program} did its work on {worked} of {PACKETS} packets only ({})",
+        kind.name()
+    );
+    Ok(())
+}
+
+/// Says what came out.
+fn tell(lines: &[Line]) -> Value {
+    let mut all = Vec::new();
+    println!("programs, nanoseconds a packet; less what measuring takes:");
+    for line in lines {
+        let nothing = lines.iter().find(|other| {
+            (other.program, other.is_v4, other.kind) == (line.program, line.is_v4, Kind::Nothing)
+        });
+        let nothing = nothing.map_or(&[][..], |line| &line.nanos);
+        let less: Vec<f64> = line
+            .nanos
+            .iter()
+            .zip(nothing)
+            .map(|(nanos, nothing)| nanos - nothing)
+            .collect();
+        let (whole, less) = (Median::of(&line.nanos), Median::of(&less));
+        let family = if line.is_v4 { "IPv4" } else { "IPv6" };
+        println!(
+            "  {:12} {family} {:24} {:>6.0} ({:.0} to {:.0}); {:>6.0} ({:.0} to {:.0})",
+            line.program,
+            line.kind.name(),
+            whole.value,
+            whole.low,
+            whole.high,
+            less.value,
+            less.low,
+            less.high
+        );
+        all.push(json!({
+            "program": line.program, "family": family, "packet": line.kind.name(),
+            "nanos": whole, "less": less, "rounds": line.nanos,
+        }));
+    }
+    json!({ "packets": PACKETS, "programs": all })
+}
+
+/// Neighbours that the kernel knows, and that test runs' interface is one with XDP.
+fn lay_out(programs: &mut Programs, node: &Node, other: &Node) -> Result<()> {
+    let mut neighbours = vec![other.host.ip4.to_string(), other.host.ip6.to_string()];
+    for last in [201, 202] {
+        neighbours.push(format!("172.31.0.{last}"));
+        neighbours.push(format!("fd00:31::{last:x}"));
+    }
+    for ip in &neighbours {
+        let to = ["neigh", "replace", ip, "lladdr", "02:00:00:00:00:65"];
+        let at = ["dev", "eth0", "nud", "permanent"];
+        node.host.run("ip", &[&to[..], &at].concat())?;
+    }
+    let links = node.host.run("ip", &["-j", "link", "show", "eth0"])?;
+    let links: Value = serde_json::from_str(&links).context("ip's JSON")?;
+    let index = links.get(0).and_then(|link| link.get("ifindex"));
+    let index = index.and_then(Value::as_u64).context("eth0's index")?;
+    let map = programs.0.map_mut("XDP_UPLINKS").context("XDP_UPLINKS")?;
+    let mut uplinks: HashMap<_, u32, XdpUplink> = HashMap::try_from(map)?;
+    let (loopback, mac) = LOOPBACK;
+    for index in [loopback, index as u32] {
+        uplinks.insert(index, XdpUplink { mac, pad: 0 }, 0)?;
+    }
+    Ok(())
+}
+
+fn families(v4: IpAddr, v6: IpAddr) -> Result<(Ipv4Addr, Ipv6Addr)> {
+    match (v4, v6) {
+        (IpAddr::V4(v4), IpAddr::V6(v6)) => Ok((v4, v6)),
+        both => Err(anyhow!("{both:?} is not one of each family")),
+    }
+}
+
+/// A TCP segment without data. Its checksum is nobody's: programs change it, and don't look.
+fn frame(src: (IpAddr, u16), dst: (IpAddr, u16), flags: u8) -> Vec<u8> {
+    let mut frame = LOOPBACK.1.to_vec();
+    frame.extend([2, 0, 0, 0, 0, 5]);
+    match (src.0, dst.0) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            frame.extend([0x08, 0x00, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0x12, 0x34]);
+            frame.extend(from.octets());
+            frame.extend(to.octets());
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, 6, 64]);
+            frame.extend(from.octets());
+            frame.extend(to.octets());
+        }
+        // Not of one family: no packet.
+        _ => {}
+    }
+    frame.extend(src.1.to_be_bytes());
+    frame.extend(dst.1.to_be_bytes());
+    frame.extend([
+        0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0x10, 0, 0x56, 0x78, 0, 0,
+    ]);
+    frame
+}
+
+/// What a backend answers to a translated frame.
+fn answer(translated: &[u8], is_v4: bool) -> Option<Vec<u8>> {
+    let (at, ports) = if is_v4 { (26, 34) } else { (22, 54) };
+    let address = |at: usize| -> Option<IpAddr> {
+        Some(if is_v4 {
+            let octets: [u8; 4] = translated.get(at..at + 4)?.try_into().ok()?;
+            octets.into()
+        } else {
+            let octets: [u8; 16] = translated.get(at..at + 16)?.try_into().ok()?;
+            octets.into()
+        })
+    };
+    let port = |at: usize| -> Option<u16> {
+        Some(u16::from_be_bytes(
+            translated.get(at..at + 2)?.try_into().ok()?,
+        ))
+    };
+    let length = if is_v4 { 4 } else { 16 };
+    let src = (address(at)?, port(ports)?);
+    let dst = (address(at + length)?, port(ports + 2)?);
+    Some(frame(dst, src, ACK))
+}
+
+/// The programs, loaded once more, over the maps that the agent's use.
+struct Programs(Ebpf);
+
+/// What a program made of a frame.
+struct Run {
+    nanos: u64,
+    verdict: i32,
+    frame: Vec<u8>,
+}
+
+impl Programs {
+    fn load(node: &Node) -> Result<Self> {
+        let mut programs = Self(Pins::at(&node.bpffs).load(true, false)?);
+        for name in ["from_pod", "to_pod", "from_uplink"] {
+            programs.classifier(name)?.load()?;
+        }
+        programs.xdp()?.load()?;
+        Ok(programs)
+    }
+
+    fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        let program = self.0.program_mut(name).context("a program")?;
+        Ok(program.try_into()?)
+    }
+
+    fn xdp(&mut self) -> Result<&mut Xdp> {
+        let program = self.0.program_mut("xdp_uplink").context("a program")?;
+        Ok(program.try_into()?)
+    }
+
+    fn run_all(&mut self, name: &str, frames: &[Vec<u8>]) -> Result<Vec<Run>> {
+        if name == "xdp_uplink" {
+            run_all(self.xdp()?, frames)
+        } else {
+            run_all(self.classifier(name)?, frames)
+        }
+    }
+}
+
+fn run_all<P>(program: &P, frames: &[Vec<u8>]) -> Result<Vec<Run>>
+where
+    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
+{
+    let mut runs = Vec::with_capacity(frames.len());
+    for input in frames {
+        let mut frame = vec![0; 256];
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(input),
+            data_out: Some(&mut frame),
+            ..TestRunOptions::new()
+        })?;
+        frame.truncate(result.data_size_out as usize);
+        runs.push(Run {
+            nanos: result.duration.as_nanos() as u64,
+            verdict: result.return_value as i32,
+            frame,
+        });
+    }
+    Ok(runs)
+}

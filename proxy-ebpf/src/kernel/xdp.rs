@@ -1,0 +1,128 @@
+//! [`Packet`] for a frame at XDP, where there is memory and nothing else.
+//!
+//! Checksums are changed in place: a checksum that a sender has left to its interface would need
+//! the kernel's help, so that such packets are told apart before anything is changed
+//! (`penstock_ebpf::xdp`).
+#![expect(unsafe_code, reason = "packet memory")]
+
+use aya_ebpf::{
+    bindings::xdp_action::XDP_TX, helpers::generated::bpf_redirect, programs::XdpContext,
+};
+use penstock_common::Plain;
+use penstock_ebpf::{
+    checksum::Delta,
+    family::ETHERNET,
+    packet::{Covers, Packet, Refused, Zero},
+};
+
+use super::{maps::XDP_UPLINKS, skb::opaque};
+
+/// A frame.
+pub(crate) struct Xdp<'a>(&'a XdpContext);
+
+impl<'a> Xdp<'a> {
+    /// The frame that the program was called for.
+    #[inline(always)]
+    pub(crate) fn new(context: &'a XdpContext) -> Self {
+        Self(context)
+    }
+
+    /// Sends the frame, whose Ethernet addresses are right, out of an interface.
+    #[inline(always)]
+    pub(crate) fn send(&self, ifindex: u32) -> i32 {
+        if ifindex == self.ifindex() {
+            return XDP_TX as i32;
+        }
+        // SAFETY: the helper takes plain numbers.
+        unsafe { bpf_redirect(ifindex, 0) as i32 }
+    }
+
+    /// The address of a `T` inside the frame.
+    #[inline(always)]
+    fn at<T: Plain>(&self, at: usize) -> Option<usize> {
+        // As in `Skb::load`: one byte at the end proves nothing to the verifier.
+        let length = if size_of::<T>() < 2 {
+            2
+        } else {
+            size_of::<T>()
+        };
+        let start = opaque(self.0.data() + at);
+        (start + length <= self.0.data_end()).then_some(start)
+    }
+}
+
+impl Packet for Xdp<'_> {
+    #[inline(always)]
+    fn load<T: Plain>(&self, at: usize) -> Option<T> {
+        let start = self.at::<T>(at)?;
+        // SAFETY: the whole value is inside the frame; any bytes are a `T`, and it is read unaligned.
+        Some(unsafe { (start as *const T).read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn store<T: Plain>(&mut self, at: usize, value: &T) -> Result<(), Refused> {
+        let start = self.at::<T>(at).ok_or(Refused)?;
+        // SAFETY: the whole value is inside the frame, which is this program's alone, and is written
+        // unaligned.
+        unsafe { (start as *mut T).write_unaligned(*value) };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn store_uncovered<T: Plain>(&mut self, at: usize, value: &T) -> Result<(), Refused> {
+        self.store(at, value)
+    }
+
+    #[inline(always)]
+    fn change_header_checksum(&mut self, at: usize, delta: Delta) -> Result<(), Refused> {
+        let checksum = self.load(at).ok_or(Refused)?;
+        self.store(at, &delta.apply(checksum))
+    }
+
+    #[inline(always)]
+    fn change_checksum(
+        &mut self,
+        at: usize,
+        delta: Delta,
+        _: Covers,
+        zero: Zero,
+    ) -> Result<(), Refused> {
+        let checksum: u16 = self.load(at).ok_or(Refused)?;
+        let is_udp = zero == Zero::MeansNone;
+        if is_udp && checksum == 0 {
+            return Ok(());
+        }
+        let changed = match delta.apply(checksum) {
+            0 if is_udp => 0xffff,
+            changed => changed,
+        };
+        self.store(at, &changed)
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: a field of the program's own context.
+        unsafe { (*self.0.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn is_for_another_host(&self) -> bool {
+        let Some(uplink) = XDP_UPLINKS.get_ptr(self.ifindex()) else {
+            return true;
+        };
+        // SAFETY: RCU keeps the element mapped; it is copied out once, and any bytes are one.
+        let uplink = unsafe { uplink.read_volatile() };
+        self.load::<[u8; 6]>(0) != Some(uplink.mac)
+    }
+
+    #[inline(always)]
+    fn fits(&self, _: u32, mtu: u32) -> bool {
+        self.0.data_end() - self.0.data() <= mtu as usize + ETHERNET
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, _: u32) -> Result<(), Refused> {
+        // Nothing that changes a frame's length is done here.
+        Err(Refused)
+    }
+}

@@ -1,0 +1,428 @@
+//! XDP beside the TC hook of interfaces to the outside: over the same maps, both get each of many random
+//! frames. What XDP sends on has to be what TC sends on; what it leaves alone is left as it was.
+
+use std::{fs::File, net::IpAddr, thread};
+
+use nix::sched::{CloneFlags, setns};
+use penstock_common::{
+    AddressKind, Algorithm, Config, Counter, Endpoint as PodEndpoint, NetworkFlags, Uplink, V4, V6,
+    XdpUplink,
+};
+use penstock_testbed::{Node, Random, Testbed};
+use serde_json::Value;
+
+use crate::{
+    frame::{self, Spec, TCP, UDP},
+    ip,
+    kernel::Kernel,
+    model::{Endpoint, Model, NEXT, REDIRECT, SHOT, Service},
+    setting,
+};
+
+/// From the kernel's uapi/linux/bpf.h.
+const XDP_PASS: i32 = 2;
+const XDP_REDIRECT: i32 = 4;
+
+/// Frames of test runs come in by the loopback interface, which has this Ethernet address.
+const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
+
+/// The node's own addresses, which the testbed gives its first node.
+const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
+const BALANCERS: [&str; 2] = ["203.0.113.1", "2001:db8:203::1"];
+/// A pod of this node's.
+const PODS: [&str; 2] = ["10.244.1.5", "fd00:244:1::5"];
+/// Behind a gateway.
+const CLIENTS: [[&str; 3]; 2] = [
+    ["192.0.2.1", "192.0.2.2", "198.18.7.7"],
+    ["2001:db8:c::1", "2001:db8:c::2", "2001:db8:d::7"],
+];
+/// Neighbours.
+const BACKENDS: [[&str; 2]; 2] = [
+    ["172.31.0.101", "172.31.0.102"],
+    ["fd00:31::65", "fd00:31::66"],
+];
+/// A neighbour that the kernel has not found yet.
+const UNKNOWN: [&str; 2] = ["172.31.0.99", "fd00:31::63"];
+const GATEWAYS: [&str; 2] = ["172.31.0.1", "fd00:31::1"];
+const GATEWAY_MAC: &str = "02:00:00:00:00:fe";
+const BACKEND_MAC: &str = "02:00:00:00:00:65";
+
+fn mac(text: &str) -> [u8; 6] {
+    let bytes: Vec<u8> = text
+        .trim()
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).expect("two digits"))
+        .collect();
+    bytes.try_into().expect("six bytes")
+}
+
+fn model() -> Model {
+    let mut model = Model::default();
+    model.nodes = NODES.map(ip).into();
+    for half in [0, 1] {
+        let remote = |index: usize, port| (ip(BACKENDS[half][index]), port);
+        let mut add = |frontend: Endpoint, proto, backends: Vec<Endpoint>| {
+            let number = model.services.len();
+            model.services.push(Service {
+                frontend,
+                proto,
+                backends,
+                drops_when_empty: false,
+                has_affinity: number % 3 == 2,
+                algorithm: [Algorithm::Random, Algorithm::RoundRobin][number % 2],
+            });
+        };
+        for proto in [TCP, UDP] {
+            let (node, balancer) = (ip(NODES[half]), ip(BALANCERS[half]));
+            add(
+                (node, 30_080),
+                proto,
+                vec![remote(0, 8080), remote(1, 8080)],
+            );
+            add((balancer, 80), proto, vec![remote(1, 8081)]);
+            add((balancer, 81), proto, vec![]);
+            // Among others: a pod here, this node itself, and who can't be reached yet.
+            let mixed = vec![
+                remote(0, 9090),
+                (ip(PODS[half]), 9090),
+                (node, 9090),
+                (ip(UNKNOWN[half]), 9090),
+            ];
+            add((balancer, 82), proto, mixed);
+        }
+    }
+    model
+}
+
+/// What stands in the way of XDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Oddity {
+    None,
+    /// Whatever it may be.
+    Garbled,
+    Options,
+    Fragment,
+    Vlan,
+    Truncated,
+    LastHop,
+    OtherHost,
+    PartialChecksum,
+}
+
+struct Case {
+    frame: Vec<u8>,
+    oddity: Oddity,
+}
+
+/// Flows as they were seen from frames that left: protocol, source, backend.
+type Seen = Vec<(u8, Endpoint, Endpoint)>;
+
+fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
+    let half = random.below(2);
+    let client = |random: &mut Random| {
+        let port = if random.chance(80) {
+            40_000 + random.below(50) as u16
+        } else {
+            random.word() as u16
+        };
+        (ip(random.pick(&CLIENTS[half])), port)
+    };
+    let (proto, src, dst) = match random.below(100) {
+        0..60 => {
+            let service = random.pick(&model.services);
+            let is_v4 = service.frontend.0.is_ipv4();
+            let from = if is_v4 == (half == 0) {
+                client(random)
+            } else {
+                (ip(CLIENTS[usize::from(!is_v4)][0]), random.word() as u16)
+            };
+            (service.proto, from, service.frontend)
+        }
+        60..92 if !seen.is_empty() => {
+            let (proto, source, backend) = seen[random.below(seen.len())];
+            (proto, backend, source)
+        }
+        92..96 => (
+            random.pick(&[TCP, UDP]),
+            client(random),
+            (ip(NODES[half]), random.word() as u16),
+        ),
+        _ => (
+            random.pick(&[TCP, UDP]),
+            client(random),
+            (ip(PODS[half]), 80),
+        ),
+    };
+    let mut spec = Spec {
+        src,
+        dst,
+        proto,
+        tcp_flags: random.pick(&[2, 2, 2, 0x10, 0x18, 0x12, 0x11, 4]),
+        payload: (0..random.below(100))
+            .map(|_| random.word() as u8)
+            .collect(),
+        options: 0,
+        fragment: None,
+        without_checksum: src.0.is_ipv4() && random.chance(10),
+    };
+    let oddity = if random.chance(70) {
+        Oddity::None
+    } else {
+        random.pick(&[
+            Oddity::Garbled,
+            Oddity::Options,
+            Oddity::Fragment,
+            Oddity::Vlan,
+            Oddity::Truncated,
+            Oddity::LastHop,
+            Oddity::OtherHost,
+            Oddity::PartialChecksum,
+        ])
+    };
+    match oddity {
+        Oddity::Options => spec.options = 1 + random.below(2),
+        Oddity::Fragment => {
+            let offset = random.below(2) as u16 * 100;
+            let more = offset == 0 || random.chance(50);
+            spec.fragment = Some((random.below(40) as u32, offset, more));
+        }
+        Oddity::PartialChecksum => spec.without_checksum = false,
+        _ => {}
+    }
+    let mut frame = frame::build(&spec);
+    frame[0..6].copy_from_slice(&LOOPBACK.1);
+    let is_v4 = src.0.is_ipv4();
+    match oddity {
+        Oddity::Garbled => {
+            let at = 12 + random.below(frame.len() - 12);
+            frame[at] = random.word() as u8;
+        }
+        Oddity::Vlan => {
+            frame.splice(12..12, [0x81, 0x00, 0x00, 0x2a]);
+        }
+        Oddity::Truncated => {
+            // Within the headers, as far as the kernel lets test runs be short.
+            let least = crate::kernel::shortest(&frame);
+            frame.truncate(least + random.below(8));
+        }
+        Oddity::LastHop if is_v4 => {
+            frame[22] = random.below(2) as u8;
+            frame[24..26].fill(0);
+            let checksum = !frame::fold(frame::sum(&frame[14..34]));
+            frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+        }
+        Oddity::LastHop => frame[21] = random.below(2) as u8,
+        Oddity::OtherHost => frame[0..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]),
+        Oddity::PartialChecksum => {
+            let header = frame::header(&frame, 14, is_v4).expect("a whole header");
+            let at = header.transport + if proto == TCP { 16 } else { 6 };
+            let sum = frame::pseudo_checksum(&header);
+            frame[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+        }
+        _ => {}
+    }
+    Case { frame, oddity }
+}
+
+/// Tells the programs what they need to know of the node beside services; its Ethernet address.
+fn describe(kernel: &mut Kernel, node: &Node) -> [u8; 6] {
+    let links = node.host.run("ip", &["-j", "link", "show", "eth0"]);
+    let links: Value = serde_json::from_str(&links.expect("ip")).expect("JSON");
+    let index = links[0]["ifindex"].as_u64().expect("a number") as u32;
+    let own = mac(links[0]["address"].as_str().expect("a text"));
+    let addresses = NODES.map(|text| text.parse::<IpAddr>().expect("an address"));
+    let [IpAddr::V4(addr4), IpAddr::V6(addr6)] = addresses else {
+        panic!("one of each family");
+    };
+    let uplink = Uplink {
+        addr4: addr4.into(),
+        addr6: addr6.into(),
+    };
+    kernel.put("UPLINKS", index, uplink);
+    for (index, mac) in [LOOPBACK, (index, own)] {
+        kernel.put("XDP_UPLINKS", index, XdpUplink { mac, pad: 0 });
+    }
+    for address in BALANCERS {
+        kernel.put_address(ip(address), AddressKind::EXTERNAL);
+    }
+    let pod = PodEndpoint {
+        ifindex: index,
+        ..PodEndpoint::default()
+    };
+    let [IpAddr::V4(pod4), IpAddr::V6(pod6)] = PODS.map(ip) else {
+        panic!("one of each family");
+    };
+    kernel.put("ENDPOINTS4", V4::from(pod4), pod);
+    kernel.put("ENDPOINTS6", V6::from(pod6), pod);
+    let config = Config {
+        node4: addr4.into(),
+        node6: addr6.into(),
+        network: NetworkFlags::FORWARD,
+        ..Config::default()
+    };
+    kernel
+        .array("CONFIG")
+        .set(0, config, 0)
+        .expect("CONFIG is writable");
+    own
+}
+
+/// The node's ways: neighbours, and a gateway for everybody else.
+fn lay_out(node: &Node) {
+    let run = |arguments: &[&str]| node.host.run("ip", arguments).expect("ip");
+    for half in [0, 1] {
+        let neighbours = BACKENDS[half].map(|ip| (ip, BACKEND_MAC));
+        for (ip, mac) in neighbours
+            .into_iter()
+            .chain([(GATEWAYS[half], GATEWAY_MAC)])
+        {
+            run(&[
+                "neigh",
+                "replace",
+                ip,
+                "lladdr",
+                mac,
+                "dev",
+                "eth0",
+                "nud",
+                "permanent",
+            ]);
+        }
+        run(&["route", "replace", "default", "via", GATEWAYS[half]]);
+    }
+}
+
+/// Whom a frame that left is from and to, if it is TCP or UDP.
+fn ends(frame: &[u8]) -> Option<(u8, Endpoint, Endpoint)> {
+    let header = frame::header(frame, 14, frame::family(frame)?)?;
+    let (src, dst) = frame::ports(frame, header.transport)?;
+    Some((header.proto, (header.src, src), (header.dst, dst)))
+}
+
+/// Whether a segment begins a connection and ends it: whoever sees it second meets a flow that it has
+/// already ended.
+fn begins_and_ends(frame: &[u8]) -> bool {
+    const FIN: u8 = 1;
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    let header = frame::family(frame).and_then(|family| frame::header(frame, 14, family));
+    let header = header.filter(|header| header.proto == TCP);
+    let flags = header.and_then(|header| frame.get(header.transport + 13));
+    flags.is_some_and(|flags| flags & SYN != 0 && flags & (FIN | RST) != 0)
+}
+
+/// How often XDP sent what.
+#[derive(Default, Debug)]
+struct Sent {
+    requests: [[u64; 2]; 2],
+    replies: [[u64; 2]; 2],
+    /// Flows that were not there before XDP saw their first packet.
+    first: u64,
+    all: u64,
+}
+
+fn compare(node: &Node) {
+    let model = model();
+    let Some(mut kernel) = Kernel::without_programs("xdp", &model) else {
+        return;
+    };
+    lay_out(node);
+    let own = describe(&mut kernel, node);
+    kernel.load_classifier("from_uplink");
+    kernel.load_xdp();
+    let packets = setting("PENSTOCK_PACKETS", 60_000);
+    let mut random = Random(setting("PENSTOCK_SEED", 0x0123_4567_89ab_cdef));
+    let (mut seen, mut sent) = (Seen::new(), Sent::default());
+    for number in 0..packets {
+        let Case { frame, oddity } = generate(&mut random, &model, &seen);
+        if begins_and_ends(&frame) {
+            continue;
+        }
+        let is_xdp_first = random.chance(50);
+        let flows = kernel.count(Counter::FlowCreated);
+        let mut xdp = is_xdp_first.then(|| kernel.run_xdp(&frame));
+        let is_first = kernel.count(Counter::FlowCreated) > flows;
+        let (tc_verdict, tc) = kernel.run_classifier("from_uplink", &frame);
+        let (xdp_verdict, xdp) = xdp.take().unwrap_or_else(|| kernel.run_xdp(&frame));
+        let fail = |problem: &str| -> ! {
+            panic!(
+                "packet {number}, {oddity:?}, XDP first: {is_xdp_first}: {problem}\nXDP {xdp_verdict}, \
+                 TC {tc_verdict}\ninput {frame:02x?}\nXDP   {xdp:02x?}\nTC    {tc:02x?}"
+            )
+        };
+        if !matches!(tc_verdict, NEXT | SHOT | REDIRECT) {
+            fail("TC's verdict is none of its own");
+        }
+        if tc_verdict == REDIRECT
+            && tc[12..] != frame[12..]
+            && let Some((proto, source, backend)) = ends(&tc)
+            && NODES.map(ip).contains(&source.0)
+            && seen.len() < 4_000
+        {
+            seen.push((proto, source, backend));
+        }
+        if xdp_verdict == XDP_PASS {
+            if xdp != frame {
+                fail("XDP changed what it left alone");
+            }
+            continue;
+        }
+        if xdp_verdict != XDP_REDIRECT {
+            fail("XDP's verdict");
+        }
+        if !matches!(oddity, Oddity::None | Oddity::Garbled) {
+            fail("this is TC's to do");
+        }
+        if tc_verdict != REDIRECT || xdp[12..] != tc[12..] {
+            fail("TC did something else");
+        }
+        if frame::wrongs(&xdp) != frame::wrongs(&frame) {
+            fail("checksums are not as right or wrong as they were");
+        }
+        let (proto, src, dst) = ends(&xdp).expect("TCP or UDP");
+        let is_backend = BACKENDS.as_flattened().iter().any(|text| ip(text) == dst.0);
+        let neighbour = mac(if is_backend { BACKEND_MAC } else { GATEWAY_MAC });
+        if xdp[0..6] != neighbour || xdp[6..12] != own {
+            fail("Ethernet addresses");
+        }
+        let counts = if is_backend {
+            &mut sent.requests
+        } else {
+            &mut sent.replies
+        };
+        counts[usize::from(src.0.is_ipv4())][usize::from(proto == TCP)] += 1;
+        sent.first += u64::from(is_first);
+        sent.all += 1;
+    }
+    eprintln!("{packets} packets: {sent:?}");
+    let many = packets / 100;
+    for count in [sent.requests, sent.replies].as_flattened().as_flattened() {
+        assert!(*count > many, "{sent:?}");
+    }
+    assert!(sent.first > many, "{sent:?}");
+    assert_eq!(kernel.count(Counter::ExternalXdp), sent.all);
+    // What XDP counts as a request or a reply, TC counts once more, having got the same.
+    let translated = kernel.count(Counter::ExternalRequest) + kernel.count(Counter::ExternalReply);
+    assert!(translated >= 2 * sent.all, "{translated} {sent:?}");
+    assert_eq!(kernel.count(Counter::RewriteFailed), 0);
+}
+
+#[test]
+fn xdp_sends_what_tc_would_send_and_leaves_the_rest_alone() {
+    let Some(()) = penstock_testbed::require_kernel() else {
+        return;
+    };
+    let mut testbed = Testbed::new().expect("a testbed");
+    let node = testbed.node().expect("a node");
+    // The kernel asks the routes of whoever runs the program.
+    thread::scope(|scope| {
+        let compared = scope.spawn(|| {
+            let namespace = File::open(format!("/run/netns/{}", node.host.name));
+            setns(namespace.expect("its namespace"), CloneFlags::CLONE_NEWNET).expect("setns");
+            compare(&node);
+        });
+        if let Err(panic) = compared.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
