@@ -15,12 +15,14 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-use crate::{attach::follow::WireRequest, report::Report};
+use crate::{attach::follow::WireRequest, metrics::Vitals, report::Report};
 
 /// A question, and where its answer goes.
 pub enum Query {
     /// Everything.
     Report(oneshot::Sender<Report>),
+    /// How the agent is, in short.
+    Vitals(oneshot::Sender<Vitals>),
     /// Whether pods can be given a network.
     Ready(oneshot::Sender<Answer>),
     /// Whether a pod's interface is wired.

@@ -266,6 +266,11 @@ impl<D: Dataplane> Reconciler<D> {
         }
     }
 
+    /// How many frontends, addresses and backends each family has.
+    pub fn sizes(&self) -> [[usize; 3]; 2] {
+        self.planner.sizes()
+    }
+
     /// Backends and slots in use.
     pub fn used(&self) -> (usize, u32) {
         self.planner.used()

@@ -1,18 +1,21 @@
 //! What there is to know about a running agent, for the command line.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use penstock_cni::state::Attachment;
-use penstock_common::{Algorithm, BackendFlags, FrontendFlags};
+use penstock_common::{Algorithm, BackendFlags, BackendId, FrontendFlags, ServiceId};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     attach::follow,
     dataplane::Dataplane,
+    flows::Lifetimes,
     model::object::{Family, Rejection},
     network,
     plan::planner::PortView,
     reconcile::Reconciler,
+    stats::{Statistics, Stats},
+    usage::Fill,
     watch,
     words::harmless,
 };
@@ -52,6 +55,12 @@ pub struct Report {
     /// This node's pods.
     #[serde(default)]
     pub pods: Vec<Pod>,
+    /// For how long flows may be idle.
+    #[serde(default)]
+    pub lifetimes: Lifetimes,
+    /// How full the kernel's tables are.
+    #[serde(default)]
+    pub tables: Vec<Fill>,
     /// Interfaces with packet hooks.
     pub interfaces: Vec<Interface>,
     /// Objects that can't be used, and frontends that a service does not get.
@@ -145,6 +154,9 @@ pub struct Port {
     pub policies: Policies,
     /// Who serves.
     pub backends: Vec<Backend>,
+    /// What went to all backends that it has and had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
 }
 
 /// A backend.
@@ -158,6 +170,37 @@ pub struct Backend {
     pub generation: u32,
     /// "active": gets new connections; "resting": keeps what it has.
     pub state: String,
+    /// What went to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
+}
+
+impl Port {
+    /// Takes in what was counted of it and of its backends.
+    pub fn count(&mut self, all: &Statistics) {
+        let is_v4 = self.family == "IPv4";
+        let frontends = self.frontends.iter();
+        // At TCP's sockets alone nobody remembers which backend's life it was: the address has to do.
+        let frontends: Vec<SocketAddr> = if self.protocol == "TCP" {
+            frontends.filter_map(|at| at.parse().ok()).collect()
+        } else {
+            Vec::new()
+        };
+        self.stats = Some(Stats {
+            tcp_sockets: all.tcp_sockets(&frontends, None),
+            ..all.service(ServiceId(self.id))
+        });
+        for backend in &mut self.backends {
+            let life = (BackendId(backend.id), backend.generation);
+            let address = backend.address.parse().ok();
+            backend.stats = Some(Stats {
+                tcp_sockets: address
+                    .map(|address| all.tcp_sockets(&frontends, Some(address)))
+                    .unwrap_or_default(),
+                ..all.backend(is_v4, life)
+            });
+        }
+    }
 }
 
 /// An address and port as one writes them.
@@ -190,6 +233,7 @@ impl From<&PortView> for Port {
                 .iter()
                 .map(|(ip, port, _)| endpoint(*ip, *port))
                 .collect(),
+            stats: None,
             affinity_secs: first.affinity_secs,
             algorithm: Algorithm::of(first.flags).label().to_owned(),
             policies: Policies::of(flags),
@@ -201,6 +245,7 @@ impl From<&PortView> for Port {
                     id: id.0,
                     generation: *generation,
                     state: state(*flags).to_owned(),
+                    stats: None,
                 })
                 .collect(),
         }
@@ -310,6 +355,8 @@ impl Report {
             endpoints,
             backends_used,
             slots_used,
+            lifetimes: Lifetimes::default(),
+            tables: Vec::new(),
             network: network.map(Network::from),
             pods: interfaces.attachments.iter().map(Pod::from).collect(),
             interfaces: interfaces

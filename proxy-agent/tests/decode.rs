@@ -315,3 +315,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_node_that_is_about_to_go_is_known() {
+    let is_leaving = |metadata: &str, taints: &str| {
+        let text = format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: a{metadata}}}, spec: {{taints: [{taints}]}}}}"
+        );
+        match objects(&text).as_slice() {
+            [Object::Node(node)] => node.is_leaving,
+            other => panic!("no node in {text}: {other:?}"),
+        }
+    };
+    assert!(!is_leaving("", ""));
+    assert!(!is_leaving("", "{key: other, effect: NoSchedule}"));
+    assert!(is_leaving(
+        "",
+        "{key: other}, {key: ToBeDeletedByClusterAutoscaler, value: '1', effect: NoSchedule}"
+    ));
+    assert!(is_leaving(
+        ", deletionTimestamp: '2026-01-01T00:00:00Z'",
+        ""
+    ));
+}

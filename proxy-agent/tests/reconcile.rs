@@ -290,6 +290,7 @@ fn object(step: &Step) -> Option<Object> {
         }
         Step::Zone(zone) => Object::Node(Node {
             pod_cidrs: Vec::new(),
+            is_leaving: false,
             name: "here".into(),
             zone: (*zone > 0).then(|| format!("z{}", zone - 1).into()),
             internal_ips: vec!["172.18.0.2".parse().expect("an address")],

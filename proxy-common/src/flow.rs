@@ -145,7 +145,7 @@ impl FlowState {
     pub const EMBRYONIC: u32 = 2;
     /// Seen in both directions.
     pub const ESTABLISHED: u32 = 3;
-    /// A FIN or RST was seen.
+    /// Both ends have sent a FIN, or one a RST.
     pub const CLOSING: u32 = 4;
     /// Being removed by whoever put it here.
     pub const RECLAIMING: u32 = 5;
@@ -163,6 +163,16 @@ impl FlowFlags {
     /// From the outside: packets of this flow go on as they are, without the kernel's routing where
     /// their source is this node's.
     pub const EXTERNAL: u16 = 4;
+}
+
+/// Bits of [`Flow::fins`]: who has sent a FIN in a flow that is established yet.
+pub struct Fins;
+
+impl Fins {
+    /// The client.
+    pub const CLIENT: u8 = 1;
+    /// The backend.
+    pub const BACKEND: u8 = 2;
 }
 
 /// A flow from a client through a service to a backend.
@@ -199,8 +209,8 @@ pub struct Flow<A> {
     pub flags: u16,
     /// The protocol.
     pub proto: Proto,
-    /// Zero.
-    pub pad: u8,
+    /// [`Fins`].
+    pub fins: u8,
 }
 
 impl<A: Addr> Flow<A> {

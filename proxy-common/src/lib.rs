@@ -17,8 +17,12 @@
 //! | `SOURCE_RANGES4/6` | LPM trie | [`SourceRange`] → 1 | agent | the service is reported and retried |
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
+//! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
+//! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
+//! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
+//! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
 //! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
 //! | `TCP_PEERS` | array | socket cookie's low bits → [`TcpPeer`] | programs | the socket is in `SOCKETS` |
@@ -37,6 +41,7 @@
 
 mod algorithm;
 mod config;
+mod count;
 mod counter;
 mod flow;
 mod net;
@@ -47,9 +52,10 @@ mod socket;
 
 pub use algorithm::{Algorithm, client_hash};
 pub use config::{Config, NetworkFlags, Timeouts};
+pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Traffic};
 pub use counter::Counter;
 pub use flow::{
-    Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
+    Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
@@ -90,6 +96,10 @@ pub mod limits {
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;
+    /// Backends of one family that this node sent something to; what the agent counts of one is one more.
+    pub const BACKEND_COUNTS: u32 = 131_072;
+    /// Services that remember what backends did that are gone.
+    pub const SERVICE_COUNTS: u32 = 16_384;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
     /// Connected TCP sockets whose peers have a place outside of the sockets' own storage; a power of

@@ -6,7 +6,7 @@
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto, Route,
-    SourceRange, Uplink, XdpUplink,
+    ServiceId, SourceRange, Uplink, XdpUplink,
 };
 
 use crate::family::Family;
@@ -79,6 +79,12 @@ pub trait Record<A>: Copy {
     fn flags(self) -> u16;
     /// Its backend's id and generation; generation 0 where no service is involved.
     fn backend(self) -> (BackendId, u32);
+    /// The service port.
+    fn service(self) -> ServiceId;
+    /// Who has sent a FIN ([`penstock_common::Fins`]).
+    fn fins(self) -> u8;
+    /// Notes who has sent a FIN.
+    fn set_fins(self, fins: u8);
     /// The key that should lead to it from a direction.
     fn key(self, direction: u8) -> FlowKey<A>;
     /// Its protocol, and when a packet was last seen.
@@ -138,6 +144,12 @@ pub trait Maps<F: Family>: Env {
     fn relink(&self, key: &FlowKey<F::Addr>, id: FlowId);
     /// The flow that this packet begins, for the next stage.
     fn opening(&self) -> Option<Self::Record>;
+    /// Counts a packet of a flow; whether it is the first in its direction.
+    fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool;
+    /// Counts a connection to a backend.
+    fn count_connection(&self, id: BackendId, generation: u32, service: ServiceId);
+    /// Adds what was counted of a flow that this program ended to its backend's counts.
+    fn settle(&self, id: FlowId);
     /// A record that is probably free.
     fn pop_free(&self) -> Option<FlowId>;
     /// Says that a record is free.

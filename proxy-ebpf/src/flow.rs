@@ -6,7 +6,7 @@
 //! program of all that try.
 
 use penstock_common::{
-    Addr, BackendFlags, Be16, Counter, Flow, FlowFlags, FlowId, FlowKey, FlowState,
+    Addr, BackendFlags, Be16, Counter, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, Proto, REMAPPED_PORTS,
 };
 
@@ -76,7 +76,7 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 ) -> bool {
     let is_opening =
         segment.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-    if is_opening && known.state == FlowState::CLOSING {
+    if is_opening && is_ending(known) {
         return false;
     }
     // UDP never sticks to a dead backend, and neither does a handshake that nobody answered; an
@@ -95,11 +95,35 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 /// Whether a reply is of another connection, which the client opened past the service from the same
 /// port once this one was over: a backend agrees to a connection at its beginning only.
 #[inline(always)]
-pub fn is_anothers<A: Addr, R>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
+pub fn is_anothers<A: Addr, R: Record<A>>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
     let agrees = tcp::SYN | tcp::ACK;
-    segment.proto == Proto::TCP
-        && known.state == FlowState::CLOSING
-        && segment.tcp_flags & agrees == agrees
+    segment.proto == Proto::TCP && segment.tcp_flags & agrees == agrees && is_ending(known)
+}
+
+/// Whether one end at least has said that it is done.
+#[inline(always)]
+fn is_ending<A: Addr, R: Record<A>>(known: &Known<A, R>) -> bool {
+    known.state == FlowState::CLOSING || known.record.fins() != 0
+}
+
+/// The state after an end has sent a FIN: until the other one does too it may go on for long, so
+/// the flow stays.
+#[inline(always)]
+fn finish<A: Addr, R: Record<A>>(known: &Known<A, R>, is_reply: bool) -> u32 {
+    let own = if is_reply {
+        Fins::BACKEND
+    } else {
+        Fins::CLIENT
+    };
+    let before = known.record.fins();
+    if known.state != FlowState::ESTABLISHED || before | own == Fins::CLIENT | Fins::BACKEND {
+        return FlowState::CLOSING;
+    }
+    if before != own {
+        // Where both ends' FINs meet here at once one may be lost: the flow goes a little later.
+        known.record.set_fins(own);
+    }
+    known.state
 }
 
 /// Notes a packet of a flow.
@@ -111,8 +135,10 @@ pub fn follow<F: Family, M: Maps<F>>(
     is_reply: bool,
 ) {
     let state = known.state;
-    let next = if segment.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
+    let next = if segment.tcp_flags & tcp::RST != 0 {
         FlowState::CLOSING
+    } else if segment.tcp_flags & tcp::FIN != 0 {
+        finish(known, is_reply)
     } else if state == FlowState::EMBRYONIC && is_reply {
         FlowState::ESTABLISHED
     } else {
@@ -124,6 +150,13 @@ pub fn follow<F: Family, M: Maps<F>>(
     let now = maps.now_secs();
     if now != known.record.last_seen().1 {
         known.record.touch(now);
+    }
+    let bytes = (segment.transport - segment.network) as u32 + u32::from(segment.transport_length);
+    if maps.count_packet(known.id, is_reply, bytes) && !is_reply {
+        let (id, generation) = known.record.backend();
+        if generation != 0 {
+            maps.count_connection(id, generation, known.record.service());
+        }
     }
 }
 
@@ -139,11 +172,12 @@ pub fn retire<F: Family, M: Maps<F>>(maps: &M, known: &Known<F::Addr, M::Record>
     }
 }
 
-/// Makes no key lead to a record of this program's own any more.
+/// Makes no key lead to a record of this program's own any more, and its counts its backend's.
 #[inline(always)]
 fn forget<F: Family, M: Maps<F>>(maps: &M, id: FlowId, record: M::Record) {
     unlink::<F, M>(maps, &record.key(FlowKey::<F::Addr>::REQUEST), id);
     give_back::<F, M>(maps, &record.key(FlowKey::<F::Addr>::REPLY), id);
+    maps.settle(id);
 }
 
 /// Makes a key lead nowhere, unless it leads to another record than this.
@@ -385,6 +419,7 @@ pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict,
         // Of a key that is left from an earlier life of the record, the flow may go too.
         if state != FlowState::FREE {
             unlink::<F, M>(maps, &other.key(FlowKey::<F::Addr>::REQUEST), other_id);
+            maps.settle(other_id);
         }
         // In one step: nobody else gets the port between the two.
         maps.relink(&reply, id);
@@ -447,7 +482,8 @@ fn link<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> 
     maps.link(key, id)
 }
 
-/// Embryonic and closing flows go first, established ones only once they have expired.
+/// Embryonic and closing flows go first, established ones only once they have expired; half of one is
+/// as good as closing once it was idle for that long.
 #[inline(always)]
 fn may_evict<A: Addr>(
     state: u32,
@@ -459,7 +495,9 @@ fn may_evict<A: Addr>(
         FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
         FlowState::ESTABLISHED => {
             let (proto, seen_secs) = record.last_seen();
-            let timeout = if proto == Proto::TCP {
+            let timeout = if proto == Proto::TCP && record.fins() != 0 {
+                timeouts.tcp_closing_secs
+            } else if proto == Proto::TCP {
                 timeouts.tcp_established_secs
             } else {
                 timeouts.udp_stream_secs
@@ -523,6 +561,6 @@ pub fn opening<F: Family>(
         source_port: segment.src_port,
         flags: if is_hairpin { FlowFlags::HAIRPIN } else { 0 },
         proto: segment.proto,
-        pad: 0,
+        fins: 0,
     }
 }

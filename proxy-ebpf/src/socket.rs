@@ -196,6 +196,7 @@ fn connect_to<F: Family, M: Maps<F>>(
         backend,
     });
     socket.redirect(&backend);
+    maps.count_connection(chosen.id, chosen.backend.generation, chosen.backend.service);
     maps.count(Counter::SocketConnect);
     Outcome::Proceed
 }
@@ -229,7 +230,10 @@ pub fn send<F: Family, M: Maps<F>>(socket: &mut impl Socket, maps: &M, addr: F::
     let (chosen, is_fresh) = match kept {
         Some(kept) => kept,
         None => match select::backend(maps, &dialled.frontend, Origin::Cluster, dialled.client) {
-            Ok(chosen) => (chosen, false),
+            Ok(chosen) => {
+                maps.count_connection(chosen.id, chosen.backend.generation, chosen.backend.service);
+                (chosen, false)
+            }
             Err(reason) => return refuse::<F, M>(socket, maps, &dialled.netns, reason),
         },
     };

@@ -9,15 +9,18 @@ use super::Source;
 use crate::{
     attach::follow,
     dataplane::pins::Pins,
-    flows::Sweeper,
+    flows::{Lifetimes, Sweeper},
     model::object::Event,
     network,
     udp::Resteer,
+    usage::{self, Counted},
     watch::{self, Scope},
 };
 
 /// How often flows are swept.
 const SWEEP: Duration = Duration::from_secs(2);
+/// Every how many sweeps the other tables are counted.
+const COUNT: u64 = 5;
 /// How long after a change of UDP backends their sockets are looked at once more, for one that
 /// was connecting meanwhile.
 const SECOND_LOOK: Duration = Duration::from_millis(250);
@@ -56,17 +59,23 @@ pub(super) async fn source(
     }
 }
 
-/// Sweeps flows on a thread of its own.
-pub(super) fn sweep_flows(pins: &Pins) -> Result<()> {
-    let mut sweeper = Sweeper::open(pins)?;
+/// Sweeps flows on a thread of its own, which also counts what the programs' tables hold.
+pub(super) fn sweep_flows(pins: &Pins, lifetimes: Lifetimes, counted: Counted) -> Result<()> {
+    let pins = pins.clone();
+    let mut sweeper = Sweeper::open(&pins, lifetimes)?;
     std::thread::Builder::new()
         .name("flows".to_owned())
         .spawn(move || {
-            sweeper.mend();
-            loop {
-                let (swept, live) = sweeper.sweep();
-                if swept > 0 {
-                    tracing::debug!("{swept} flows expired, {live} are there");
+            sweeper.refill();
+            for number in 0_u64.. {
+                let live = sweeper.sweep();
+                usage::tell(&counted, usage::flows(live.v4, live.v6));
+                if number.is_multiple_of(COUNT) {
+                    usage::tell(&counted, usage::others(&pins));
+                }
+                if live.swept > 0 {
+                    let there = live.v4 + live.v6;
+                    tracing::debug!("{} flows expired, {there} are there", live.swept);
                 }
                 std::thread::sleep(SWEEP);
             }

@@ -25,12 +25,16 @@ use crate::{
         netns, xdp,
     },
     dataplane::{bpf::Bpf, pins::Pins},
+    flows::Lifetimes,
     health, ipc,
+    metrics::Syncs,
     model::{node_ports::NodePorts, world::World},
+    monitor,
     network::{self, pods::Pods},
     reconcile::Reconciler,
     signals::Signals,
     traces,
+    usage::{Counted, Pressure},
     watch::{self, Scope},
 };
 
@@ -72,6 +76,10 @@ pub struct Options {
     pub exclude_cgroups: Vec<Pattern>,
     /// The pod network, where pods are Penstock's to connect.
     pub network: Option<network::Options>,
+    /// Where metrics and health checks are served.
+    pub monitor: monitor::Addresses,
+    /// For how long flows may be idle.
+    pub lifetimes: Lifetimes,
     /// Whether the programs trace what they refuse.
     pub is_tracing: bool,
 }
@@ -162,8 +170,11 @@ pub async fn run(options: Options) -> Result<Ending> {
     let interfaces = follower.status.clone();
     tokio::spawn(follower.run(shared.changed.clone()));
     let (queries_sender, mut queries) = mpsc::channel(16);
+    let unmonitored = monitor::Problems::default();
+    monitor::run(options.monitor, &pins, queries_sender.clone(), &unmonitored);
     tokio::spawn(ipc::serve(listener, queries_sender));
-    sweep_flows(&pins)?;
+    let counted = Counted::default();
+    sweep_flows(&pins, options.lifetimes, counted.clone())?;
     let steer = steer_udp(&pins)?;
 
     let (health_checks, checks) = tokio::sync::watch::channel(Arc::default());
@@ -181,6 +192,9 @@ pub async fn run(options: Options) -> Result<Ending> {
         interfaces,
         shared,
         config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        lifetimes: options.lifetimes,
+        counted,
+        pressure: Pressure::default(),
         attached,
         has_cgroup: true,
         exclusions: Exclusions::open(&pins, &options.cgroup, options.exclude_cgroups)?,
@@ -191,6 +205,8 @@ pub async fn run(options: Options) -> Result<Ending> {
         steer,
         health_checks,
         unchecked,
+        unmonitored,
+        syncs: Syncs::default(),
         started: Instant::now(),
         was_settled: false,
         was_synced: false,

@@ -20,12 +20,15 @@ use crate::{
         netns,
     },
     dataplane::bpf::Bpf,
+    flows::Lifetimes,
     health,
     ipc::Query,
+    metrics::{Syncs, Vitals},
     model::object::{Event, Family, Kind, ObjectName},
-    network,
+    monitor, network,
     reconcile::Reconciler,
     report::{self, Report},
+    usage::{self, Counted, Fill, Pressure},
     watch,
 };
 
@@ -43,6 +46,10 @@ pub(super) struct Agent {
     pub(super) interfaces: Arc<Mutex<follow::Status>>,
     pub(super) shared: Shared,
     pub(super) config: Array<aya::maps::MapData, Config>,
+    pub(super) lifetimes: Lifetimes,
+    /// How full the tables are that the programs fill.
+    pub(super) counted: Counted,
+    pub(super) pressure: Pressure,
     pub(super) attached: Attached,
     /// Whether the cgroup that the socket hooks are on was there when last looked for.
     pub(super) has_cgroup: bool,
@@ -54,6 +61,8 @@ pub(super) struct Agent {
     pub(super) steer: Arc<Notify>,
     pub(super) health_checks: tokio::sync::watch::Sender<Arc<health::Checks>>,
     pub(super) unchecked: health::Problems,
+    pub(super) unmonitored: monitor::Problems,
+    pub(super) syncs: Syncs,
     pub(super) started: Instant,
     pub(super) was_settled: bool,
     pub(super) was_synced: bool,
@@ -107,7 +116,11 @@ impl Agent {
     }
 
     pub(super) fn step(&mut self) {
+        let began = Instant::now();
         let outcome = self.reconciler.step(self.started.elapsed());
+        if outcome.services > 0 || outcome.writes > 0 {
+            self.syncs.done(began.elapsed());
+        }
         if outcome.writes > 0 {
             tracing::debug!("{} services, {} writes", outcome.services, outcome.writes);
         }
@@ -199,6 +212,7 @@ impl Agent {
             node4,
             node6,
             excluded_cgroups,
+            timeouts: self.lifetimes.timeouts(),
             ..self.network_config(&network)
         };
         let written = self.config.set(0, config, 0);
@@ -212,13 +226,23 @@ impl Agent {
         self.shared.changed.notify_one();
     }
 
+    /// How full the kernel's tables are.
+    fn fills(&self) -> Vec<Fill> {
+        let mut fills = lock(&self.counted).clone();
+        let (_, slots) = self.reconciler.used();
+        fills.extend(usage::services(self.reconciler.sizes(), slots));
+        fills
+    }
+
     /// What is wrong beside objects and services.
     pub(super) fn problems(&self) -> Vec<String> {
         let loss = (!self.has_cgroup).then(|| self.attached.loss());
         let unswept = self.reconciler.unswept().map(str::to_owned);
         let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
+        problems.extend(self.pressure.problems());
         problems.extend(lock(&self.interfaces).problems.iter().cloned());
         problems.extend(lock(&self.unchecked).values().cloned());
+        problems.extend(lock(&self.unmonitored).values().cloned());
         if let Some(network) = &self.network {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }
@@ -227,6 +251,7 @@ impl Agent {
 
     /// Logs problems that are new, and those that are over.
     pub(super) fn tell_problems(&mut self) {
+        self.pressure.update(&self.fills());
         let problems: BTreeSet<String> = self.problems().into_iter().collect();
         for new in problems.difference(&self.told) {
             tracing::warn!("{new}");
@@ -321,7 +346,12 @@ impl Agent {
                     self.started.elapsed(),
                 );
                 report.problems.extend(self.problems());
+                report.lifetimes = self.lifetimes;
+                report.tables = self.fills();
                 let _ = answer.send(report);
+            }
+            Query::Vitals(answer) => {
+                let _ = answer.send(self.vitals());
             }
             Query::Ready(answer) => {
                 let _ = answer.send(self.readiness());
@@ -335,6 +365,23 @@ impl Agent {
                     let _ = request.answer.send(not_ready);
                 }
             },
+        }
+    }
+
+    /// How the agent is, in short.
+    fn vitals(&self) -> Vitals {
+        let world = &self.reconciler.world;
+        let (rejections, untold) = self.status.rejections();
+        let told = rejections.len() + untold + world.conflicts().len();
+        Vitals {
+            is_synced: world.is_synced(),
+            is_settled: self.reconciler.is_settled(),
+            // As in kube-proxy, one that nobody spoke of stays.
+            is_node_eligible: world.node().is_none_or(|node| !node.is_leaving),
+            sizes: world.sizes(),
+            problems: told + self.reconciler.errors().len() + self.problems().len(),
+            tables: self.fills(),
+            syncs: self.syncs.clone(),
         }
     }
 

@@ -34,6 +34,8 @@ const OWN_PREFIX: &str = "penstock.io/";
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS: &str = "service.kubernetes.io/headless";
+/// The taint of a node that the cluster's autoscaler is about to delete.
+const ABOUT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// The longest name that Kubernetes has (RFC 1123 subdomain).
@@ -276,12 +278,16 @@ fn node(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
     {
         pod_cidrs.push(pod_cidr(only)?);
     }
+    let mut taints = list(raw.spec.as_ref(), "taints");
+    let is_leaving = raw.metadata.deletion_timestamp.is_some()
+        || taints.any(|taint| text(taint, "key") == Some(ABOUT_TO_BE_DELETED));
     let zone = raw.metadata.label(ZONE).map(|zone| names.get(zone));
     Ok(Decoded::Object(Object::Node(Node {
         name: name.name,
         zone,
         internal_ips,
         pod_cidrs,
+        is_leaving,
     })))
 }
 

@@ -52,6 +52,8 @@ pub(super) struct Metadata {
     pub(super) uid: Option<String>,
     #[serde(default)]
     pub(super) creation_timestamp: Option<String>,
+    #[serde(default)]
+    pub(super) deletion_timestamp: Option<String>,
     #[serde(default, deserialize_with = "unique::texts")]
     pub(super) labels: HashMap<String, String>,
     /// Penstock's own.

@@ -1,10 +1,13 @@
 //! The operator's command line.
 
 mod cleanup;
+mod conntrack;
+mod duration;
 mod pinned;
 mod show;
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -17,7 +20,9 @@ use ipnetwork::IpNetwork;
 use crate::{
     agent::{self, Ending, Options, Source},
     attach::{follow::Names, xdp::Choice},
+    flows::Lifetimes,
     model::node_ports::{NodePorts, Which},
+    monitor,
     network::{self, plan::Routing},
     watch::kube::Servers,
 };
@@ -42,9 +47,11 @@ enum Command {
     /// It serves once every first list has arrived; what it could not do yet is among the problems.
     Status(Look),
     /// The services that the kernel serves.
-    Services(Look),
+    Services(Counting),
     /// The backends of all services.
-    Backends(Look),
+    Backends(Counting),
+    /// The flows that are translated packet by packet.
+    Conntrack(conntrack::ConntrackArgs),
     /// This node's pods that Penstock gave a network.
     Pods(Look),
     /// Other nodes' pod ranges, and how they are reached.
@@ -107,6 +114,15 @@ struct AgentArgs {
     /// Cgroups below --cgroup whose sockets are left alone, by path; `*` matches (repeatable).
     #[arg(long = "exclude-cgroup", value_name = "PATTERN", value_delimiter = ',')]
     exclude_cgroups: Vec<Pattern>,
+    /// Where Prometheus asks (/metrics); empty for nowhere.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10249", value_parser = bind_address)]
+    metrics_bind_address: Bind,
+    /// Where load balancers and kubelet ask for this node's health (/healthz, /livez); empty for
+    /// nowhere.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10256", value_parser = bind_address)]
+    healthz_bind_address: Bind,
+    #[command(flatten)]
+    conntrack: ConntrackArgs,
     #[command(flatten)]
     network: NetworkArgs,
     #[command(flatten)]
@@ -114,6 +130,53 @@ struct AgentArgs {
     /// How much to say.
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
+}
+
+/// For how long flows may be idle that are translated packet by packet; 0 for the default. Go's
+/// durations: 24h0m0s, 90s.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Flows")]
+struct ConntrackArgs {
+    /// TCP, established.
+    #[arg(long, value_name = "DURATION", default_value = "24h0m0s", value_parser = duration::idle_secs)]
+    conntrack_tcp_timeout_established: u32,
+    /// TCP, after one end has sent a FIN.
+    #[arg(long, value_name = "DURATION", default_value = "1h0m0s", value_parser = duration::idle_secs)]
+    conntrack_tcp_timeout_close_wait: u32,
+    /// TCP, seen in one direction only.
+    #[arg(long, value_name = "DURATION", default_value = "1m0s", value_parser = duration::idle_secs)]
+    conntrack_tcp_timeout_syn: u32,
+    /// TCP, after both ends have sent a FIN, or one a RST.
+    #[arg(long, value_name = "DURATION", default_value = "2m0s", value_parser = duration::idle_secs)]
+    conntrack_tcp_timeout_closing: u32,
+    /// UDP and ICMP, seen in one direction only.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration::idle_secs)]
+    conntrack_udp_timeout: u32,
+    /// UDP and ICMP, seen in both directions; also for how long an unconnected socket stays with a
+    /// backend.
+    #[arg(long, value_name = "DURATION", default_value = "2m0s", value_parser = duration::idle_secs)]
+    conntrack_udp_timeout_stream: u32,
+}
+
+impl ConntrackArgs {
+    fn lifetimes(&self) -> Lifetimes {
+        let default = Lifetimes::default();
+        let or = |chosen, default| if chosen == 0 { default } else { chosen };
+        Lifetimes {
+            tcp_syn_secs: or(self.conntrack_tcp_timeout_syn, default.tcp_syn_secs),
+            tcp_established_secs: or(
+                self.conntrack_tcp_timeout_established,
+                default.tcp_established_secs,
+            ),
+            tcp_close_wait_secs: or(
+                self.conntrack_tcp_timeout_close_wait,
+                default.tcp_close_wait_secs,
+            ),
+            tcp_closing_secs: or(self.conntrack_tcp_timeout_closing, default.tcp_closing_secs),
+            udp_secs: or(self.conntrack_udp_timeout, default.udp_secs),
+            udp_stream_secs: or(self.conntrack_udp_timeout_stream, default.udp_stream_secs),
+        }
+    }
 }
 
 /// The pod network.
@@ -218,6 +281,20 @@ impl NetworkArgs {
     }
 }
 
+/// Where to listen, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bind(Option<SocketAddr>);
+
+fn bind_address(text: &str) -> Result<Bind, String> {
+    if text.is_empty() {
+        return Ok(Bind(None));
+    }
+    let address = text
+        .parse()
+        .map_err(|_| "write an address and port: 127.0.0.1:10249, [::]:10256".to_owned());
+    address.map(|address| Bind(Some(address)))
+}
+
 /// A node's name is that of an object.
 fn node_name(name: &str) -> Result<String, String> {
     crate::api::check_name("the name", name).map(|()| name.to_owned())
@@ -241,6 +318,15 @@ struct Look {
     /// For a person or for a program.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
+}
+
+#[derive(Debug, Args)]
+struct Counting {
+    #[command(flatten)]
+    look: Look,
+    /// Also connections, flows, packets and bytes, which JSON always has.
+    #[arg(long)]
+    stats: bool,
 }
 
 #[derive(Debug, Args)]
@@ -289,8 +375,9 @@ pub async fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Status(look) => return show::status(&look).await,
         Command::Agent(args) => run_agent(*args).await,
-        Command::Services(look) => show::services(&look).await,
-        Command::Backends(look) => show::backends(&look).await,
+        Command::Services(args) => show::services(&args).await,
+        Command::Backends(args) => show::backends(&args).await,
+        Command::Conntrack(args) => conntrack::run(&args).await,
         Command::Pods(look) => show::pods(&look).await,
         Command::Nodes(look) => show::nodes(&look).await,
         Command::Drops(look) => show::drops(&look),
@@ -339,6 +426,11 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
             loopback: !args.no_localhost_nodeports,
         },
         exclude_cgroups: args.exclude_cgroups,
+        lifetimes: args.conntrack.lifetimes(),
+        monitor: monitor::Addresses {
+            metrics: args.metrics_bind_address.0,
+            healthz: args.healthz_bind_address.0,
+        },
         is_tracing: args.log_level == LogLevel::Trace,
     })
     .await?;
@@ -391,6 +483,38 @@ fn cgroup_root() -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flows_live_as_long_as_kube_proxys_flags_say() {
+        let parse = |options: &[&str]| {
+            let agent = ["penstock", "agent", "--manifests", "/", "--node-name", "a"];
+            let all = agent.iter().chain(options);
+            let Command::Agent(args) = Cli::try_parse_from(all)?.command else {
+                panic!("the command is agent");
+            };
+            Ok::<_, clap::Error>(args.conntrack.lifetimes())
+        };
+        assert_eq!(parse(&[]).unwrap(), Lifetimes::default());
+        let chosen = [
+            "--conntrack-tcp-timeout-established=2h",
+            "--conntrack-tcp-timeout-close-wait=0",
+            "--conntrack-tcp-timeout-syn=3s",
+            "--conntrack-tcp-timeout-closing=4s",
+            "--conntrack-udp-timeout=5s",
+            "--conntrack-udp-timeout-stream=1m0s",
+        ];
+        let expected = Lifetimes {
+            tcp_syn_secs: 3,
+            tcp_established_secs: 7_200,
+            tcp_close_wait_secs: 3_600,
+            tcp_closing_secs: 4,
+            udp_secs: 5,
+            udp_stream_secs: 60,
+        };
+        assert_eq!(parse(&chosen).unwrap(), expected);
+        let error = parse(&["--conntrack-udp-timeout=soon"]).unwrap_err();
+        assert!(error.to_string().contains("is no duration"), "{error}");
+    }
 
     #[test]
     fn a_node_is_called_as_an_object_can_be() {

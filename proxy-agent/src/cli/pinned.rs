@@ -35,6 +35,7 @@ fn family<A: Addr + Ord + Display>(
             algorithm: Algorithm::of(frontend.flags).label().to_owned(),
             policies: Policies::default(),
             backends: Vec::new(),
+            stats: None,
         });
         port.frontends.push(endpoint(&key.addr, key.port));
         *flags.entry(frontend.service).or_default() |= frontend.flags;
@@ -52,6 +53,7 @@ fn family<A: Addr + Ord + Display>(
                 id: id.0,
                 generation: backend.generation,
                 state: state.to_owned(),
+                stats: None,
             });
         }
     }

@@ -7,21 +7,22 @@ use aya::maps::{Map, PerCpuArray};
 use penstock_common::{Algorithm, Counter};
 use serde::Serialize;
 
-use super::{Look, Output, pinned};
+use super::{Counting, Look, Output, pinned};
 use crate::{
     dataplane::{Dataplane, bpf::Bpf, pins::Pins},
     ipc,
     report::{self, Report},
+    stats::{Statistics, Stats},
 };
 
-fn json(value: &impl Serialize) -> Result<()> {
+pub(super) fn json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).context("writing JSON")?;
     println!("{text}");
     Ok(())
 }
 
 /// A table: columns as wide as their widest cell.
-fn table(header: &[&str], rows: &[Vec<String>]) {
+pub(super) fn table(header: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = header
         .iter()
         .enumerate()
@@ -47,7 +48,7 @@ fn table(header: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-async fn agent(look: &Look) -> Result<Option<Report>> {
+pub(super) async fn agent(look: &Look) -> Result<Option<Report>> {
     ipc::fetch(&look.place.run_dir).await
 }
 
@@ -65,7 +66,7 @@ fn installed(look: &Look) -> Result<Option<Pins>> {
 }
 
 /// The pins, without which there is nothing to see.
-fn pins(look: &Look) -> Result<Pins> {
+pub(super) fn pins(look: &Look) -> Result<Pins> {
     installed(look)?.with_context(|| {
         format!(
             "nothing is installed: there is no {}; start an agent, or pass its --bpffs",
@@ -167,6 +168,25 @@ pub(super) async fn status(look: &Look) -> Result<ExitCode> {
             (None, None) => {}
         }
     }
+    let filled = report.tables.iter().filter(|fill| fill.used > 0);
+    let filled: Vec<Vec<String>> = filled
+        .map(|fill| {
+            let word = if fill.percent() == 0 {
+                "under 1 %".to_owned()
+            } else {
+                format!("{} %", fill.percent())
+            };
+            vec![
+                format!("  {}", fill.table),
+                fill.used.to_string(),
+                fill.limit.to_string(),
+                word,
+            ]
+        })
+        .collect();
+    if !filled.is_empty() {
+        table(&["  TABLE", "USED", "OF", "FULL"], &filled);
+    }
     if !report.problems.is_empty() {
         println!("problems:");
         for problem in &report.problems {
@@ -232,8 +252,24 @@ pub(super) async fn nodes(look: &Look) -> Result<()> {
     Ok(())
 }
 
-/// The ports that are served: the agent's, with their names, or the kernel's.
-async fn ports(look: &Look) -> Result<Vec<report::Port>> {
+/// The ports that are served: the agent's, with their names, or the kernel's; and what was counted of
+/// them.
+async fn ports(args: &Counting) -> Result<Vec<report::Port>> {
+    let mut ports = uncounted(&args.look).await?;
+    if !args.stats && args.look.output == Output::Text {
+        return Ok(ports);
+    }
+    let read = || Ok::<_, anyhow::Error>(Statistics::read(&pins(&args.look)?)?);
+    match read() {
+        Ok(all) => ports.iter_mut().for_each(|port| port.count(&all)),
+        // The agent's answer is good without, where it alone may read the maps.
+        Err(error) if args.stats => return Err(error),
+        Err(_) => {}
+    }
+    Ok(ports)
+}
+
+async fn uncounted(look: &Look) -> Result<Vec<report::Port>> {
     if let Some(report) = agent(look).await? {
         return Ok(report.ports);
     }
@@ -245,7 +281,7 @@ async fn ports(look: &Look) -> Result<Vec<report::Port>> {
 }
 
 /// A name in a table.
-fn cell(name: Option<&str>) -> String {
+pub(super) fn cell(name: Option<&str>) -> String {
     name.filter(|name| !name.is_empty())
         .unwrap_or("-")
         .to_owned()
@@ -254,9 +290,47 @@ fn cell(name: Option<&str>) -> String {
 /// Where the columns of services begin that are shown if one is not the default.
 const UNUSUAL_COLUMNS: usize = 4;
 
-pub(super) async fn services(look: &Look) -> Result<()> {
-    let ports = ports(look).await?;
-    if look.output == Output::Json {
+/// The columns of what was counted.
+const STATS: [&str; 5] = ["CONNECTIONS", "FLOWS", "SOCKETS", "SENT", "ANSWERED"];
+
+/// What was counted, in the columns of [`STATS`].
+fn counts(stats: Option<&Stats>) -> Vec<String> {
+    let stats = stats.copied().unwrap_or_default();
+    let both = |packets, bytes| format!("{packets}/{}", size(bytes));
+    vec![
+        stats.connections.to_string(),
+        stats.flows.to_string(),
+        (stats.tcp_sockets + stats.udp_sockets).to_string(),
+        both(stats.request_packets, stats.request_bytes),
+        both(stats.reply_packets, stats.reply_bytes),
+    ]
+}
+
+/// Bytes with three digits and a unit (IEC 80000-13).
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut unit = "B";
+    for next in UNITS {
+        // What would be rounded to four digits is the next unit's.
+        if value < 999.5 {
+            break;
+        }
+        value /= 1_024.0;
+        unit = next;
+    }
+    if unit == "B" || value >= 99.95 {
+        format!("{value:.0}{unit}")
+    } else if value >= 9.995 {
+        format!("{value:.1}{unit}")
+    } else {
+        format!("{value:.2}{unit}")
+    }
+}
+
+pub(super) async fn services(args: &Counting) -> Result<()> {
+    let ports = ports(args).await?;
+    if args.look.output == Output::Json {
         return json(&ports);
     }
     let default = Algorithm::default().label();
@@ -308,6 +382,9 @@ pub(super) async fn services(look: &Look) -> Result<()> {
         if has_policies {
             cells.insert(UNUSUAL_COLUMNS, policy(port));
         }
+        if args.stats {
+            cells.extend(counts(port.stats.as_ref()));
+        }
         cells
     };
     let rows: Vec<Vec<String>> = ports.iter().map(row).collect();
@@ -328,12 +405,15 @@ pub(super) async fn services(look: &Look) -> Result<()> {
         if has_policies {
             head.insert(UNUSUAL_COLUMNS, "POLICY");
         }
+        if args.stats {
+            head.extend(STATS);
+        }
         table(&head, &rows);
     }
     Ok(())
 }
 
-pub(super) async fn backends(look: &Look) -> Result<()> {
+pub(super) async fn backends(args: &Counting) -> Result<()> {
     #[derive(Serialize)]
     struct Row<'a> {
         service: Option<&'a str>,
@@ -341,7 +421,7 @@ pub(super) async fn backends(look: &Look) -> Result<()> {
         protocol: &'a str,
         backend: &'a report::Backend,
     }
-    let ports = ports(look).await?;
+    let ports = ports(args).await?;
     let rows: Vec<Row<'_>> = ports
         .iter()
         .flat_map(|port| {
@@ -353,29 +433,34 @@ pub(super) async fn backends(look: &Look) -> Result<()> {
             })
         })
         .collect();
-    if look.output == Output::Json {
+    if args.look.output == Output::Json {
         return json(&rows);
     }
     let rows: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
-            vec![
+            let mut cells = vec![
                 cell(row.service),
                 cell(row.port),
                 row.protocol.to_owned(),
                 row.backend.address.clone(),
                 row.backend.state.clone(),
                 format!("{}.{}", row.backend.id, row.backend.generation),
-            ]
+            ];
+            if args.stats {
+                cells.extend(counts(row.backend.stats.as_ref()));
+            }
+            cells
         })
         .collect();
     if rows.is_empty() {
         println!("no backends");
     } else {
-        table(
-            &["SERVICE", "PORT", "PROTOCOL", "BACKEND", "STATE", "ID"],
-            &rows,
-        );
+        let mut head = vec!["SERVICE", "PORT", "PROTOCOL", "BACKEND", "STATE", "ID"];
+        if args.stats {
+            head.extend(STATS);
+        }
+        table(&head, &rows);
     }
     Ok(())
 }
@@ -436,4 +521,27 @@ pub(super) fn drops(look: &Look) -> Result<()> {
         table(&["DONE", "COUNT", "MEANING"], &done);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_three_digits() {
+        for (bytes, text) in [
+            (0, "0B"),
+            (999, "999B"),
+            (1_000, "0.98KiB"),
+            (1_024, "1.00KiB"),
+            (10_240, "10.0KiB"),
+            (102_400, "100KiB"),
+            (1_023_000, "999KiB"),
+            (1_024_000, "0.98MiB"),
+            (5 << 30, "5.00GiB"),
+            (u64::MAX, "16.0EiB"),
+        ] {
+            assert_eq!(size(bytes), text, "{bytes}");
+        }
+    }
 }

@@ -197,6 +197,8 @@ pub struct Node {
     pub internal_ips: Vec<IpAddr>,
     /// The ranges that its pods' addresses are from, at most one a family.
     pub pod_cidrs: Vec<IpNetwork>,
+    /// It is being deleted, or about to be by the cluster's autoscaler.
+    pub is_leaving: bool,
 }
 
 /// A Pod on this node that asks not to be translated at its sockets.

@@ -181,6 +181,7 @@ mod tests {
             zone: None,
             internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             pod_cidrs: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+            is_leaving: false,
         }
     }
 

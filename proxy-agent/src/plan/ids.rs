@@ -8,6 +8,30 @@ use std::{
     time::Duration,
 };
 
+/// Hands out numbers of service ports, each once: what is remembered of one, in affinity or in counts,
+/// is never taken for another's.
+#[derive(Debug, Clone)]
+pub struct Serial {
+    last: u32,
+}
+
+impl Serial {
+    /// Numbers above `last`, the highest that anything in the kernel names.
+    pub fn after(last: u32) -> Self {
+        Self { last }
+    }
+
+    /// The next one that is not in use, which counts where all 4,294,967,294 were handed out.
+    pub fn next(&mut self, is_used: impl Fn(u32) -> bool) -> u32 {
+        loop {
+            self.last = self.last.checked_add(1).unwrap_or(1);
+            if !is_used(self.last) {
+                return self.last;
+            }
+        }
+    }
+}
+
 /// Hands ids out, lowest first, each with the generation of its new life.
 #[derive(Debug, Clone)]
 pub struct Ids {
@@ -144,6 +168,15 @@ mod tests {
                 prop_assert_eq!(ids.used(), held.len());
             }
         }
+    }
+
+    #[test]
+    fn no_number_is_handed_out_twice_until_all_were() {
+        let mut serial = Serial::after(7);
+        assert_eq!([serial.next(|_| false), serial.next(|_| false)], [8, 9]);
+        let mut serial = Serial::after(u32::MAX - 1);
+        let mut next = || serial.next(|id| id <= 3);
+        assert_eq!([next(), next()], [u32::MAX, 4]);
     }
 
     #[test]

@@ -10,17 +10,17 @@ use std::{
 };
 
 use penstock_common::{
-    BackendId, Be16, Frontend, FrontendKey, ServiceId, SlotRange, V4, V6, limits,
+    Addr, BackendId, Be16, Frontend, FrontendKey, ServiceId, SlotRange, V4, V6, limits,
 };
 
 use super::{
     blocks::Blocks,
-    ids::Ids,
+    ids::Serial,
     side::{PlannedAddr, PortState, Side},
     writes::{Plan, Step, plan_addresses, plan_port, proto, take_all},
 };
 use crate::{
-    dataplane::{Change, FamilyChange, MapState},
+    dataplane::{Change, FamilyChange, FamilyState, MapState},
     model::{
         object::{Family, ObjectName, Protocol},
         port::{Port, PortKey},
@@ -50,7 +50,7 @@ pub struct Planner {
     v4: Side<V4>,
     v6: Side<V6>,
     blocks: Blocks,
-    service_ids: Ids,
+    service_ids: Serial,
     ids: HashMap<PortKey, ServiceId>,
     ports: HashMap<ObjectName, Vec<PortKey>>,
     /// Services that the kernel holds and nobody has asked for yet.
@@ -67,7 +67,7 @@ impl Planner {
             v4: Side::new(),
             v6: Side::new(),
             blocks: Blocks::new(limits::SLOTS),
-            service_ids: Ids::new(1, u32::MAX),
+            service_ids: Serial::after(highest(observed)),
             ids: HashMap::new(),
             ports: HashMap::new(),
             unclaimed: HashSet::new(),
@@ -88,7 +88,6 @@ impl Planner {
             .collect();
         ids.sort_unstable();
         for id in ids {
-            planner.service_ids.restore(id.0, 0, true);
             planner.unclaimed.insert(id);
         }
         planner
@@ -116,7 +115,6 @@ impl Planner {
         now: Duration,
     ) -> Plan {
         self.blocks.settle(now, GRACE);
-        self.service_ids.settle(now, GRACE);
         self.v4.backend_ids.settle(now, GRACE);
         self.v6.backend_ids.settle(now, GRACE);
 
@@ -200,8 +198,11 @@ impl Planner {
                 self.unclaimed.remove(&id);
                 id
             }
-            // There are as many ids as a word has values.
-            None => ServiceId(self.service_ids.allocate().map_or(u32::MAX, |(id, _)| id)),
+            None => {
+                let (v4, v6) = (&self.v4.ports, &self.v6.ports);
+                let is_used = |id| [v4.contains_key(&id), v6.contains_key(&id)].contains(&true);
+                ServiceId(self.service_ids.next(|id| is_used(ServiceId(id))))
+            }
         };
         self.ids.insert(port.key.clone(), id);
         id
@@ -270,23 +271,18 @@ impl Planner {
             }
         }
         for name in &plan.services {
-            self.forget_gone(name, now);
+            self.forget_gone(name);
         }
         if applied == plan.changes.len() {
             self.has_new_node_addresses = false;
         }
-        let (v4, v6, ids) = (&self.v4, &self.v6, &mut self.service_ids);
-        self.unclaimed.retain(|id| {
-            let is_held = v4.ports.contains_key(id) || v6.ports.contains_key(id);
-            if !is_held {
-                ids.retire(id.0, now);
-            }
-            is_held
-        });
+        let (v4, v6) = (&self.v4, &self.v6);
+        self.unclaimed
+            .retain(|id| v4.ports.contains_key(id) || v6.ports.contains_key(id));
     }
 
     /// Drops ports of a service of which the kernel holds nothing and nobody wants anything.
-    fn forget_gone(&mut self, name: &ObjectName, now: Duration) {
+    fn forget_gone(&mut self, name: &ObjectName) {
         let Some(keys) = self.ports.get_mut(name) else {
             return;
         };
@@ -298,7 +294,6 @@ impl Planner {
             let is_held = v4.ports.contains_key(&id) || v6.ports.contains_key(&id);
             if !is_held {
                 ids.remove(key);
-                self.service_ids.retire(id.0, now);
             }
             is_held
         });
@@ -312,6 +307,15 @@ impl Planner {
         let backends = self.v4.backend_ids.used() + self.v6.backend_ids.used();
         let free = self.blocks.free_slots() + self.blocks.retired_slots();
         (backends, limits::SLOTS - free)
+    }
+
+    /// How many frontends, addresses and backends each family has.
+    pub fn sizes(&self) -> [[usize; 3]; 2] {
+        fn of<A: Ord>(side: &Side<A>) -> [usize; 3] {
+            let backends = side.backend_ids.used();
+            [side.owners.len(), side.addresses.len(), backends]
+        }
+        [of(&self.v4), of(&self.v6)]
     }
 
     /// Every port that the kernel holds, by name.
@@ -392,6 +396,19 @@ fn drop_block<A: PlannedAddr>(side: &mut Side<A>, id: ServiceId, range: SlotRang
     if let Some(state) = side.ports.get_mut(&id) {
         state.blocks.retain(|(held, _)| *held != range);
     }
+}
+
+/// The highest id of a service port that anything in the kernel names, backends that are gone
+/// included.
+fn highest(observed: &MapState) -> u32 {
+    fn of<A: Addr + Ord>(family: &FamilyState<A>) -> u32 {
+        let frontends = family.frontends.values().map(|frontend| frontend.service.0);
+        let backends = family.backends.values().map(|backend| backend.service.0);
+        let ranges = family.source_ranges.iter();
+        let ranges = ranges.map(|range| range.range.service.0);
+        frontends.chain(backends).chain(ranges).max().unwrap_or(0)
+    }
+    of(&observed.v4).max(of(&observed.v6))
 }
 
 /// Retires a port's blocks that no frontend covers and its backends that are dead; forgets a port

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "map elements are shared memory")]
 
 use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd, atomic_xchg},
     ptr::{addr_of, addr_of_mut},
 };
 
@@ -13,9 +13,10 @@ use aya_ebpf::{
     maps::lpm_trie::Key,
 };
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain, PortChunk, Proto,
-    Route, SourceRange, Uplink, V4, V6, XdpUplink, limits,
+    Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Be16, Config,
+    Counter, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey,
+    Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink,
+    limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Record};
 
@@ -267,6 +268,22 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
     }
 
     #[inline(always)]
+    fn service(self) -> ServiceId {
+        field!(self, service)
+    }
+
+    #[inline(always)]
+    fn fins(self) -> u8 {
+        field!(self, fins)
+    }
+
+    #[inline(always)]
+    fn set_fins(self, fins: u8) {
+        // SAFETY: as below; a byte of a live record, which its two directions alone change.
+        unsafe { addr_of_mut!((*self.0).fins).write_volatile(fins) };
+    }
+
+    #[inline(always)]
     fn last_seen(self) -> (Proto, u32) {
         (field!(self, proto), field!(self, seen_secs))
     }
@@ -339,7 +356,7 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
             source_port,
             flags,
             proto,
-            pad
+            fins
         );
     }
 
@@ -361,7 +378,7 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
             source_port,
             flags,
             proto,
-            pad,
+            fins,
         } = *flow;
         // SAFETY: as above; the record is in state CLAIMED by this program, so that nobody else
         // writes it and whoever reads it ignores it.
@@ -380,15 +397,161 @@ impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
             addr_of_mut!((*self.0).source_port).write(source_port);
             addr_of_mut!((*self.0).flags).write(flags);
             addr_of_mut!((*self.0).proto).write(proto);
-            addr_of_mut!((*self.0).pad).write(pad);
+            addr_of_mut!((*self.0).fins).write(fins);
         }
     }
 }
 
+/// Adds to a number that others add to meanwhile.
+#[inline(always)]
+fn add(number: *mut u64, value: u64) {
+    // SAFETY: the callers' pointers are to aligned fields of mapped elements (see `copy`) that
+    // programs only ever change atomically.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(number, value) };
+}
+
+/// [`add`] of a number of a flow that this program ended, or of none where there is nothing to add it
+/// to, and zero in its place.
+///
+/// A packet of that flow that another CPU has in hands may still be added to it, and is lost.
+#[inline(always)]
+fn move_to(number: Option<*mut u64>, ended: *mut u64) {
+    // SAFETY: as in `add`.
+    let value = unsafe { ended.read_volatile() };
+    // SAFETY: as in `add`.
+    unsafe { ended.write_volatile(0) };
+    if let Some(number) = number {
+        add(number, value);
+    }
+}
+
+/// [`move_to`] for both numbers of what went one way.
+#[inline(always)]
+fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
+    // SAFETY: fields' addresses inside mapped elements; nothing is read.
+    unsafe {
+        move_to(
+            sum.map(|sum| addr_of_mut!((*sum).packets)),
+            addr_of_mut!((*ended).packets),
+        );
+        move_to(
+            sum.map(|sum| addr_of_mut!((*sum).bytes)),
+            addr_of_mut!((*ended).bytes),
+        );
+    }
+}
+
+/// What a backend's counts begin with: where an insertion gets it from, stacks having no room.
+static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
+
 macro_rules! family {
-    ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+        $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $node:ident) => {
+        /// The counts of a backend's life, which begin if need be; none without room for them.
+        #[inline(always)]
+        fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
+            if let Some(counts) = $backend_counts.get_ptr_mut(life) {
+                return Some(counts);
+            }
+            // Whoever else begins them writes the same.
+            let _ = $backend_counts.insert(life, &NOTHING, u64::from(BPF_NOEXIST));
+            let counts = $backend_counts.get_ptr_mut(life)?;
+            // SAFETY: a field of a mapped element (see `copy`).
+            unsafe { addr_of_mut!((*counts).service).write_volatile(service) };
+            Some(counts)
+        }
+
+        /// Begins a life of a backend's id, a function of its own, see [`take_turn`].
+        #[inline(never)]
+        fn $begin_life(backend: u32, generation: u32, service: u32) {
+            let Some(connections) = $connections.get_ptr_mut(backend) else {
+                return;
+            };
+            // SAFETY: fields' addresses inside the mapped element; nothing is read.
+            let (before, owner, count) = unsafe {
+                (
+                    addr_of_mut!((*connections).generation),
+                    addr_of_mut!((*connections).service),
+                    addr_of_mut!((*connections).count),
+                )
+            };
+            let life = BackendLife {
+                backend: BackendId(backend),
+                generation: copy(before),
+                author: BackendLife::PROGRAMS,
+            };
+            if (generation.wrapping_sub(life.generation) as i32) <= 0 {
+                // Of a life that is over, or somebody else has begun this one.
+                return;
+            }
+            let last_owner = copy(owner);
+            // SAFETY: an aligned word that everybody changes atomically.
+            let is_mine = unsafe {
+                atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                    before,
+                    life.generation,
+                    generation,
+                )
+                .1
+            };
+            if !is_mine {
+                return;
+            }
+            // SAFETY: as above, and a word that only who begins a life writes.
+            let last = unsafe {
+                owner.write_volatile(ServiceId(service));
+                atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(count, 0)
+            };
+            if last != 0
+                && let Some(counts) = $counts_of(&life, last_owner)
+            {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                add(unsafe { addr_of_mut!((*counts).connections) }, last);
+            }
+        }
+
+        /// [`Maps::settle`], a function of its own, see [`take_turn`].
+        #[inline(never)]
+        fn $settle(id: u32) {
+            let Some(flow) = $flows.get_ptr(id) else {
+                return;
+            };
+            // SAFETY: fields' addresses inside the mapped element; nothing is read.
+            let (backend, generation, service) = unsafe {
+                (
+                    copy(addr_of!((*flow).backend_id)),
+                    copy(addr_of!((*flow).backend_generation)),
+                    copy(addr_of!((*flow).service)),
+                )
+            };
+            let life = BackendLife {
+                backend,
+                generation,
+                author: BackendLife::PROGRAMS,
+            };
+            // What was masqueraded has no backend.
+            let counts = if generation == 0 {
+                None
+            } else {
+                $counts_of(&life, service)
+            };
+            let Some(ended) = $counts.get_ptr_mut(id) else {
+                return;
+            };
+            // SAFETY: fields' addresses inside mapped elements; nothing is read.
+            unsafe {
+                move_traffic(
+                    counts.map(|counts| addr_of_mut!((*counts).request)),
+                    addr_of_mut!((*ended).request),
+                );
+                move_traffic(
+                    counts.map(|counts| addr_of_mut!((*counts).reply)),
+                    addr_of_mut!((*ended).reply),
+                );
+            }
+        }
+
         impl<C: Hook> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
 
@@ -448,6 +611,54 @@ macro_rules! family {
             #[inline(always)]
             fn record(&self, id: FlowId) -> Option<Self::Record> {
                 $flows.get_ptr_mut(id.0).map(RecordPtr)
+            }
+
+            #[inline(always)]
+            fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool {
+                let Some(counts) = $counts.get_ptr_mut(id.0) else {
+                    return false;
+                };
+                // SAFETY: fields of a mapped element (see `copy`), a cache line for each direction.
+                // Not atomic, which would cost more than the rest: of a direction's packets that two
+                // CPUs have in hands in the same nanosecond one may not be counted.
+                unsafe {
+                    let way = if is_reply {
+                        addr_of_mut!((*counts).reply)
+                    } else {
+                        addr_of_mut!((*counts).request)
+                    };
+                    let before = addr_of!((*way).packets).read_volatile();
+                    addr_of_mut!((*way).packets).write_volatile(before + 1);
+                    let sum = addr_of!((*way).bytes).read_volatile() + u64::from(bytes);
+                    addr_of_mut!((*way).bytes).write_volatile(sum);
+                    before == 0
+                }
+            }
+
+            #[inline(always)]
+            fn count_connection(&self, id: BackendId, generation: u32, service: ServiceId) {
+                let Some(connections) = $connections.get_ptr_mut(id.0) else {
+                    return;
+                };
+                // SAFETY: fields' addresses inside the mapped element; nothing is read.
+                let (present, count) = unsafe {
+                    (
+                        addr_of!((*connections).generation),
+                        addr_of_mut!((*connections).count),
+                    )
+                };
+                if copy(present) != generation {
+                    $begin_life(id.0, generation, service.0);
+                    if copy(present) != generation {
+                        return;
+                    }
+                }
+                add(count, 1);
+            }
+
+            #[inline(always)]
+            fn settle(&self, id: FlowId) {
+                $settle(id.0);
             }
 
             #[inline(always)]
@@ -543,7 +754,7 @@ macro_rules! family {
     };
 }
 
-family!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, node4);
-family!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, node6);

@@ -1,8 +1,10 @@
 //! The programs and maps in the kernel.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use aya::{
@@ -11,11 +13,12 @@ use aya::{
     programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use penstock_common::{
-    Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
-    Frontend, FrontendFlags, FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
+    Addr, Address, AddressKind, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, Be16,
+    Config, Connections, Counter, Flow, FlowCounts, FlowId, FlowState, Frontend, FrontendFlags,
+    FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
 };
 
-use crate::model::{Hook, Model, Service};
+use crate::model::{Endpoint, Hook, Model, Service, Tally, service_id};
 
 /// How short the kernel lets a frame be in a test run: with its whole IP header (seen from
 /// Linux 6.18 on).
@@ -51,7 +54,10 @@ impl Kernel {
     /// The maps, filled with the model's services, pinned in a folder with `name` in its own.
     pub fn without_programs(name: &str, model: &Model) -> Option<Self> {
         penstock_testbed::require_kernel()?;
-        let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-{name}", std::process::id()));
+        static LOADED: AtomicU32 = AtomicU32::new(0);
+        let number = LOADED.fetch_add(1, Ordering::Relaxed);
+        let name = format!("pn{}-{name}{number}", std::process::id());
+        let pins = Path::new("/sys/fs/bpf").join(name);
         std::fs::create_dir_all(&pins).expect("bpffs is writable");
         let ebpf = EbpfLoader::new()
             .default_map_pin_directory(&pins)
@@ -94,7 +100,7 @@ impl Kernel {
     fn fill(&mut self, model: &Model) {
         let (mut slot, mut next) = (0, 0);
         for (number, service) in model.services.iter().enumerate() {
-            let id = ServiceId(1 + number as u32);
+            let id = service_id(number);
             let base = slot;
             for backend in &service.backends {
                 self.array("SLOTS")
@@ -240,6 +246,99 @@ impl Kernel {
     /// What XDP's program makes of a frame.
     pub fn run_xdp(&mut self, input: &[u8]) -> (i32, Vec<u8>) {
         run(self.xdp(), input)
+    }
+
+    /// The state and the FINs of the only IPv4 flow.
+    pub fn only_flow(&mut self) -> (u32, u8) {
+        let flows = self.array::<Flow<V4>>("FLOWS4");
+        let all = (0..limits::FLOWS).map(|id| flows.get(&id, 0).expect("FLOWS4"));
+        let live: Vec<Flow<V4>> = all.filter(|flow| flow.state != FlowState::FREE).collect();
+        assert_eq!(live.len(), 1, "{live:?}");
+        (live[0].state, live[0].fins)
+    }
+
+    /// What was counted of a family's backends: of flows that have ended, and of those that are there.
+    fn tallies<A: Addr>(
+        &mut self,
+        [backends, connections, ended, flows, counts]: [&'static str; 5],
+        ip: impl Fn(A) -> IpAddr,
+    ) -> BTreeMap<(ServiceId, Endpoint), Tally>
+    where
+        Backend<A>: Pod,
+        Flow<A>: Pod,
+    {
+        let ended: HashMap<&MapData, BackendLife, BackendCounts> = self
+            .ebpf
+            .map(ended)
+            .expect(ended)
+            .try_into()
+            .expect("a hash map");
+        let ended: Vec<(BackendLife, BackendCounts)> =
+            ended.iter().collect::<Result<_, _>>().expect(backends);
+        let mut tallies: BTreeMap<_, Tally> = BTreeMap::new();
+        for id in 0..1_000 {
+            let backend: Backend<A> = self.array(backends).get(&id, 0).expect(backends);
+            let given: Connections = self.array(connections).get(&id, 0).expect(connections);
+            if given.count > 0 {
+                assert_eq!(given.generation, backend.generation);
+                assert_eq!(given.service, backend.service);
+                let endpoint = (ip(backend.addr), backend.port.to_host());
+                let tally = tallies.entry((backend.service, endpoint)).or_default();
+                tally.connections = given.count;
+            }
+        }
+        for (life, counts) in ended {
+            let backend: Backend<A> = self
+                .array(backends)
+                .get(&life.backend.0, 0)
+                .expect(backends);
+            assert_eq!(life.generation, backend.generation);
+            assert_eq!(life.author, BackendLife::PROGRAMS);
+            assert_eq!(counts.service, backend.service);
+            let endpoint = (ip(backend.addr), backend.port.to_host());
+            assert_eq!(counts.connections, 0, "its first life is not over");
+            let tally = tallies.get_mut(&(backend.service, endpoint));
+            let tally = tally.expect("a connection was counted");
+            tally.request = counts.request;
+            tally.reply = counts.reply;
+        }
+        for id in 0..limits::FLOWS {
+            let counts: FlowCounts = self.array(counts).get(&id, 0).expect(counts);
+            if counts == FlowCounts::default() {
+                continue;
+            }
+            let flow: Flow<A> = self.array(flows).get(&id, 0).expect(flows);
+            assert_ne!(flow.state, FlowState::FREE, "an ended flow leaves zeros");
+            let key = (
+                flow.service,
+                (ip(flow.backend), flow.backend_port.to_host()),
+            );
+            let tally = tallies.get_mut(&key).expect("a connection was counted");
+            tally.request = tally.request.plus(counts.request);
+            tally.reply = tally.reply.plus(counts.reply);
+        }
+        tallies
+    }
+
+    /// What was counted of all backends.
+    pub fn all_tallies(&mut self) -> BTreeMap<(ServiceId, Endpoint), Tally> {
+        let v4 = [
+            "BACKENDS4",
+            "CONNECTIONS4",
+            "BACKEND_COUNTS4",
+            "FLOWS4",
+            "FLOW_COUNTS4",
+        ];
+        let v6 = [
+            "BACKENDS6",
+            "CONNECTIONS6",
+            "BACKEND_COUNTS6",
+            "FLOWS6",
+            "FLOW_COUNTS6",
+        ];
+        let mut all = self.tallies::<V4>(v4, |ip| IpAddr::V4(ip.into()));
+        all.extend(self.tallies::<V6>(v6, |ip| IpAddr::V6(ip.into())));
+        all
     }
 
     /// A counter's sum over all CPUs.

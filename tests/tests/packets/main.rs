@@ -21,7 +21,7 @@ use std::net::IpAddr;
 use frame::{Spec, TCP, UDP};
 use kernel::Kernel;
 use model::{Done, Hook, Model, Service};
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Fins, FlowState};
 use penstock_testbed::Random;
 
 fn ip(text: &str) -> IpAddr {
@@ -299,6 +299,66 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 #[test]
+fn a_connection_stays_until_both_ends_have_closed_it() {
+    let model = model();
+    let Some(mut kernel) = Kernel::load(&model) else {
+        return;
+    };
+    let (client, frontend) = ((ip(CLIENTS[0]), 4_000), (ip("10.96.0.2"), 80));
+    let segment = |src, dst, tcp_flags| {
+        frame::build(&Spec {
+            tcp_flags,
+            ..plain(src, dst, TCP, vec![])
+        })
+    };
+    let (syn, ack, fin, rst) = (2, 0x10, 0x11, 4);
+    // Who sends what, the backend or the client, and what is then known of the flow.
+    let closings = [
+        vec![
+            (false, fin, FlowState::ESTABLISHED, Fins::CLIENT),
+            (true, ack, FlowState::ESTABLISHED, Fins::CLIENT),
+            (true, fin, FlowState::CLOSING, Fins::CLIENT),
+        ],
+        vec![
+            (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
+            (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
+            (false, fin, FlowState::CLOSING, Fins::BACKEND),
+        ],
+        vec![
+            (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
+            (false, rst, FlowState::CLOSING, Fins::BACKEND),
+        ],
+        vec![(true, rst, FlowState::CLOSING, 0)],
+    ];
+    for closing in closings {
+        // The same ports again: the last connection is over, and gives its place up.
+        let (_, out) = kernel.run(Hook::FromPod, &segment(client, frontend, syn));
+        assert_eq!(kernel.only_flow(), (FlowState::EMBRYONIC, 0), "{closing:?}");
+        let header = frame::header(&out, 14, true).expect("IP");
+        let (source, port) = frame::ports(&out, header.transport).expect("ports");
+        let (backend, source) = ((header.dst, port), (header.src, source));
+        let opening = [
+            (true, syn | ack, FlowState::ESTABLISHED, 0),
+            (false, ack, FlowState::ESTABLISHED, 0),
+        ];
+        for (is_reply, flags, state, fins) in opening.iter().chain(&closing).copied() {
+            if is_reply {
+                kernel.run(Hook::ToPod, &segment(backend, source, flags));
+            } else {
+                kernel.run(Hook::FromPod, &segment(client, frontend, flags));
+            }
+            assert_eq!(kernel.only_flow(), (state, fins), "{closing:?}");
+        }
+    }
+    let connections: u64 = kernel
+        .all_tallies()
+        .values()
+        .map(|tally| tally.connections)
+        .sum();
+    assert_eq!(connections, 4);
+}
+
+#[test]
 fn programs_do_to_random_packets_what_the_model_says() {
     let mut model = model();
     let Some(mut kernel) = Kernel::load(&model) else {
@@ -320,5 +380,8 @@ fn programs_do_to_random_packets_what_the_model_says() {
     for (counter, expected) in &model.counts {
         assert_eq!(kernel.count(*counter), *expected, "{}", counter.label());
     }
+    assert_eq!(kernel.all_tallies(), model.tallies);
+    let both_ways = model.tallies.values().filter(|tally| tally.reply.bytes > 0);
+    assert!(both_ways.count() > 10, "backends answered");
     eprintln!("{packets} packets: {:?}", model.counts);
 }

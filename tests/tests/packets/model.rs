@@ -9,7 +9,7 @@ use std::{
     net::IpAddr,
 };
 
-use penstock_common::{Algorithm, Counter, V4, V6, client_hash, slot_at};
+use penstock_common::{Algorithm, Counter, ServiceId, Traffic, V4, V6, client_hash, slot_at};
 
 use crate::frame::{self, Header, TCP, UDP};
 
@@ -25,9 +25,18 @@ pub struct Service {
     pub algorithm: Algorithm,
 }
 
+/// What went to a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tally {
+    pub connections: u64,
+    pub request: Traffic,
+    pub reply: Traffic,
+}
+
 #[derive(Clone, Debug)]
 pub struct Flow {
     pub proto: u8,
+    pub service: ServiceId,
     pub client: Endpoint,
     pub frontend: Endpoint,
     pub backend: Endpoint,
@@ -55,6 +64,7 @@ pub struct Model {
     turns: HashMap<(Endpoint, u8), usize>,
     fragments: HashMap<(IpAddr, IpAddr, u32, u8), (u16, u16)>,
     pub counts: BTreeMap<Counter, u64>,
+    pub tallies: BTreeMap<(ServiceId, Endpoint), Tally>,
     errors_sent: u64,
 }
 
@@ -73,6 +83,11 @@ struct Segment {
     src: Endpoint,
     dst: Endpoint,
     tcp_flags: u8,
+}
+
+/// The id of the service at a place in the list.
+pub fn service_id(index: usize) -> ServiceId {
+    ServiceId(1 + index as u32)
 }
 
 /// What a program did.
@@ -206,16 +221,13 @@ impl Model {
     }
 
     fn open(&mut self, input: &[u8], segment: &Segment, done: &Done<'_>) -> Check {
-        let found = self
-            .services
-            .iter()
-            .find(|service| {
-                service.frontend == segment.dst && service.proto == segment.header.proto
-            })
-            .cloned();
-        let Some(service) = found else {
+        let found = self.services.iter().position(|service| {
+            service.frontend == segment.dst && service.proto == segment.header.proto
+        });
+        let Some(index) = found else {
             return self.refused(input, segment, done, Counter::UndefinedPort);
         };
+        let service = self.services[index].clone();
         if segment.header.is_later {
             return self.drops(input, done, Counter::FragmentUnmatched);
         }
@@ -283,8 +295,12 @@ impl Model {
         self.by_request
             .insert((proto, segment.src, segment.dst), id);
         self.by_reply.insert((proto, backend, source), id);
+        let service = service_id(index);
+        let tally = self.tallies.entry((service, backend)).or_default();
+        tally.connections += 1;
         self.flows.push(Some(Flow {
             proto,
+            service,
             client: segment.src,
             frontend: segment.dst,
             backend,
@@ -314,6 +330,17 @@ impl Model {
         } else if is_reply && !flow.is_closing {
             flow.is_established = true;
         }
+        let tally = self
+            .tallies
+            .entry((flow.service, flow.backend))
+            .or_default();
+        let way = if is_reply {
+            &mut tally.reply
+        } else {
+            &mut tally.request
+        };
+        way.packets += 1;
+        way.bytes += (segment.header.transport - 14 + segment.header.length) as u64;
     }
 
     fn translated_request(

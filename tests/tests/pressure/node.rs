@@ -12,7 +12,10 @@ use aya::{
     maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, Queue, lpm_trie::Key},
     programs::{SchedClassifier, TestRunOptions},
 };
-use penstock_agent::{dataplane::pins::Pins, flows::Sweeper};
+use penstock_agent::{
+    dataplane::pins::Pins,
+    flows::{Lifetimes, Sweeper},
+};
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
     Frontend, FrontendFlags, FrontendKey, NetworkFlags, Proto, Route, RouteKind, ServiceId,
@@ -282,8 +285,8 @@ impl Node {
     }
 
     /// The agent's sweeper of this node's flows.
-    pub fn sweeper(&self) -> Sweeper {
-        Sweeper::open(&Pins::within(self.pins.clone())).expect("the maps are pinned")
+    pub fn sweeper(&self, lifetimes: Lifetimes) -> Sweeper {
+        Sweeper::open(&Pins::within(self.pins.clone()), lifetimes).expect("the maps are pinned")
     }
 
     /// Its program.

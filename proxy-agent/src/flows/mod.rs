@@ -1,0 +1,428 @@
+//! Sweeps flows whose time is over, so that their records can serve new ones, and adds what was
+//! counted of them to their backends' counts.
+//!
+//! The programs manage without: where no record is free they take one from a flow that gives way.
+//! Invariant: a record is taken
+//! away by moving its state to `RECLAIMING` with one compare-and-exchange, as the programs do.
+
+mod ports;
+mod table;
+
+use std::{
+    collections::{HashMap as Map, HashSet},
+    io,
+    sync::atomic::Ordering,
+};
+
+use aya::maps::{HashMap, Map as AnyMap, MapData, MapError, Queue};
+use penstock_common::{
+    Addr, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, Plain, Proto, ServiceId, Timeouts,
+    V4, V6, limits,
+};
+
+use ports::Ports;
+pub use table::Table;
+
+use crate::{
+    dataplane::pins::{PinError, Pins},
+    stats::{Ended, Keeper, Life},
+};
+
+/// The flow table can't be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum FlowsError {
+    /// A pinned map can't be opened.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A map operation failed.
+    #[error("map {map}: {source}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// A map's elements can't be read.
+    #[error("reading map {map}: {source}")]
+    Read {
+        /// The map.
+        map: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The table can't be mapped into memory.
+    #[error("mapping {map} into memory: {source}")]
+    Mmap {
+        /// The map.
+        map: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Seconds since boot on the programs' clock (CLOCK_MONOTONIC_COARSE).
+pub fn now_secs() -> u32 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE)
+        .map_or(0, |time| time.tv_sec() as u32)
+}
+
+/// For how long flows may be idle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Lifetimes {
+    /// TCP, seen in one direction only, in seconds.
+    pub tcp_syn_secs: u32,
+    /// TCP, established.
+    pub tcp_established_secs: u32,
+    /// TCP, after a FIN of one end: the agent's alone, programs leave such flows until they need
+    /// their records.
+    pub tcp_close_wait_secs: u32,
+    /// TCP, after the FINs of both ends or a RST.
+    pub tcp_closing_secs: u32,
+    /// UDP and ICMP, seen in one direction only.
+    pub udp_secs: u32,
+    /// UDP and ICMP, seen in both directions.
+    pub udp_stream_secs: u32,
+}
+
+impl Default for Lifetimes {
+    fn default() -> Self {
+        let Timeouts {
+            tcp_syn_secs,
+            tcp_established_secs,
+            tcp_closing_secs,
+            udp_secs,
+            udp_stream_secs,
+        } = Timeouts::default();
+        Self {
+            tcp_syn_secs,
+            tcp_established_secs,
+            tcp_close_wait_secs: 3_600,
+            tcp_closing_secs,
+            udp_secs,
+            udp_stream_secs,
+        }
+    }
+}
+
+impl Lifetimes {
+    /// What the programs are told.
+    pub fn timeouts(&self) -> Timeouts {
+        Timeouts {
+            tcp_syn_secs: self.tcp_syn_secs,
+            tcp_established_secs: self.tcp_established_secs,
+            tcp_closing_secs: self.tcp_closing_secs,
+            udp_secs: self.udp_secs,
+            udp_stream_secs: self.udp_stream_secs,
+        }
+    }
+
+    /// What is so where no agent is there to say it: half-closed flows last until a record is wanted.
+    pub fn without_agent(timeouts: &Timeouts) -> Self {
+        Self {
+            tcp_syn_secs: timeouts.tcp_syn_secs,
+            tcp_established_secs: timeouts.tcp_established_secs,
+            tcp_close_wait_secs: timeouts.tcp_closing_secs,
+            tcp_closing_secs: timeouts.tcp_closing_secs,
+            udp_secs: timeouts.udp_secs,
+            udp_stream_secs: timeouts.udp_stream_secs,
+        }
+    }
+
+    /// For how long a flow may be idle.
+    pub fn of<A>(&self, flow: &Flow<A>) -> u32 {
+        match (flow.state, flow.proto) {
+            // A program died in the middle, which takes far less than this.
+            (FlowState::CLAIMED | FlowState::RECLAIMING, _) => 60,
+            (FlowState::EMBRYONIC, Proto::TCP) => self.tcp_syn_secs,
+            (FlowState::ESTABLISHED, Proto::TCP) if is_half_closed(flow) => {
+                self.tcp_close_wait_secs
+            }
+            (FlowState::ESTABLISHED, Proto::TCP) => self.tcp_established_secs,
+            (FlowState::CLOSING, _) => self.tcp_closing_secs,
+            (FlowState::EMBRYONIC, _) => self.udp_secs,
+            (FlowState::ESTABLISHED, _) => self.udp_stream_secs,
+            _ => u32::MAX,
+        }
+    }
+}
+
+/// Whether one end of an established flow has sent a FIN.
+pub fn is_half_closed<A>(flow: &Flow<A>) -> bool {
+    flow.state == FlowState::ESTABLISHED && flow.fins & (Fins::CLIENT | Fins::BACKEND) != 0
+}
+
+/// Whether nobody will miss a flow.
+fn has_expired<A>(flow: &Flow<A>, lifetimes: &Lifetimes, now: u32) -> bool {
+    now.saturating_sub(flow.seen_secs) >= lifetimes.of(flow)
+}
+
+/// A family's flow table with all that leads to its records.
+struct Swept<A> {
+    table: Table<A>,
+    index: HashMap<MapData, FlowKey<A>, FlowId>,
+    free: Queue<MapData, FlowId>,
+}
+
+/// What a sweep found.
+#[derive(Clone, Debug, Default)]
+pub struct Sweep {
+    /// Flows that went.
+    pub swept: usize,
+    /// Flows that are there.
+    pub live: usize,
+    /// What those that went had brought their backends.
+    pub(crate) ended: Ended,
+    /// The backends of those that are there, if they were asked for.
+    pub(crate) referred: HashSet<Life>,
+}
+
+impl<A: Addr> Swept<A>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: Plain,
+{
+    fn open(
+        pins: &Pins,
+        [records, counts, index, free]: [&'static str; 4],
+    ) -> Result<Self, FlowsError> {
+        let map = |name, source| FlowsError::Map { map: name, source };
+        Ok(Self {
+            table: Table::open(pins, [records, counts])?,
+            index: HashMap::try_from(AnyMap::HashMap(pins.map(index)?))
+                .map_err(|source| map(index, source))?,
+            free: Queue::try_from(AnyMap::Queue(pins.map(free)?))
+                .map_err(|source| map(free, source))?,
+        })
+    }
+
+    /// Fills the queue of free records anew.
+    fn refill(&mut self) {
+        while self.free.pop(0).is_ok() {}
+        for id in 0..limits::FLOWS {
+            if self.table.state(id).load(Ordering::Relaxed) == FlowState::FREE
+                && self.free.push(FlowId(id), 0).is_err()
+            {
+                // Full: the programs look through the table for the rest.
+                return;
+            }
+        }
+    }
+
+    /// Frees flows that have expired.
+    fn sweep(&mut self, ports: &Ports, lifetimes: &Lifetimes, now: u32, refers: bool) -> Sweep {
+        let mut sweep = Sweep::default();
+        for id in 0..limits::FLOWS {
+            if self.table.state(id).load(Ordering::Relaxed) == FlowState::FREE {
+                continue;
+            }
+            let flow = self.table.read(id);
+            let taken = has_expired(&flow, lifetimes, now)
+                .then(|| self.take(ports, id, flow.state))
+                .flatten();
+            let Some(flow) = taken else {
+                sweep.live += 1;
+                if refers {
+                    let life = (flow.backend_id, flow.backend_generation);
+                    sweep.referred.insert(life);
+                }
+                continue;
+            };
+            sweep.swept += 1;
+            let counts = self.table.take_counts(id);
+            self.table
+                .state(id)
+                .store(FlowState::FREE, Ordering::SeqCst);
+            // Full: the programs find the record by themselves.
+            let _ = self.free.push(FlowId(id), 0);
+            add(&mut sweep.ended, &flow, &counts);
+        }
+        sweep
+    }
+
+    /// Makes a record in this state nobody's but this process's, and its keys lead nowhere.
+    fn take(&mut self, ports: &Ports, id: u32, state: u32) -> Option<Flow<A>> {
+        let claimed = self.table.state(id).compare_exchange(
+            state,
+            FlowState::RECLAIMING,
+            Ordering::SeqCst,
+            Ordering::Relaxed,
+        );
+        claimed.ok()?;
+        // Again: it may have begun another life in the meantime.
+        let flow = self.table.read(id);
+        let reply = flow.reply_key();
+        for key in [flow.request_key(), reply] {
+            // An index entry may already lead to another flow's record.
+            if self
+                .index
+                .get(&key, 0)
+                .is_ok_and(|found| found == FlowId(id))
+            {
+                let _ = self.index.remove(&key);
+            }
+        }
+        ports.count_end(reply.port_place().index(reply.dst_port.to_host()));
+        Some(flow)
+    }
+}
+
+/// Adds what was counted of a flow, unless it was no service's.
+fn add<A>(ended: &mut Ended, flow: &Flow<A>, counts: &FlowCounts) {
+    if flow.backend_generation == 0 {
+        return;
+    }
+    let key = (flow.backend_id, flow.backend_generation);
+    let sum: &mut (ServiceId, FlowCounts) = ended.entry(key).or_default();
+    sum.0 = flow.service;
+    sum.1 = sum.1.plus(counts);
+}
+
+/// Sweeps both families.
+pub struct Sweeper {
+    v4: Swept<V4>,
+    v6: Swept<V6>,
+    ports: Ports,
+    keeper: Keeper,
+    lifetimes: Lifetimes,
+    sweeps: u32,
+}
+
+/// How many flows are there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Live {
+    /// Flows that went, both families.
+    pub swept: usize,
+    /// IPv4 flows that are there.
+    pub v4: usize,
+    /// IPv6 flows that are there.
+    pub v6: usize,
+}
+
+/// Every how many sweeps the counts of backends are looked through.
+const TIDY: u32 = 8;
+
+impl Sweeper {
+    /// Maps the pinned tables.
+    pub fn open(pins: &Pins, lifetimes: Lifetimes) -> Result<Self, FlowsError> {
+        Ok(Self {
+            v4: Swept::open(
+                pins,
+                ["FLOWS4", "FLOW_COUNTS4", "FLOW_INDEX4", "FREE_FLOWS4"],
+            )?,
+            v6: Swept::open(
+                pins,
+                ["FLOWS6", "FLOW_COUNTS6", "FLOW_INDEX6", "FREE_FLOWS6"],
+            )?,
+            ports: Ports::open(pins)?,
+            keeper: Keeper::open(pins)?,
+            lifetimes,
+            sweeps: 0,
+        })
+    }
+
+    /// Fills the queues of free records anew: ids are lost where a program or an agent ended between
+    /// taking one and using it. Programs that meet an empty queue look through the table meanwhile.
+    pub fn refill(&mut self) {
+        self.v4.refill();
+        self.v6.refill();
+    }
+
+    /// Frees what has expired.
+    pub fn sweep(&mut self) -> Live {
+        let now = now_secs();
+        self.sweeps = self.sweeps.wrapping_add(1);
+        let tidies = self.sweeps.is_multiple_of(TIDY);
+        self.ports.doubt();
+        let v4 = self.v4.sweep(&self.ports, &self.lifetimes, now, tidies);
+        let v6 = self.v6.sweep(&self.ports, &self.lifetimes, now, tidies);
+        self.keeper.add([&v4.ended, &v6.ended]);
+        if tidies {
+            self.keeper.tidy([&v4.referred, &v6.referred]);
+        }
+        Live {
+            swept: v4.swept + v6.swept,
+            v4: v4.live,
+            v6: v6.live,
+        }
+    }
+}
+
+/// What the flows of a backend that are there did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Running {
+    /// The service port.
+    pub service: ServiceId,
+    /// How many are not about to end.
+    pub flows: u64,
+    /// What they brought it.
+    pub counts: FlowCounts,
+}
+
+/// What flows that are there did, by backend and its generation.
+pub fn running<A: Addr>(table: &Table<A>) -> Map<Life, Running>
+where
+    Flow<A>: Plain,
+{
+    let mut all: Map<_, Running> = Map::new();
+    for id in 0..limits::FLOWS {
+        let Some(flow) = table.flow(id).filter(|flow| flow.backend_generation != 0) else {
+            continue;
+        };
+        let key = (flow.backend_id, flow.backend_generation);
+        let running = all.entry(key).or_default();
+        running.service = flow.service;
+        running.flows += u64::from(flow.state != FlowState::CLOSING);
+        running.counts = running.counts.plus(&table.counts(id));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_goes_once_it_was_idle_for_as_long_as_its_state_may_be() {
+        let lifetimes = Lifetimes {
+            tcp_syn_secs: 1,
+            tcp_established_secs: 2,
+            tcp_close_wait_secs: 3,
+            tcp_closing_secs: 4,
+            udp_secs: 5,
+            udp_stream_secs: 6,
+        };
+        let flow = |state, proto, fins| Flow::<V4> {
+            state,
+            proto,
+            fins,
+            seen_secs: 100,
+            ..Flow::default()
+        };
+        for (state, proto, fins, lasts) in [
+            (FlowState::EMBRYONIC, Proto::TCP, 0, 1),
+            (FlowState::ESTABLISHED, Proto::TCP, 0, 2),
+            (FlowState::ESTABLISHED, Proto::TCP, Fins::CLIENT, 3),
+            (FlowState::ESTABLISHED, Proto::TCP, Fins::BACKEND, 3),
+            (FlowState::CLOSING, Proto::TCP, Fins::BACKEND, 4),
+            (FlowState::EMBRYONIC, Proto::UDP, 0, 5),
+            (FlowState::ESTABLISHED, Proto::UDP, 0, 6),
+        ] {
+            let flow = flow(state, proto, fins);
+            let expires = |now| has_expired(&flow, &lifetimes, now);
+            assert!(!expires(100 + lasts - 1), "{flow:?}");
+            assert!(expires(100 + lasts), "{flow:?}");
+            // A clock that a program read a moment later.
+            assert!(!expires(99), "{flow:?}");
+        }
+        assert!(!has_expired(
+            &flow(FlowState::FREE, Proto::UDP, 0),
+            &lifetimes,
+            4_000
+        ));
+        let told = lifetimes.timeouts();
+        assert_eq!((told.tcp_established_secs, told.udp_stream_secs), (2, 6));
+    }
+}

@@ -1,0 +1,217 @@
+//! How full the kernel's tables are, and which are about to refuse something.
+
+use std::{
+    collections::BTreeSet,
+    os::fd::AsFd,
+    sync::{Arc, Mutex},
+};
+
+use penstock_common::{
+    Affinity, AffinityKey, BackendCounts, BackendLife, ConnectedUdp, Datagram, DatagramKey, Plain,
+    V4, V6, limits,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    attach::follow::lock,
+    dataplane::{batch, pins::Pins},
+};
+
+/// How full a table is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fill {
+    /// What it holds.
+    pub table: String,
+    /// How many there are.
+    pub used: u64,
+    /// How many there may be.
+    pub limit: u64,
+    /// What happens when it is full and one more comes.
+    pub when_full: String,
+    /// Whether that is worse than to forget what was used least.
+    pub refuses: bool,
+}
+
+impl Fill {
+    /// A table that has no place for one more when it is full.
+    pub fn refusing(table: &str, used: usize, limit: u32, when_full: &str) -> Self {
+        Self {
+            table: table.to_owned(),
+            used: used as u64,
+            limit: u64::from(limit),
+            when_full: when_full.to_owned(),
+            refuses: true,
+        }
+    }
+
+    /// A table that forgets what was used least.
+    fn forgetting(table: &str, used: usize, limit: u32, when_full: &str) -> Self {
+        Self {
+            refuses: false,
+            ..Self::refusing(table, used, limit, when_full)
+        }
+    }
+
+    /// How full it is in percent, rounded down.
+    pub fn percent(&self) -> u64 {
+        self.used.saturating_mul(100) / self.limit.max(1)
+    }
+}
+
+/// From how many percent on a table is a problem.
+const HIGH: u64 = 80;
+/// Below how many percent it no longer is one.
+const LOW: u64 = 75;
+
+/// Tables that are nearly full, which a table is until it is well below of what made it one.
+#[derive(Debug, Default)]
+pub struct Pressure(BTreeSet<String>);
+
+impl Pressure {
+    /// Looks at tables anew.
+    pub fn update(&mut self, fills: &[Fill]) {
+        for fill in fills.iter().filter(|fill| fill.refuses) {
+            let percent = fill.percent();
+            let problem = || {
+                format!(
+                    "{}: more than {HIGH} % of {} are in use; when all are, {}",
+                    fill.table, fill.limit, fill.when_full
+                )
+            };
+            if percent >= HIGH {
+                self.0.insert(problem());
+            } else if percent < LOW && !self.0.is_empty() {
+                self.0.remove(&problem());
+            }
+        }
+    }
+
+    /// In words that stay the same while a table is nearly full.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        self.0.iter().cloned()
+    }
+}
+
+/// What was counted last of the tables that the programs fill.
+pub type Counted = Arc<Mutex<Vec<Fill>>>;
+
+/// Elements that are read at once.
+const CHUNK: usize = 4_096;
+
+fn count<K: Plain + Default, V: Plain + Default>(pins: &Pins, map: &str) -> usize {
+    let all = |map| {
+        let data = pins.map(map).ok()?;
+        batch::lookup_all::<K, V>(data.fd().as_fd(), CHUNK).ok()
+    };
+    all(map).map_or(0, |all| all.len())
+}
+
+/// What services fill: frontends, addresses and backends of each family, and slots.
+pub fn services(sizes: [[usize; 3]; 2], slots: u32) -> Vec<Fill> {
+    let fill = |table: &str, used, limit| {
+        Fill::refusing(
+            table,
+            used,
+            limit,
+            "services that do not fit are not served",
+        )
+    };
+    let mut fills = Vec::new();
+    for (family, [frontends, addresses, backends]) in ["IPv4", "IPv6"].iter().zip(sizes) {
+        let name = |what| format!("{family} {what}");
+        fills.push(fill(&name("frontends"), frontends, limits::FRONTENDS));
+        fills.push(fill(
+            &name("addresses of services"),
+            addresses,
+            limits::ADDRESSES,
+        ));
+        fills.push(fill(&name("backends"), backends, limits::BACKENDS));
+    }
+    fills.push(fill("slots", slots as usize, limits::SLOTS));
+    fills
+}
+
+/// Flows that are there, by family.
+pub fn flows(v4: usize, v6: usize) -> [Fill; 2] {
+    let fill = |table, used| {
+        let when_full = "new connections that are translated packet by packet are dropped";
+        Fill::refusing(table, used, limits::FLOWS, when_full)
+    };
+    [fill("IPv4 flows", v4), fill("IPv6 flows", v6)]
+}
+
+/// The other tables that the programs fill.
+pub fn others(pins: &Pins) -> Vec<Fill> {
+    let affinity = |table, used| {
+        let when_full = "the client whose last connection is longest ago is forgotten";
+        Fill::forgetting(table, used, limits::AFFINITY, when_full)
+    };
+    let counted = |table, used| {
+        let when_full = "what goes to other backends is not counted";
+        Fill::refusing(table, used, limits::BACKEND_COUNTS, when_full)
+    };
+    let clients4 = count::<AffinityKey<V4>, Affinity>(pins, "AFFINITY4");
+    let clients6 = count::<AffinityKey<V6>, Affinity>(pins, "AFFINITY6");
+    let sockets = count::<u64, ConnectedUdp>(pins, "CONNECTED_UDP");
+    let datagrams = count::<DatagramKey, Datagram>(pins, "DATAGRAMS");
+    let counts4 = count::<BackendLife, BackendCounts>(pins, "BACKEND_COUNTS4");
+    let counts6 = count::<BackendLife, BackendCounts>(pins, "BACKEND_COUNTS6");
+    vec![
+        affinity("IPv4 clients with affinity", clients4),
+        affinity("IPv6 clients with affinity", clients6),
+        Fill::refusing(
+            "connected UDP sockets",
+            sockets,
+            limits::CONNECTED_UDP,
+            "one more does not follow its service",
+        ),
+        Fill::forgetting(
+            "unconnected UDP sockets' services",
+            datagrams,
+            limits::DATAGRAMS,
+            "the one that was used longest ago chooses anew",
+        ),
+        counted("IPv4 backends' counts", counts4),
+        counted("IPv6 backends' counts", counts6),
+    ]
+}
+
+/// Replaces the fills of tables that were looked at.
+pub fn tell(counted: &Counted, news: impl IntoIterator<Item = Fill>) {
+    let mut counted = lock(counted);
+    for fill in news {
+        match counted.iter_mut().find(|old| old.table == fill.table) {
+            Some(old) => *old = fill,
+            None => counted.push(fill),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_a_problem_from_four_fifths_until_it_is_well_below() {
+        let mut pressure = Pressure::default();
+        let mut problems = |used| {
+            let fills = [
+                Fill::refusing("flows", used, 1_000, "new ones are dropped"),
+                Fill::forgetting("clients", 1_000, 1_000, "one is forgotten"),
+            ];
+            pressure.update(&fills);
+            pressure.problems().collect::<Vec<_>>()
+        };
+        let none: Vec<String> = Vec::new();
+        let problem =
+            "flows: more than 80 % of 1000 are in use; when all are, new ones are dropped";
+        assert_eq!(problems(799), none);
+        assert_eq!(problems(800), [problem]);
+        assert_eq!(problems(1_000), [problem]);
+        // No back and forth at the edge.
+        assert_eq!(problems(799), [problem]);
+        assert_eq!(problems(750), [problem]);
+        assert_eq!(problems(749), none);
+        assert_eq!(problems(799), none);
+    }
+}
