@@ -103,11 +103,29 @@ impl<T> Shared<T> {
 }
 
 /// What is known of source ports.
-struct Ports(Shared<PortChunk>);
+struct Ports {
+    chunks: Shared<PortChunk>,
+    /// How often [`Self::doubt`] was called.
+    doubts: u32,
+}
 
 impl Ports {
     fn open(pins: &Pins) -> Result<Self, FlowsError> {
-        Shared::open(pins, "PORT_CHUNKS", limits::PORT_CHUNKS).map(Self)
+        Ok(Self {
+            chunks: Shared::open(pins, "PORT_CHUNKS", limits::PORT_CHUNKS)?,
+            doubts: 0,
+        })
+    }
+
+    /// Has programs look again for free ports in some of the chunks that were full, in all of them
+    /// in the course of many calls: an agent may have ended after it gave a port back, and before it
+    /// said so. All at once would take programs too long.
+    fn doubt(&mut self) {
+        const TURNS: u32 = 32;
+        for index in (self.doubts % TURNS..limits::PORT_CHUNKS).step_by(TURNS as usize) {
+            self.count_end(index);
+        }
+        self.doubts = self.doubts.wrapping_add(1);
     }
 
     /// Says that a port of a chunk was given back, after it was.
@@ -116,7 +134,7 @@ impl Ports {
         // SAFETY: the index is below `PORT_CHUNKS`, and the mapping holds that many; the field is
         // aligned and only ever changed atomically; the mapping lives as long as `self`.
         let ended = unsafe {
-            let chunk = self.0.elements.as_ptr().add(index as usize);
+            let chunk = self.chunks.elements.as_ptr().add(index as usize);
             AtomicU64::from_ptr(&raw mut (*chunk).ended)
         };
         ended.fetch_add(1, Ordering::SeqCst);
@@ -261,20 +279,18 @@ impl Sweeper {
         })
     }
 
-    /// Mends what an agent may have left that ended between two steps: fills the queues of free
-    /// records anew, and has the programs look for free source ports wherever there were none.
-    pub fn mend(&mut self) {
+    /// Fills the queues of free records anew: ids are lost where a program or an agent ended between
+    /// taking one and using it. Programs that meet an empty queue look through the table meanwhile.
+    pub fn refill(&mut self) {
         self.v4.refill();
         self.v6.refill();
-        for index in 0..limits::PORT_CHUNKS {
-            self.ports.count_end(index);
-        }
     }
 
     /// Frees what has expired. Returns how many flows went and how many are there.
     pub fn sweep(&mut self) -> (usize, usize) {
         let timeouts = self.config.get(&0, 0).unwrap_or_default().timeouts;
         let now = now_secs();
+        self.ports.doubt();
         let (swept4, live4) = self.v4.sweep(&self.ports, &timeouts, now);
         let (swept6, live6) = self.v6.sweep(&self.ports, &timeouts, now);
         (swept4 + swept6, live4 + live6)

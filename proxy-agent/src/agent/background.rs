@@ -62,7 +62,7 @@ pub(super) fn sweep_flows(pins: &Pins) -> Result<()> {
     std::thread::Builder::new()
         .name("flows".to_owned())
         .spawn(move || {
-            sweeper.mend();
+            sweeper.refill();
             loop {
                 let (swept, live) = sweeper.sweep();
                 if swept > 0 {
