@@ -93,6 +93,8 @@ pub mod limits {
     pub const TURNS: u32 = 16_384;
     /// Flows of one family that are translated packet by packet.
     pub const FLOWS: u32 = 131_072;
+    /// Keys of flows: two for each, and some for those that change hands.
+    pub const FLOW_INDEX: u32 = 2 * FLOWS + 4_096;
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;

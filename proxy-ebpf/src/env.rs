@@ -156,8 +156,8 @@ pub trait Maps<F: Family>: Env {
     fn push_free(&self, id: FlowId);
     /// Where the search for records that give way goes on, modulo their number.
     fn hand(&self) -> u32;
-    /// Sets the hand.
-    fn set_hand(&self, hand: u32);
+    /// Moves the hand on to there, unless another program has moved it further.
+    fn move_hand(&self, hand: u32);
     /// How many records there are.
     fn records(&self) -> u32;
     /// The pod of this node that has an address.

@@ -59,12 +59,8 @@ pub fn find<F: Family, M: Maps<F>>(
         flags: record.flags(),
         other: record.key(key.direction ^ FlowKey::<F::Addr>::REPLY),
     };
-    let is_live = matches!(
-        known.state,
-        FlowState::EMBRYONIC | FlowState::ESTABLISHED | FlowState::CLOSING
-    );
     // Last, so that what was read before belongs to the same life of the record.
-    (is_live && record.key(key.direction) == *key).then_some(known)
+    (is_live(known.state) && record.key(key.direction) == *key).then_some(known)
 }
 
 /// Whether a request may go on in this flow, or must begin a new one.
@@ -263,14 +259,14 @@ fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Option<(FlowId, M::Record)> {
         {
             continue;
         }
-        maps.set_hand(next.wrapping_add(1));
+        maps.move_hand(next.wrapping_add(1));
         if state != FlowState::FREE {
             forget::<F, M>(maps, id, record);
             maps.count(Counter::FlowEvicted);
         }
         return Some((id, record));
     }
-    maps.set_hand(start.wrapping_add(step));
+    maps.move_hand(start.wrapping_add(step));
     None
 }
 
@@ -447,6 +443,11 @@ pub fn enter<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
     while tries < maps.attempts() && !is_known {
         tries += 1;
         if link(maps, &request, id) {
+            if !is_of::<F, M>(record, &request) {
+                // It had to give way before its key was there to be taken out with it.
+                unlink::<F, M>(maps, &request, id);
+                return Err(Counter::FlowRace);
+            }
             maps.count(Counter::FlowCreated);
             return Ok(Verdict::Opened);
         }
@@ -461,6 +462,21 @@ pub fn enter<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
     } else {
         Err(Counter::FlowRace)
     }
+}
+
+/// Whether a record is of the flow that begins with a request of this key.
+#[inline(always)]
+fn is_of<F: Family, M: Maps<F>>(record: M::Record, request: &FlowKey<F::Addr>) -> bool {
+    is_live(record.state()) && record.key(FlowKey::<F::Addr>::REQUEST) == *request
+}
+
+/// Whether a record in this state is of a flow that packets can find.
+#[inline(always)]
+fn is_live(state: u32) -> bool {
+    matches!(
+        state,
+        FlowState::EMBRYONIC | FlowState::ESTABLISHED | FlowState::CLOSING
+    )
 }
 
 /// Makes a key lead to `id`, also where it leads to a record that is no longer the key's.

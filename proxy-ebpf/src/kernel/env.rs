@@ -700,11 +700,28 @@ macro_rules! family {
             }
 
             #[inline(always)]
-            fn set_hand(&self, hand: u32) {
-                if let Some(element) = $hands.get_ptr_mut(0) {
-                    // SAFETY: a mapped array element, an aligned word that is written whole. Where
-                    // several programs do, some records are looked at twice.
-                    unsafe { element.write_volatile(hand) };
+            fn move_hand(&self, hand: u32) {
+                let Some(element) = $hands.get_ptr_mut(0) else {
+                    return;
+                };
+                let mut tries = 0;
+                while tries < self.attempts() {
+                    tries += 1;
+                    let now = copy(element);
+                    if hand.wrapping_sub(now) as i32 <= 0 {
+                        return;
+                    }
+                    // SAFETY: a mapped array element, an aligned word that everybody changes
+                    // atomically.
+                    let is_moved = unsafe {
+                        atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                            element, now, hand,
+                        )
+                        .1
+                    };
+                    if is_moved {
+                        return;
+                    }
                 }
             }
 
