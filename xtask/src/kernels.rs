@@ -227,10 +227,17 @@ mod tests {
 
     #[test]
     fn the_tests_that_are_run_exist() -> Result<()> {
+        let folder = root().join("tests/tests");
         for (group, tests) in TESTS {
-            let source = std::fs::read_to_string(root().join(format!("tests/tests/{group}.rs")))?;
             for test in *tests {
-                assert!(source.contains(&format!("fn {test}()")), "{group}: {test}");
+                // A group is a file, or a folder of modules.
+                let (file, function) = match test.split_once("::") {
+                    Some((module, function)) => (format!("{group}/{module}.rs"), function),
+                    None => (format!("{group}.rs"), *test),
+                };
+                let source = std::fs::read_to_string(folder.join(&file)).context(file)?;
+                let function = format!("fn {function}()");
+                assert!(source.contains(&function), "{group}: {test}");
             }
         }
         Ok(())
