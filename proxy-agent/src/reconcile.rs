@@ -239,7 +239,8 @@ impl<D: Dataplane> Reconciler<D> {
 
     /// Whether the kernel holds everything that is wanted and nothing else.
     pub fn is_settled(&self) -> bool {
-        self.has_swept && self.retries.is_empty()
+        let is_known = self.world.is_synced() && !self.world.is_dirty();
+        is_known && self.has_swept && self.retries.is_empty()
     }
 
     /// Every port that the kernel holds.

@@ -111,6 +111,11 @@ impl World {
             .collect()
     }
 
+    /// Whether services changed that nobody has taken.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
     /// The services that changed since the last call, in order.
     pub fn take_dirty(&mut self) -> Vec<ObjectName> {
         std::mem::take(&mut self.dirty).into_iter().collect()
