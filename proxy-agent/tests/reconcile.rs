@@ -470,6 +470,17 @@ fn an_empty_list_removes_nothing() {
 }
 
 #[test]
+fn nothing_is_settled_before_what_was_listed_is_written() {
+    let world = World::new("here");
+    let new = Reconciler::new(Memory::default(), world).expect("memory can be read");
+    assert!(!new.is_settled(), "nothing is listed");
+    let mut reconciler = start(Memory::default(), &services(0..2), &Local::default());
+    assert!(!reconciler.is_settled(), "nothing is written");
+    reconciler.step(Duration::from_secs(1));
+    assert!(reconciler.is_settled());
+}
+
+#[test]
 fn a_full_map_keeps_nobody_else_waiting() {
     let truth = services(0..4);
     let mut memory = Memory::default();
