@@ -163,12 +163,8 @@ impl Lane {
                     agent.map(|agent| Witness::agent(agent, "external_request", Counts::Packets)),
                 );
             }
-            Way::Iptables => all.push(Witness::new("DNAT rules", Counts::Flows, move || {
-                kube_proxy::translated(&node)
-            })),
-            Way::Nftables => all.push(Witness::new("dnat rules", Counts::Flows, move || {
-                nftables::translated(&node)
-            })),
+            Way::Iptables => all.push(kube_proxy::witness(&node)),
+            Way::Nftables => all.push(nftables::witness(&node)),
         }
         all
     }

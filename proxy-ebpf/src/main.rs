@@ -387,7 +387,6 @@ mod programs {
             Verdict::Arrived => ARRIVED,
             Verdict::Untouched => UNTOUCHED,
             Verdict::Leave => LEAVE,
-            Verdict::Out(ifindex) => skb.send(ifindex),
             Verdict::In(ifindex) => skb.receive(ifindex),
             Verdict::TooLong => TOO_LONG,
             Verdict::Routed(ifindex) => skb.route(ifindex),

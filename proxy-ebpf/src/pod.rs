@@ -70,8 +70,6 @@ pub enum Verdict {
     Icmp,
     /// It leaves by this interface, for whatever neighbour the kernel's routes say.
     Routed(u32),
-    /// It leaves by this interface.
-    Out(u32),
     /// It came in by this interface.
     In(u32),
     /// It is too long, and its sender has to hear of it: `external::shorten`.
@@ -196,7 +194,7 @@ pub fn request<F: Family, M: Maps<F>>(
 
 /// The key of a request.
 #[inline(always)]
-pub(crate) fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
+fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
     FlowKey::new(
         FlowKey::<A>::REQUEST,
         segment.proto,

@@ -9,6 +9,7 @@ use super::{
     Places,
     objects::{self, Kind, SERVICE_PORT},
 };
+use crate::contender::{Counts, Witness};
 
 /// The folder with a kube-proxy and what it needs, or a word about its being left out.
 pub fn assets() -> Option<PathBuf> {
@@ -111,8 +112,14 @@ fn first_and_last(ports: &[Port]) -> Option<[Places; 2]> {
     ])
 }
 
+/// What tells that connections are translated by its rules on a node.
+pub fn witness(node: &Host) -> Witness {
+    let node = node.clone();
+    Witness::new("DNAT rules", Counts::Flows, move || translated(&node))
+}
+
 /// Connections that were translated on a node.
-pub fn translated(node: &Host) -> Result<u64> {
+fn translated(node: &Host) -> Result<u64> {
     Ok(translations(
         &node.run("iptables-save", &["-t", "nat", "-c"])?,
     ))

@@ -191,12 +191,8 @@ impl Lane {
                 all.extend(ours(AT_SOCKETS, Counts::Nothing));
                 all.extend(ours(IN_PACKETS, Counts::Packets));
             }
-            Way::Iptables => all.push(Witness::new("DNAT rules", Counts::Flows, move || {
-                kube_proxy::translated(&node)
-            })),
-            Way::Nftables => all.push(Witness::new("dnat rules", Counts::Flows, move || {
-                nftables::translated(&node)
-            })),
+            Way::Iptables => all.push(kube_proxy::witness(&node)),
+            Way::Nftables => all.push(nftables::witness(&node)),
         }
         all
     }

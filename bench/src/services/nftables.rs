@@ -11,7 +11,10 @@ use penstock_testbed::{Host, Node};
 use serde_json::Value;
 
 use super::objects::{self, Kind, SERVICE_PORT};
-use crate::{cluster::service_ip, contender::PORT};
+use crate::{
+    cluster::service_ip,
+    contender::{Counts, PORT, Witness},
+};
 
 /// Everything but services.
 const BASE: &str = "
@@ -119,8 +122,14 @@ pub fn load(
     node.host.run("nft", &["-f", path]).map(drop)
 }
 
+/// What tells that connections are translated by these rules on a node.
+pub fn witness(node: &Host) -> Witness {
+    let node = node.clone();
+    Witness::new("dnat rules", Counts::Flows, move || translated(&node))
+}
+
 /// Connections that were translated on a node.
-pub fn translated(node: &Host) -> Result<u64> {
+fn translated(node: &Host) -> Result<u64> {
     let arguments = ["-j", "list", "counter", "ip", "kube-proxy", "translated"];
     let text = node.run("nft", &arguments)?;
     let value: Value = serde_json::from_str(&text).context("nft's JSON")?;

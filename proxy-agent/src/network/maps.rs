@@ -108,13 +108,13 @@ impl<K: Eq + Hash + Copy, V: PartialEq + Copy, M: Writes<K, V>> Mirror<K, V, M> 
 type EndpointMirror<K> = Mirror<K, Endpoint, HashMap<MapData, K, Endpoint>>;
 type RouteMirror<K> = Mirror<(u32, K), Route, Trie<K>>;
 
-fn endpoints<K: Pod + Eq + Hash>(
-    pins: &Pins,
-    name: &'static str,
-) -> Result<EndpointMirror<K>, MapsError> {
-    let map = HashMap::try_from(Map::HashMap(pins.map(name)?)).map_err(failed(name))?;
-    let known = map.iter().collect::<Result<_, _>>().map_err(failed(name))?;
-    Ok(Mirror { name, map, known })
+impl<K: Pod + Eq + Hash, V: Pod> Mirror<K, V, HashMap<MapData, K, V>> {
+    /// A pinned hash map, with what is in it.
+    fn open(pins: &Pins, name: &'static str) -> Result<Self, MapsError> {
+        let map = HashMap::try_from(Map::HashMap(pins.map(name)?)).map_err(failed(name))?;
+        let known = map.iter().collect::<Result<_, _>>().map_err(failed(name))?;
+        Ok(Self { name, map, known })
+    }
 }
 
 fn routes<K: Pod + Eq + Hash>(
@@ -142,8 +142,8 @@ impl Endpoints {
     /// The pinned maps, with what is in them.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
         Ok(Self {
-            v4: endpoints(pins, "ENDPOINTS4")?,
-            v6: endpoints(pins, "ENDPOINTS6")?,
+            v4: Mirror::open(pins, "ENDPOINTS4")?,
+            v6: Mirror::open(pins, "ENDPOINTS6")?,
         })
     }
 
@@ -198,14 +198,7 @@ pub struct Uplinks(Mirror<u32, Uplink, HashMap<MapData, u32, Uplink>>);
 impl Uplinks {
     /// The pinned map, with what is in it.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
-        const NAME: &str = "UPLINKS";
-        let map = HashMap::try_from(Map::HashMap(pins.map(NAME)?)).map_err(failed(NAME))?;
-        let known = map.iter().collect::<Result<_, _>>().map_err(failed(NAME))?;
-        Ok(Self(Mirror {
-            name: NAME,
-            map,
-            known,
-        }))
+        Mirror::open(pins, "UPLINKS").map(Self)
     }
 
     /// Makes the map hold these interfaces and the addresses that this node has there.
@@ -235,14 +228,7 @@ pub struct XdpUplinks(Mirror<u32, XdpUplink, HashMap<MapData, u32, XdpUplink>>);
 impl XdpUplinks {
     /// The pinned map, with what is in it.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
-        const NAME: &str = "XDP_UPLINKS";
-        let map = HashMap::try_from(Map::HashMap(pins.map(NAME)?)).map_err(failed(NAME))?;
-        let known = map.iter().collect::<Result<_, _>>().map_err(failed(NAME))?;
-        Ok(Self(Mirror {
-            name: NAME,
-            map,
-            known,
-        }))
+        Mirror::open(pins, "XDP_UPLINKS").map(Self)
     }
 
     /// Makes the map hold these interfaces and their Ethernet addresses.

@@ -13,15 +13,16 @@ use aya_ebpf::{
     maps::lpm_trie::Key,
 };
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Be16, Config,
+    Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey,
     Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink,
     limits,
 };
-use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Record};
+use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
 
 use super::{
     maps::*,
+    record::RecordPtr,
     routes::{self, Hook},
 };
 
@@ -48,7 +49,7 @@ pub(crate) struct Kernel<'a, C> {
 /// RCU keeps the element mapped until the program returns, but not its content: the agent may
 /// rewrite or recycle it meanwhile. Hence one volatile copy, of a type that any bytes are.
 #[inline(always)]
-fn copy<T: Plain>(element: *const T) -> T {
+pub(super) fn copy<T: Plain>(element: *const T) -> T {
     // SAFETY: `element` came from a map look-up of this program run, so it points to a mapped
     // element of the map's value type; `T: Plain` makes any bytes valid.
     unsafe { element.read_volatile() }
@@ -213,192 +214,6 @@ impl<C: EbpfContext> Kernel<'_, C> {
             proto.0,
             port
         );
-    }
-}
-
-/// A pointer to a flow's record.
-pub(crate) struct RecordPtr<A>(*mut Flow<A>);
-
-impl<A> Clone for RecordPtr<A> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<A> Copy for RecordPtr<A> {}
-
-/// One field of a record, which as a whole would be copied to the stack, where there is no room.
-macro_rules! field {
-    ($record:ident, $name:ident) => {
-        copy(
-            // SAFETY: a field's address inside the mapped element; nothing is read.
-            unsafe { addr_of!((*$record.0).$name) },
-        )
-    };
-}
-
-impl<A: penstock_common::Addr> Record<A> for RecordPtr<A> {
-    #[inline(always)]
-    fn state(self) -> u32 {
-        field!(self, state)
-    }
-
-    #[inline(always)]
-    fn key(self, direction: u8) -> FlowKey<A> {
-        let proto = field!(self, proto);
-        if direction == FlowKey::<A>::REQUEST {
-            let client = (field!(self, client), field!(self, client_port));
-            let frontend = (field!(self, frontend), field!(self, frontend_port));
-            FlowKey::new(direction, proto, client, frontend)
-        } else {
-            let backend = (field!(self, backend), field!(self, backend_port));
-            let source = (field!(self, source), field!(self, source_port));
-            FlowKey::new(direction, proto, backend, source)
-        }
-    }
-
-    #[inline(always)]
-    fn flags(self) -> u16 {
-        field!(self, flags)
-    }
-
-    #[inline(always)]
-    fn backend(self) -> (BackendId, u32) {
-        (field!(self, backend_id), field!(self, backend_generation))
-    }
-
-    #[inline(always)]
-    fn service(self) -> ServiceId {
-        field!(self, service)
-    }
-
-    #[inline(always)]
-    fn fins(self) -> u8 {
-        field!(self, fins)
-    }
-
-    #[inline(always)]
-    fn set_fins(self, fins: u8) {
-        // SAFETY: as below; a byte of a live record, which its two directions alone change.
-        unsafe { addr_of_mut!((*self.0).fins).write_volatile(fins) };
-    }
-
-    #[inline(always)]
-    fn last_seen(self) -> (Proto, u32) {
-        (field!(self, proto), field!(self, seen_secs))
-    }
-
-    #[inline(always)]
-    fn exchange_state(self, from: u32, to: u32) -> bool {
-        // SAFETY: the pointer is to a mapped array element (see `copy`), whose first field is an
-        // aligned word that everybody changes atomically.
-        unsafe {
-            atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
-                addr_of_mut!((*self.0).state),
-                from,
-                to,
-            )
-            .1
-        }
-    }
-
-    #[inline(always)]
-    fn set_state(self, state: u32) {
-        // SAFETY: as above; an aligned word is written whole.
-        unsafe { addr_of_mut!((*self.0).state).write_volatile(state) };
-    }
-
-    #[inline(always)]
-    fn touch(self, now_secs: u32) {
-        // SAFETY: as above.
-        unsafe { addr_of_mut!((*self.0).seen_secs).write_volatile(now_secs) };
-    }
-
-    #[inline(always)]
-    fn set_source_port(self, port: Be16) {
-        // SAFETY: as above; nobody else reads or writes a claimed record.
-        unsafe { addr_of_mut!((*self.0).source_port).write(port) };
-    }
-
-    #[inline(always)]
-    fn set_source(self, source: A, flags: u16) {
-        // SAFETY: as above.
-        unsafe {
-            addr_of_mut!((*self.0).source).write(source);
-            addr_of_mut!((*self.0).flags).write(flags);
-        }
-    }
-
-    #[inline(always)]
-    fn assume(self, other: Self) {
-        /// Copies one field after the other: a whole record has no room on the stack.
-        macro_rules! fields {
-            ($($name:ident),*) => {
-                $(
-                    let value = field!(other, $name);
-                    // SAFETY: as above; the record is this program's alone, see `store`.
-                    unsafe { addr_of_mut!((*self.0).$name).write(value) };
-                )*
-            };
-        }
-        fields!(
-            seen_secs,
-            service,
-            backend_id,
-            backend_generation,
-            client,
-            frontend,
-            backend,
-            source,
-            client_port,
-            frontend_port,
-            backend_port,
-            source_port,
-            flags,
-            proto,
-            fins
-        );
-    }
-
-    #[inline(always)]
-    fn store(self, flow: &Flow<A>) {
-        let Flow {
-            state: _,
-            seen_secs,
-            service,
-            backend_id,
-            backend_generation,
-            client,
-            frontend,
-            backend,
-            source,
-            client_port,
-            frontend_port,
-            backend_port,
-            source_port,
-            flags,
-            proto,
-            fins,
-        } = *flow;
-        // SAFETY: as above; the record is in state CLAIMED by this program, so that nobody else
-        // writes it and whoever reads it ignores it.
-        unsafe {
-            addr_of_mut!((*self.0).seen_secs).write(seen_secs);
-            addr_of_mut!((*self.0).service).write(service);
-            addr_of_mut!((*self.0).backend_id).write(backend_id);
-            addr_of_mut!((*self.0).backend_generation).write(backend_generation);
-            addr_of_mut!((*self.0).client).write(client);
-            addr_of_mut!((*self.0).frontend).write(frontend);
-            addr_of_mut!((*self.0).backend).write(backend);
-            addr_of_mut!((*self.0).source).write(source);
-            addr_of_mut!((*self.0).client_port).write(client_port);
-            addr_of_mut!((*self.0).frontend_port).write(frontend_port);
-            addr_of_mut!((*self.0).backend_port).write(backend_port);
-            addr_of_mut!((*self.0).source_port).write(source_port);
-            addr_of_mut!((*self.0).flags).write(flags);
-            addr_of_mut!((*self.0).proto).write(proto);
-            addr_of_mut!((*self.0).fins).write(fins);
-        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod env;
 pub(crate) mod maps;
+pub(crate) mod record;
 pub(crate) mod routes;
 pub(crate) mod skb;
 pub(crate) mod sock;
