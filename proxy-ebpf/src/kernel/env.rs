@@ -14,9 +14,8 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    Counter, Endpoint, Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey,
-    Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink,
-    limits,
+    Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
+    PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink, limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
 
