@@ -26,18 +26,23 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("watch", &["plan", "dataplane", "attach", "reconcile"]),
 ];
 
+/// What is built for the kernel.
+const KERNEL_PACKAGES: &[&str] = &["penstock-ebpf", "penstock-bench-ebpf"];
+
 /// Everything, cheapest first.
 pub fn all() -> Result<()> {
     house_rules()?;
     in_root(cargo("fmt").args(["--all", "--check"]))?;
     in_root(cargo("clippy").args(["--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    kernel_side()?;
+    KERNEL_PACKAGES
+        .iter()
+        .try_for_each(|package| kernel_side(package))?;
     dependencies()
 }
 
-/// The kernel side's own configuration: its library is linted on the host with the rest, what only
+/// A kernel side's own configuration: its library is linted on the host with the rest, what only
 /// exists for the BPF target by the clippy of the compiler that builds it.
-fn kernel_side() -> Result<()> {
+fn kernel_side(package: &str) -> Result<()> {
     let tools = root().join("target/tools/bin");
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(std::iter::once(tools).chain(std::env::split_paths(&path)))
@@ -62,13 +67,7 @@ fn kernel_side() -> Result<()> {
     };
     in_root(
         command
-            .args([
-                "--quiet",
-                "--package",
-                "penstock-ebpf",
-                "--bin",
-                "penstock-ebpf",
-            ])
+            .args(["--quiet", "--package", package, "--bin", package])
             .args(["--profile", "ebpf", "--target", "bpfel-unknown-none"])
             .args(["-Z", "build-std=core", "--target-dir"])
             .arg(root().join("target/ebpf-lint"))
@@ -76,7 +75,7 @@ fn kernel_side() -> Result<()> {
             .env("RUSTFLAGS", flags)
             .env_remove("RUSTUP_TOOLCHAIN"),
     )
-    .context("the kernel side must pass clippy without a warning")
+    .with_context(|| format!("{package} must pass clippy without a warning"))
 }
 
 /// Licences, sources and duplicates of dependencies; known vulnerabilities where the advisory
@@ -123,6 +122,7 @@ fn house_rules() -> Result<()> {
         "proxy-common",
         "proxy-ebpf",
         "proxy-agent",
+        "ebpf-build",
         "tests",
         "bench",
         "xtask",
