@@ -11,6 +11,7 @@ mod figures;
 mod load;
 mod machine;
 mod outside;
+mod packets;
 mod plot;
 mod pods;
 mod programs;
@@ -106,6 +107,18 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_values_t = outside::Way::ALL)]
         ways: Vec<outside::Way>,
     },
+    /// What one processor forwards from clients outside to a backend on another node.
+    Packets {
+        /// How many services there are.
+        #[arg(long, default_value_t = 1)]
+        services: usize,
+        /// How many flows take turns; a power of two.
+        #[arg(long, default_value_t = 4_096, value_parser = load::power_of_two)]
+        flows: u32,
+        /// Which ways; the first is what the others are compared with.
+        #[arg(long, value_delimiter = ',', default_values_t = packets::WAYS)]
+        ways: Vec<outside::Way>,
+    },
     /// Writes the report and the pictures of an earlier run anew.
     Report {
         /// Its JSON.
@@ -181,6 +194,11 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
             services: if cli.full { 1_000 } else { 1 },
             ways: outside::Way::ALL.to_vec(),
         },
+        Command::Packets {
+            services: if cli.full { 1_000 } else { 1 },
+            flows: 4_096,
+            ways: packets::WAYS.to_vec(),
+        },
     ];
     let commands = match &cli.command {
         Some(command) => std::slice::from_ref(command),
@@ -202,6 +220,14 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
             }
             Command::Outside { services, ways } => {
                 let outcomes = outside::measure(*services, ways, &effort)?;
+                results.outcomes.extend(outcomes);
+            }
+            Command::Packets {
+                services,
+                flows,
+                ways,
+            } => {
+                let outcomes = packets::measure(*services, *flows, ways, &effort)?;
                 results.outcomes.extend(outcomes);
             }
             Command::Report { .. } | Command::Load(_) => {}

@@ -30,9 +30,10 @@ impl Effort {
         only.is_none_or(|only| trial.name().contains(only))
     }
 
-    fn admits(&self, contender: &Contender) -> bool {
+    /// Whether a contender of this name takes turns.
+    pub fn names(&self, contender: &str) -> bool {
         let mut wanted = self.contenders.iter();
-        self.contenders.is_empty() || wanted.any(|wanted| contender.name.contains(wanted))
+        self.contenders.is_empty() || wanted.any(|wanted| contender.contains(wanted))
     }
 }
 
@@ -128,6 +129,8 @@ pub enum Metric {
     P99,
     /// Requests that were answered in a second.
     Rate,
+    /// Packets that came through in a second.
+    Packets,
     /// Bits that arrived in a second.
     Bits,
 }
@@ -137,7 +140,7 @@ impl Metric {
         match self {
             Self::P50 => summary.p50 as f64,
             Self::P99 => summary.p99 as f64,
-            Self::Rate => summary.per_second,
+            Self::Rate | Self::Packets => summary.per_second,
             Self::Bits => summary.bits_per_second,
         }
     }
@@ -148,6 +151,7 @@ impl Metric {
             Self::P50 => "p50",
             Self::P99 => "p99",
             Self::Rate => "requests",
+            Self::Packets => "packets",
             Self::Bits => "throughput",
         }
     }
@@ -159,6 +163,7 @@ impl Metric {
             Self::P50 | Self::P99 if most < 1e7 => ("µs", 1e3),
             Self::P50 | Self::P99 => ("ms", 1e6),
             Self::Rate => ("a second", 1.0),
+            Self::Packets => ("thousands a second", 1e3),
             Self::Bits => ("Gbit/s", 1e9),
         }
     }
@@ -237,7 +242,7 @@ pub fn take(
     let mut outcomes = Vec::new();
     let contenders: Vec<&Contender> = contenders
         .iter()
-        .filter(|contender| effort.admits(contender))
+        .filter(|contender| effort.names(&contender.name))
         .collect();
     for trial in trials.iter().filter(|trial| effort.holds(trial)) {
         let before: Vec<Vec<u64>> = contenders

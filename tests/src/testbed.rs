@@ -139,6 +139,11 @@ impl Testbed {
         &self.prefix
     }
 
+    /// The namespace of the bridge, which has no address of its own.
+    pub fn network(&self) -> Result<Host> {
+        self.host(&self.fabric(), ("0.0.0.0", "::"), None)
+    }
+
     fn fabric(&self) -> String {
         format!("{}-fab", self.prefix)
     }
@@ -386,6 +391,11 @@ impl Node {
     /// Its name in the cluster.
     pub fn name(&self) -> String {
         format!("node{}", self.number)
+    }
+
+    /// The bridge's end of its link.
+    pub fn port(&self) -> String {
+        format!("f{}", 10 + self.number)
     }
 
     /// The ranges of its pods' addresses.

@@ -4,6 +4,7 @@
 //! measured where the scheduler happened to put it.
 
 mod client;
+mod flood;
 mod server;
 mod stream;
 mod summary;
@@ -14,6 +15,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
+pub use flood::power_of_two;
 pub use summary::Summary;
 pub use workload::{Pace, Workload};
 
@@ -51,6 +53,13 @@ enum Command {
     },
     /// Asks; one line of JSON tells how that went.
     Run(Run),
+    /// Sends frames into a node and counts those that it forwards; one line of JSON tells how that went.
+    Flood(flood::Flood),
+    /// Lets every frame through at an interface's XDP, after saying "ready".
+    Pass {
+        /// The interface.
+        interface: String,
+    },
 }
 
 /// What a client does.
@@ -81,12 +90,15 @@ pub fn run(load: &Load) -> Result<()> {
     }
     match &load.command {
         Command::Serve { port } => server::serve(*port),
-        Command::Run(run) => {
-            let summary = client::run(run)?;
-            println!("{}", serde_json::to_string(&summary).context("JSON")?);
-            Ok(())
-        }
+        Command::Run(run) => tell(&client::run(run)?),
+        Command::Flood(flood) => tell(&flood::run(flood)?),
+        Command::Pass { interface } => flood::pass(interface),
     }
+}
+
+fn tell(summary: &Summary) -> Result<()> {
+    println!("{}", serde_json::to_string(summary).context("JSON")?);
+    Ok(())
 }
 
 fn stay_on(cpu: usize) -> Result<()> {

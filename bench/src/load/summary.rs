@@ -7,15 +7,15 @@ use crate::figures;
 /// What a client saw.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
-    /// Requests answered, or connections of streams.
+    /// Requests answered, packets that came through, or connections of streams.
     pub count: u64,
     /// How long that took.
     pub seconds: f64,
-    /// Requests answered a second; 0 for streams.
+    /// Requests answered or packets a second; 0 for streams.
     pub per_second: f64,
     /// Bits that arrived a second; 0 for requests.
     pub bits_per_second: f64,
-    /// Datagrams that nobody answered.
+    /// Datagrams that nobody answered, packets that did not come through.
     pub lost: u64,
     /// Nanoseconds from when a request began, or was due, to its answer.
     pub p50: u64,
@@ -45,6 +45,17 @@ impl Summary {
             p99: at(990),
             p999: at(999),
             longest: times.last().copied().unwrap_or_default(),
+        }
+    }
+
+    /// Of packets that came through, beside those that didn't.
+    pub fn of_packets(count: u64, seconds: f64, lost: u64) -> Self {
+        Self {
+            count,
+            seconds,
+            per_second: count as f64 / seconds,
+            lost,
+            ..Self::default()
         }
     }
 

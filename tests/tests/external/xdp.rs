@@ -54,8 +54,7 @@ impl Foreign {
     /// At the other end of a node's link, without which veth loses what comes from native XDP.
     fn opposite(node: &Node) -> Result<Self> {
         let fabric = format!("{}-fab", node.prefix());
-        let interface = format!("f{}", 10 + node.number);
-        Self::attach(&fabric, &interface, XdpMode::Driver)
+        Self::attach(&fabric, &node.port(), XdpMode::Driver)
     }
 }
 
