@@ -278,7 +278,7 @@ impl Expected {
                 flows: turns.len() as u64,
                 packets: count,
             },
-            Workload::TcpRr | Workload::UdpRr => Self {
+            Workload::TcpRr | Workload::UdpRr | Workload::UdpPackets => Self {
                 connections: turns.len() as u64,
                 flows: turns.len() as u64,
                 packets: count,

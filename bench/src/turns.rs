@@ -113,6 +113,7 @@ impl Trial {
     pub fn metrics(&self) -> &'static [Metric] {
         match (self.workload, self.processors) {
             (Workload::Stream, _) => &[Metric::Bits],
+            (Workload::UdpPackets, _) => &[Metric::Packets],
             (_, Processors::One) => &[Metric::Rate, Metric::P50],
             (_, Processors::Two) => &[Metric::P50, Metric::P99],
         }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, Pace, Run, Summary, Workload, purpose, stream};
+use super::{MESSAGE, Pace, Run, Summary, Workload, datagrams, purpose, stream};
 
 /// How long an answer may take; a datagram that takes longer is lost.
 pub const PATIENCE: Duration = Duration::from_secs(1);
@@ -53,15 +53,10 @@ pub fn run(run: &Run) -> Result<Summary> {
                 Ok(Answer::Came)
             })
         }
+        Workload::UdpPackets => datagrams::run(to, window.warm_up, window.measured),
         Workload::UdpRr | Workload::UdpSendto => {
             let is_connected = run.workload == Workload::UdpRr;
-            let any: IpAddr = if to.is_ipv4() {
-                Ipv4Addr::UNSPECIFIED.into()
-            } else {
-                Ipv6Addr::UNSPECIFIED.into()
-            };
-            let socket = UdpSocket::bind((any, 0)).context("binding")?;
-            socket.set_read_timeout(Some(PATIENCE))?;
+            let socket = socket(to)?;
             if is_connected {
                 socket.connect(to).context("connecting")?;
             }
@@ -79,6 +74,18 @@ fn connect(to: SocketAddr) -> Result<TcpStream> {
     let stream = TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+/// A UDP socket of an address's family.
+pub fn socket(to: SocketAddr) -> Result<UdpSocket> {
+    let any: IpAddr = if to.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let socket = UdpSocket::bind((any, 0)).context("binding")?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
 }
 
 /// What became of a request.

@@ -4,6 +4,7 @@
 //! measured where the scheduler happened to put it.
 
 mod client;
+mod datagrams;
 mod flood;
 mod server;
 mod stream;
@@ -32,6 +33,17 @@ mod purpose {
     pub(super) const ONCE: u8 = b'o';
     /// What comes is counted, and the count is the answer.
     pub(super) const SINK: u8 = b's';
+}
+
+/// What a datagram is for: its first octet. All others are answered with themselves; they begin with a
+/// number whose first octet is zero.
+mod datagram {
+    /// Counted, and not answered.
+    pub(super) const SILENT: u8 = b's';
+    /// Answered with itself, but for the count of silent ones since the last answer in [`COUNT`].
+    pub(super) const ASKING: u8 = b'a';
+    /// Where the count is, four octets, most significant first.
+    pub(super) const COUNT: std::ops::Range<usize> = 12..16;
 }
 
 /// Serves, or asks and measures.

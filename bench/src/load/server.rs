@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, WORKERS, purpose};
+use super::{MESSAGE, WORKERS, datagram, purpose};
 
 /// Serves until it is killed.
 pub fn serve(port: u16) -> Result<()> {
@@ -25,11 +25,25 @@ pub fn serve(port: u16) -> Result<()> {
             });
         }
         let mut buffer = [0; 2_048];
+        let mut silent = 0_u32;
         loop {
             // An ICMP error about an earlier answer is no reason to end.
             let Ok((length, peer)) = socket.recv_from(&mut buffer) else {
                 continue;
             };
+            match buffer {
+                [datagram::SILENT, ..] => {
+                    silent = silent.wrapping_add(1);
+                    continue;
+                }
+                [datagram::ASKING, ..] => {
+                    if let Some(count) = buffer.get_mut(datagram::COUNT) {
+                        count.copy_from_slice(&silent.to_be_bytes());
+                    }
+                    silent = 0;
+                }
+                _ => {}
+            }
             let _ = socket.send_to(buffer.get(..length).unwrap_or_default(), peer);
         }
     })

@@ -17,6 +17,8 @@ pub enum Workload {
     UdpRr,
     /// Asks again and again over one UDP socket that is not connected.
     UdpSendto,
+    /// Sends datagrams over one connected UDP socket, many for each answer.
+    UdpPackets,
     /// Sends as much as goes over TCP connections.
     Stream,
 }
@@ -29,6 +31,7 @@ impl Workload {
             Self::TcpRr => "TCP request and response",
             Self::UdpRr => "UDP request and response, connected socket",
             Self::UdpSendto => "UDP request and response, unconnected socket",
+            Self::UdpPackets => "UDP datagrams, 32 for each answer",
             Self::Stream => "TCP stream",
         }
     }
@@ -40,6 +43,7 @@ impl Workload {
             Self::TcpRr => "tcp-rr",
             Self::UdpRr => "udp-rr",
             Self::UdpSendto => "udp-sendto",
+            Self::UdpPackets => "udp-packets",
             Self::Stream => "stream",
         }
     }

@@ -18,11 +18,12 @@ const MTU: u32 = 1_430;
 const INTERFACE: &str = "eth0";
 
 /// What is measured between pods.
-const TRIALS: [Trial; 8] = [
+const TRIALS: [Trial; 9] = [
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::open(Workload::TcpRr, 5_000),
     Trial::together(Workload::UdpRr),
+    Trial::together(Workload::UdpPackets),
     Trial::closed(Workload::UdpRr),
     Trial::together(Workload::Stream),
     Trial::closed(Workload::Stream),

@@ -36,9 +36,10 @@ const TCP: [Trial; 6] = [
     Trial::closed(Workload::Stream),
 ];
 /// What is measured over UDP.
-const UDP: [Trial; 4] = [
+const UDP: [Trial; 5] = [
     Trial::together(Workload::UdpRr),
     Trial::together(Workload::UdpSendto),
+    Trial::together(Workload::UdpPackets),
     Trial::closed(Workload::UdpRr),
     Trial::closed(Workload::UdpSendto),
 ];
