@@ -7,7 +7,7 @@ use penstock_testbed::{Agent, Host, Process};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    load::{Summary, Workload},
+    load::{IPERF_PORT, Summary, Workload},
     turns::{Effort, Processors, Trial},
 };
 
@@ -229,9 +229,17 @@ impl Contender {
             .map(drop)
     }
 
+    /// Where a workload goes: iperf3 has a server, and services a port, of its own.
+    fn target(&self, workload: Workload) -> SocketAddr {
+        match workload {
+            Workload::Iperf => (self.target.ip(), IPERF_PORT).into(),
+            _ => self.target,
+        }
+    }
+
     /// One turn.
     pub fn turn(&self, trial: &Trial, effort: &Effort) -> Result<Summary> {
-        let target = self.target.to_string();
+        let target = self.target(trial.workload).to_string();
         let (measured, warm_up) = (effort.turn_ms.to_string(), effort.warm_up_ms.to_string());
         let connections = trial.connections.to_string();
         let cpu = match trial.processors {
@@ -268,7 +276,7 @@ impl Expected {
             .map(|turn| turn.bits_per_second * turn.seconds / 8.0)
             .sum();
         match workload {
-            Workload::Connect => Self {
+            Workload::Connect | Workload::Wrk => Self {
                 connections: count,
                 flows: count,
                 packets: count,
@@ -283,7 +291,7 @@ impl Expected {
                 flows: turns.len() as u64,
                 packets: count,
             },
-            Workload::Stream => Self {
+            Workload::Stream | Workload::Iperf => Self {
                 connections: count,
                 flows: count,
                 packets: (octets / LARGEST) as u64,

@@ -170,7 +170,13 @@ fn programs() -> Vec<(String, String)> {
         "penstock".to_owned(),
         format!("{}{}", env!("CARGO_PKG_VERSION"), commit()),
     )];
-    let packages = ["containernetworking-plugins", "iptables", "nftables"];
+    let packages = [
+        "containernetworking-plugins",
+        "iptables",
+        "nftables",
+        "wrk",
+        "iperf3",
+    ];
     for package in packages {
         let query = ["-W", "-f", "${Version}", package];
         if let Some(version) = said("dpkg-query", &query) {

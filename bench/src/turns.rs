@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     contender::{Contender, Evidence},
     figures::Median,
-    load::{Summary, Workload},
+    load::{Summary, Workload, is_there},
 };
 
 /// How much is measured.
@@ -112,7 +112,8 @@ impl Trial {
     /// What of it is compared.
     pub fn metrics(&self) -> &'static [Metric] {
         match (self.workload, self.processors) {
-            (Workload::Stream, _) => &[Metric::Bits],
+            (Workload::Stream | Workload::Iperf, _) => &[Metric::Bits],
+            (Workload::Wrk, _) => &[Metric::Rate],
             (Workload::UdpPackets, _) => &[Metric::Packets],
             (_, Processors::One) => &[Metric::Rate, Metric::P50],
             (_, Processors::Two) => &[Metric::P50, Metric::P99],
@@ -246,6 +247,17 @@ pub fn take(
         .filter(|contender| effort.names(&contender.name))
         .collect();
     for trial in trials.iter().filter(|trial| effort.holds(trial)) {
+        let missing = trial
+            .workload
+            .program()
+            .filter(|program| !is_there(program));
+        if let Some(program) = missing {
+            println!(
+                "WARNING: there is no {program}: {} is left out",
+                trial.name()
+            );
+            continue;
+        }
         let before: Vec<Vec<u64>> = contenders
             .iter()
             .map(|contender| contender.witnesses())

@@ -56,6 +56,10 @@ const CONTENDERS: &[(&str, &str)] = &[
     ("/usr/sbin/nft", "nftables"),
 ];
 
+/// Load generators of others that the benchmark uses besides its own; it goes without them where they
+/// can't be had.
+const GENERATORS: &[(&str, &str)] = &[("/usr/bin/wrk", "wrk"), ("/usr/bin/iperf3", "iperf3")];
+
 const LINKER_VERSION: &str = "0.13.0";
 
 /// Everything that building and running needs.
@@ -78,9 +82,13 @@ pub fn emulation() -> Result<()> {
     install(&packages_of(EMULATION))
 }
 
-/// What the benchmark compares with.
+/// What the benchmark compares with, and what it measures by.
 pub fn contenders() -> Result<()> {
-    install(&packages_of(CONTENDERS))
+    install(&packages_of(CONTENDERS))?;
+    if let Err(error) = install(&packages_of(GENERATORS)) {
+        eprintln!("setup: going on without them: {error:#}");
+    }
+    Ok(())
 }
 
 fn packages_of(list: &[(&str, &'static str)]) -> Vec<&'static str> {

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, Pace, Run, Summary, Workload, datagrams, purpose, stream};
+use super::{MESSAGE, Pace, Run, Summary, Workload, datagrams, generators, purpose, stream};
 
 /// How long an answer may take; a datagram that takes longer is lost.
 pub const PATIENCE: Duration = Duration::from_secs(1);
@@ -53,6 +53,8 @@ pub fn run(run: &Run) -> Result<Summary> {
                 Ok(Answer::Came)
             })
         }
+        Workload::Wrk => generators::wrk(to, run.for_ms),
+        Workload::Iperf => generators::iperf(to, run.for_ms),
         Workload::UdpPackets => datagrams::run(to, window.warm_up, window.measured),
         Workload::UdpRr | Workload::UdpSendto => {
             let is_connected = run.workload == Workload::UdpRr;

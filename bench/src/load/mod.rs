@@ -6,6 +6,7 @@
 mod client;
 mod datagrams;
 mod flood;
+mod generators;
 mod server;
 mod stream;
 mod summary;
@@ -17,6 +18,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
 pub use flood::power_of_two;
+pub use generators::{IPERF_PORT, is_there};
 pub use summary::Summary;
 pub use workload::{Pace, Workload};
 
@@ -33,6 +35,8 @@ mod purpose {
     pub(super) const ONCE: u8 = b'o';
     /// What comes is counted, and the count is the answer.
     pub(super) const SINK: u8 = b's';
+    /// Requests of HTTP/1.1 follow: this begins the first one's method, GET.
+    pub(super) const HTTP: u8 = b'G';
 }
 
 /// What a datagram is for: its first octet. All others are answered with themselves; they begin with a

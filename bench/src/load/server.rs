@@ -7,12 +7,13 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, WORKERS, datagram, purpose};
+use super::{MESSAGE, WORKERS, datagram, generators, purpose};
 
 /// Serves until it is killed.
 pub fn serve(port: u16) -> Result<()> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).context("listening")?;
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).context("binding")?;
+    let _iperf = generators::serve_iperf()?;
     println!("ready");
     // Threads that are there already: to start one for each connection would be measured too.
     std::thread::scope(|scope| {
@@ -74,6 +75,58 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
             }
             stream.write_all(&octets.to_be_bytes())
         }
+        [purpose::HTTP] => answer_http(&mut stream),
         _ => Err(std::io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Answers requests of HTTP/1.1 that have no body, of which the first octet is read already, until the
+/// client wants no more.
+fn answer_http(stream: &mut TcpStream) -> std::io::Result<()> {
+    const BODY: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    let answer = |header| format!("HTTP/1.1 200 OK\r\nContent-Length: 64\r\n{header}\r\n{BODY}");
+    let (last, other) = (answer("Connection: close\r\n"), answer(""));
+    const END: &[u8] = b"\r\n\r\n";
+    const CLOSE: &[u8] = b"connection: close\r\n";
+    loop {
+        let mut request = Vec::with_capacity(512);
+        let mut buffer = [0; 512];
+        while !request.ends_with(END) {
+            match stream.read(&mut buffer)? {
+                0 => return Ok(()),
+                length => request.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+            }
+        }
+        request.make_ascii_lowercase();
+        if request.windows(CLOSE.len()).any(|header| header == CLOSE) {
+            return stream.write_all(last.as_bytes());
+        }
+        stream.write_all(other.as_bytes())?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes back for what is written at once.
+    fn answers(requests: &[u8]) -> String {
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let serving = std::thread::spawn(move || answer(listener.accept().unwrap().0));
+        client.write_all(requests).unwrap();
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        serving.join().unwrap().unwrap();
+        text
+    }
+
+    #[test]
+    fn a_request_over_http_is_answered_and_the_connection_closed() {
+        let text = answers(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Close\r\n\r\n");
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+        assert!(head.ends_with("\r\nConnection: close"), "{head}");
+        assert_eq!(body.len(), 64);
     }
 }

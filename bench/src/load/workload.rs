@@ -21,6 +21,10 @@ pub enum Workload {
     UdpPackets,
     /// Sends as much as goes over TCP connections.
     Stream,
+    /// wrk: a request over HTTP for each connection.
+    Wrk,
+    /// iperf3: sends as much as goes over one TCP connection.
+    Iperf,
 }
 
 impl Workload {
@@ -33,6 +37,8 @@ impl Workload {
             Self::UdpSendto => "UDP request and response, unconnected socket",
             Self::UdpPackets => "UDP datagrams, 32 for each answer",
             Self::Stream => "TCP stream",
+            Self::Wrk => "short HTTP by wrk, 8 connections",
+            Self::Iperf => "TCP stream by iperf3",
         }
     }
 
@@ -45,6 +51,17 @@ impl Workload {
             Self::UdpSendto => "udp-sendto",
             Self::UdpPackets => "udp-packets",
             Self::Stream => "stream",
+            Self::Wrk => "wrk",
+            Self::Iperf => "iperf",
+        }
+    }
+
+    /// The program of others that it needs.
+    pub const fn program(self) -> Option<&'static str> {
+        match self {
+            Self::Wrk => Some("wrk"),
+            Self::Iperf => Some("iperf3"),
+            _ => None,
         }
     }
 }

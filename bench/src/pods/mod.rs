@@ -18,7 +18,7 @@ const MTU: u32 = 1_430;
 const INTERFACE: &str = "eth0";
 
 /// What is measured between pods.
-const TRIALS: [Trial; 9] = [
+const TRIALS: [Trial; 10] = [
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::open(Workload::TcpRr, 5_000),
@@ -28,6 +28,7 @@ const TRIALS: [Trial; 9] = [
     Trial::together(Workload::Stream),
     Trial::closed(Workload::Stream),
     Trial::streams(8),
+    Trial::together(Workload::Iperf),
 ];
 
 /// Measures.

@@ -27,21 +27,23 @@ use kube_proxy::KubeProxy;
 use objects::{Kind, SERVICE_PORT};
 
 /// What is measured over TCP.
-const TCP: [Trial; 6] = [
+const TCP: [Trial; 7] = [
     Trial::together(Workload::Connect),
     Trial::closed(Workload::Connect),
     Trial::open(Workload::Connect, 1_000),
+    Trial::together(Workload::Wrk),
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::closed(Workload::Stream),
 ];
-/// What is measured over UDP.
-const UDP: [Trial; 5] = [
+/// What is measured over UDP, and where only services lead that have a UDP port.
+const UDP: [Trial; 6] = [
     Trial::together(Workload::UdpRr),
     Trial::together(Workload::UdpSendto),
     Trial::together(Workload::UdpPackets),
     Trial::closed(Workload::UdpRr),
     Trial::closed(Workload::UdpSendto),
+    Trial::together(Workload::Iperf),
 ];
 
 /// The services that are asked, one a protocol.

@@ -14,6 +14,7 @@ use super::objects::{self, Kind, SERVICE_PORT};
 use crate::{
     cluster::service_ip,
     contender::{Counts, PORT, Witness},
+    load::IPERF_PORT,
 };
 
 /// Everything but services.
@@ -77,20 +78,26 @@ fn rules(count: usize, kind: Kind, server: &Host, node: &Node) -> Result<String>
     for number in 0..count {
         let ip = service_ip(number);
         let _ = writeln!(text, "add element ip kube-proxy cluster-ips {{ {ip} }}");
-        for protocol in objects::protocols(number) {
-            let protocol = protocol.to_lowercase();
-            let name = format!("{number:08}-default/s{number}/{protocol}/{protocol}");
+        let protocols = objects::protocols(number).iter();
+        let mut ports: Vec<_> = protocols
+            .map(|protocol| (protocol.to_lowercase(), SERVICE_PORT, PORT))
+            .collect();
+        if objects::has_iperf(number, kind) {
+            ports.push(("tcp".to_owned(), IPERF_PORT, IPERF_PORT));
+        }
+        for (protocol, port, target) in ports {
+            let name = format!("{number:08}-default/s{number}/{protocol}/{port}");
             let service = format!("service-{name}");
-            let endpoint = format!("endpoint-{name}__{server}/{PORT}");
+            let endpoint = format!("endpoint-{name}__{server}/{target}");
             let _ = write!(
                 text,
                 "add chain ip kube-proxy {endpoint}\n\
                  add rule ip kube-proxy {endpoint} ip saddr {server} jump mark-for-masquerade\n\
-                 add rule ip kube-proxy {endpoint} meta l4proto {protocol} counter name translated dnat to {server}:{PORT}\n\
+                 add rule ip kube-proxy {endpoint} meta l4proto {protocol} counter name translated dnat to {server}:{target}\n\
                  add chain ip kube-proxy {service}\n\
-                 add rule ip kube-proxy {service} ip daddr {ip} {protocol} dport {SERVICE_PORT} ip saddr != 10.244.0.0/16 jump mark-for-masquerade\n\
+                 add rule ip kube-proxy {service} ip daddr {ip} {protocol} dport {port} ip saddr != 10.244.0.0/16 jump mark-for-masquerade\n\
                  add rule ip kube-proxy {service} numgen random mod 1 vmap {{ 0 : goto {endpoint} }}\n\
-                 add element ip kube-proxy service-ips {{ {ip} . {protocol} . {SERVICE_PORT} : goto {service} }}\n",
+                 add element ip kube-proxy service-ips {{ {ip} . {protocol} . {port} : goto {service} }}\n",
             );
             if kind == Kind::NodePort {
                 let (external, port) = (format!("external-{name}"), objects::node_port(number)?);

@@ -7,10 +7,12 @@ use penstock_testbed::Host;
 use serde_json::{Value, json};
 
 use super::Places;
-use crate::{cluster::service_ip, contender::PORT};
+use crate::{cluster::service_ip, contender::PORT, load::IPERF_PORT};
 
 /// The port of services.
 pub const SERVICE_PORT: u16 = 80;
+/// The name of iperf3's port.
+const IPERF: &str = "iperf";
 /// One service of so many has a UDP port beside its TCP port.
 const WITH_UDP: usize = 50;
 /// Objects in a file.
@@ -53,17 +55,24 @@ pub fn ends(count: usize) -> Result<[Places; 2]> {
     Ok([place(0)?, place(last)?])
 }
 
-fn ports(number: usize, target: impl Fn(&str) -> Value) -> Value {
-    protocols(number)
-        .iter()
-        .map(|protocol| target(protocol))
+/// Whether a service's address leads to iperf3's server, too, by the same port: one that has a UDP port,
+/// so that there are hardly more ports than services.
+pub fn has_iperf(number: usize, kind: Kind) -> bool {
+    kind == Kind::ClusterIp && number.is_multiple_of(WITH_UDP)
+}
+
+/// A service's ports, or its slice's: of each protocol, and iperf3's.
+fn ports(number: usize, kind: Kind, port: impl Fn(&str) -> Value, iperf: Value) -> Value {
+    let ports = protocols(number).iter().map(|protocol| port(protocol));
+    ports
+        .chain(has_iperf(number, kind).then_some(iperf))
         .collect()
 }
 
 /// Service `number`.
 fn service(number: usize, kind: Kind) -> Value {
     let ip = service_ip(number);
-    let (kind, node_port) = match kind {
+    let (spec, node_port) = match kind {
         Kind::ClusterIp => ("ClusterIP", None),
         Kind::NodePort => ("NodePort", Some(FIRST_NODE_PORT + number)),
     };
@@ -74,16 +83,19 @@ fn service(number: usize, kind: Kind) -> Value {
             "nodePort": node_port,
         })
     };
+    let iperf =
+        json!({ "name": IPERF, "port": IPERF_PORT, "protocol": "TCP", "targetPort": IPERF_PORT });
     json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": { "name": format!("s{number}"), "namespace": "default" },
-        "spec": { "type": kind, "clusterIP": ip, "ports": ports(number, port) },
+        "spec": { "type": spec, "clusterIP": ip, "ports": ports(number, kind, port, iperf) },
     })
 }
 
 /// Its slice.
-fn slice(number: usize, server: &Host) -> Value {
+fn slice(number: usize, kind: Kind, server: &Host) -> Value {
     let port = |protocol: &str| json!({ "name": protocol.to_lowercase(), "port": PORT, "protocol": protocol });
+    let iperf = json!({ "name": IPERF, "port": IPERF_PORT, "protocol": "TCP" });
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
         "metadata": {
@@ -91,7 +103,7 @@ fn slice(number: usize, server: &Host) -> Value {
             "labels": { "kubernetes.io/service-name": format!("s{number}") },
         },
         "addressType": "IPv4",
-        "ports": ports(number, port),
+        "ports": ports(number, kind, port, iperf),
         "endpoints": [{
             "addresses": [server.ip4.to_string()],
             "conditions": { "ready": true },
@@ -105,7 +117,7 @@ pub fn lists(count: usize, kind: Kind, server: &Host) -> impl Iterator<Item = Va
     starts.map(move |start| {
         let numbers = start..(start + PER_FILE).min(count);
         let items: Vec<Value> = numbers
-            .flat_map(|number| [service(number, kind), slice(number, server)])
+            .flat_map(|number| [service(number, kind), slice(number, kind, server)])
             .collect();
         json!({ "apiVersion": "v1", "kind": "List", "items": items })
     })
