@@ -350,6 +350,9 @@ impl Agent {
                 report.tables = self.fills();
                 let _ = answer.send(report);
             }
+            Query::Ports(answer) => {
+                let _ = answer.send(self.reconciler.ports());
+            }
             Query::Vitals(answer) => {
                 let _ = answer.send(self.vitals());
             }
