@@ -6,18 +6,62 @@
 
 use penstock_common::{
     Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, NetworkFlags,
-    OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind,
+    OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
 };
 
 use crate::{
     checksum::Delta,
-    env::{Maps, Record},
+    env::{Maps, Record, Way},
     family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow,
     packet::{Packet, Refused},
     parse,
     pod::{self, Verdict},
 };
+
+/// Notes for the next packets where those from an interface with these ends go, which are no
+/// service's: nowhere, if their source is not the interface's own.
+#[inline(always)]
+pub(crate) fn note_way<F: Family, M: Maps<F>>(
+    changed: u64,
+    ifindex: u32,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) {
+    let own = maps.endpoint(&ends.0);
+    if own.is_none_or(|own| own.ifindex != ifindex) {
+        return;
+    }
+    let mut way = Way {
+        kind: ShortcutKind::BEYOND,
+        ..Way::default()
+    };
+    if let Some(to) = maps.endpoint(&ends.1) {
+        way.kind = ShortcutKind::POD;
+        way.to = to;
+    } else if let Some(route) = maps.route(&ends.1)
+        && route.kind == RouteKind::OVERLAY
+    {
+        way.kind = ShortcutKind::TUNNEL;
+        way.route = route;
+    }
+    maps.note_way(changed, ifindex, ends, &way);
+}
+
+/// Sends a packet that is no service's on its way.
+#[inline(always)]
+pub(crate) fn go<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+    way: &Way,
+) -> Result<Verdict, Counter> {
+    match way.kind {
+        ShortcutKind::POD => to_pod::<F, M>(packet, maps, ends.0, &way.to),
+        ShortcutKind::TUNNEL => enter_overlay::<F>(packet, maps, way.route),
+        _ => Ok(Verdict::Forward),
+    }
+}
 
 /// A packet that a pod sent, its service translated if there was one.
 #[inline(always)]
@@ -235,13 +279,23 @@ pub(crate) fn to_local<F: Family, M: Maps<F>>(
     let Some(to) = maps.endpoint(&ends.1) else {
         return Ok(None);
     };
+    to_pod::<F, M>(packet, maps, ends.0, &to).map(Some)
+}
+
+#[inline(always)]
+fn to_pod<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    src: F::Addr,
+    to: &Endpoint,
+) -> Result<Verdict, Counter> {
     let Some(hops) = hops::<F>(packet) else {
-        return Ok(None);
+        return Ok(Verdict::Pass);
     };
-    if pod::may_be_back::<F, M>(packet, maps, ends.0) {
-        return Ok(Some(Verdict::Local));
+    if pod::may_be_back::<F, M>(packet, maps, src) {
+        return Ok(Verdict::Local);
     }
-    into_pod::<F>(packet, maps, &to, hops).map(Some)
+    into_pod::<F>(packet, maps, to, hops)
 }
 
 #[inline(always)]
