@@ -20,7 +20,7 @@ use crate::{
     words::harmless,
 };
 
-/// Everything about a running agent.
+/// How a running agent is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     /// The agent's version.
@@ -65,8 +65,6 @@ pub struct Report {
     pub interfaces: Vec<Interface>,
     /// Objects that can't be used, and frontends that a service does not get.
     pub problems: Vec<String>,
-    /// Ports that the kernel serves.
-    pub ports: Vec<Port>,
 }
 
 /// The pod network on this node.
@@ -365,7 +363,6 @@ impl Report {
                 .map(Interface::from)
                 .collect(),
             problems,
-            ports: reconciler.ports().iter().map(Port::from).collect(),
         }
     }
 }

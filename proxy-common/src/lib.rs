@@ -20,6 +20,7 @@
 //! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
+//! | `RESPONDERS` | array, mmapable | [`Responder`] → how many replies' keys `FLOW_INDEX` has, or is about to have or has just had | both | responders share elements |
 //! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
 //! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
 //! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
@@ -33,6 +34,8 @@
 //! | `EXCLUDED_CGROUPS` | hash | cgroup id → 1 | agent | reported |
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
+//! | `SHORTCUTS4/6` | per-CPU array | a hash of interface and ends → [`Shortcut`] | programs | ends share elements: the last one has it |
+//! | `CHANGED` | array of 1 | 0 → when a table was last written that shortcuts spare, in nanoseconds since boot | agent | |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
@@ -56,11 +59,12 @@ pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Traffic};
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
-    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
-    Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Uplink, XdpUplink,
+    Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Shortcut,
+    ShortcutKind, Uplink, XdpUplink,
 };
 pub use plain::Plain;
 pub use service::{
@@ -73,7 +77,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// How many entries each map holds.
 pub mod limits {
@@ -98,6 +102,9 @@ pub mod limits {
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;
+    /// Elements that all who reply in flows are spread over: in one of 65,536 a packet of no flow meets
+    /// with 1,000 such about one time in 66.
+    pub const RESPONDERS: u32 = 65_536;
     /// Backends of one family that this node sent something to; what the agent counts of one is one more.
     pub const BACKEND_COUNTS: u32 = 131_072;
     /// Services that remember what backends did that are gone.
@@ -119,6 +126,8 @@ pub mod limits {
     pub const ENDPOINTS: u32 = 16_384;
     /// Ranges of one family: other nodes' pods, and what is not masqueraded.
     pub const ROUTES: u32 = 65_536;
+    /// Places for shortcuts of one family, on each CPU.
+    pub const SHORTCUTS: u32 = 512;
     /// Interfaces to the outside.
     pub const UPLINKS: u32 = 256;
     /// How deep below the root an excluded cgroup may lie.

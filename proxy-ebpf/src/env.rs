@@ -5,8 +5,8 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto, Route,
-    ServiceId, SourceRange, Uplink, XdpUplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto,
+    Responder, Route, ServiceId, SourceRange, Uplink, XdpUplink,
 };
 
 use crate::family::Family;
@@ -35,6 +35,19 @@ pub struct Overlay {
     pub port: Be16,
 }
 
+/// Where packets of a pod of this node go.
+///
+/// No enumeration: of a value that is one or the other LLVM makes reads of what is neither.
+#[derive(Clone, Copy, Default)]
+pub struct Way {
+    /// [`penstock_common::ShortcutKind`].
+    pub kind: u32,
+    /// The pod of this node.
+    pub to: Endpoint,
+    /// The tunnel to another node's pod.
+    pub route: Route,
+}
+
 /// What is there for both families.
 pub trait Env {
     /// Seconds since boot on a coarse clock (CLOCK_MONOTONIC_COARSE).
@@ -51,6 +64,8 @@ pub trait Env {
     fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
+    /// When a table was last written that [`Maps::way`] spares.
+    fn changed(&self) -> u64;
     /// The overlay device of [`Config`].
     fn overlay(&self) -> Overlay;
     /// Counts one.
@@ -59,6 +74,9 @@ pub trait Env {
     fn attempts(&self) -> u32;
     /// How many records are looked at in one go for one that gives way.
     fn reach(&self) -> u32;
+    /// Whether there may be a flow with this end: nearly all packets that are no replies are told so
+    /// by one element of an array, which costs far less than a hash table's.
+    fn may_respond(&self, responder: Responder) -> bool;
     /// What is known of some source ports.
     fn port_chunk(&self, index: u32) -> PortChunk;
     /// Counts a flow that gave its source port back.
@@ -162,6 +180,10 @@ pub trait Maps<F: Family>: Env {
     fn records(&self) -> u32;
     /// The pod of this node that has an address.
     fn endpoint(&self, addr: &F::Addr) -> Option<Endpoint>;
+    /// Where packets from an interface with these ends went a moment ago, if no table has changed.
+    fn way(&self, ifindex: u32, ends: &(F::Addr, F::Addr)) -> Option<Way>;
+    /// Notes where they go. The tables were asked after [`Env::changed`] said `changed`.
+    fn note_way(&self, changed: u64, ifindex: u32, ends: &(F::Addr, F::Addr), way: &Way);
     /// The interface that a packet of this source leaves by, having come in by `ingress`, if the
     /// kernel's routes and the packet's length let it.
     fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;

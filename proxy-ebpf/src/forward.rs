@@ -5,19 +5,63 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, EndpointFlags, FlowFlags, FlowKey, NetworkFlags, OVERLAY_MAC,
-    OVERLAY_PEER_MAC, Proto, Route, RouteKind,
+    Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, NetworkFlags,
+    OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
 };
 
 use crate::{
     checksum::Delta,
-    env::{Maps, Record},
+    env::{Maps, Record, Way},
     family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow,
     packet::{Packet, Refused},
     parse,
     pod::{self, Verdict},
 };
+
+/// Notes for the next packets where those from an interface with these ends go, which are no
+/// service's: nowhere, if their source is not the interface's own.
+#[inline(always)]
+pub(crate) fn note_way<F: Family, M: Maps<F>>(
+    changed: u64,
+    ifindex: u32,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) {
+    let own = maps.endpoint(&ends.0);
+    if own.is_none_or(|own| own.ifindex != ifindex) {
+        return;
+    }
+    let mut way = Way {
+        kind: ShortcutKind::BEYOND,
+        ..Way::default()
+    };
+    if let Some(to) = maps.endpoint(&ends.1) {
+        way.kind = ShortcutKind::POD;
+        way.to = to;
+    } else if let Some(route) = maps.route(&ends.1)
+        && route.kind == RouteKind::OVERLAY
+    {
+        way.kind = ShortcutKind::TUNNEL;
+        way.route = route;
+    }
+    maps.note_way(changed, ifindex, ends, &way);
+}
+
+/// Sends a packet that is no service's on its way.
+#[inline(always)]
+pub(crate) fn go<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+    way: &Way,
+) -> Result<Verdict, Counter> {
+    match way.kind {
+        ShortcutKind::POD => to_pod::<F, M>(packet, maps, ends.0, &way.to),
+        ShortcutKind::TUNNEL => enter_overlay::<F>(packet, maps, way.route),
+        _ => Ok(Verdict::Forward),
+    }
+}
 
 /// A packet that a pod sent, its service translated if there was one.
 #[inline(always)]
@@ -38,8 +82,8 @@ pub fn from_pod<F: Family, M: Maps<F>>(
     if !is_own {
         return Ok(Verdict::Pass);
     }
-    if is_local::<F, M>(packet, maps, &ends.1) {
-        return Ok(Verdict::Local);
+    if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
+        return Ok(verdict);
     }
     match maps.route(&ends.1) {
         Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, maps, route),
@@ -167,14 +211,14 @@ pub fn from_overlay<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+    let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
-    if is_local::<F, M>(packet, maps, &dst) {
-        return Ok(Verdict::Local);
+    if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
+        return Ok(verdict);
     }
     // The reply of a backend that is not this node's, to whom this node spoke for somebody.
-    Ok(if maps.is(&dst, AddressKind::NODE) {
+    Ok(if maps.is(&ends.1, AddressKind::NODE) {
         Verdict::Arrived
     } else {
         Verdict::Pass
@@ -221,6 +265,46 @@ pub fn deliver<F: Family, M: Maps<F>>(
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
+    into_pod::<F>(packet, maps, &to, hops)
+}
+
+/// Into the pod of this node that a packet is for, if it is for one: at once, unless it may be a
+/// reply that has to be made the service's before.
+#[inline(always)]
+pub(crate) fn to_local<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Option<Verdict>, Counter> {
+    let Some(to) = maps.endpoint(&ends.1) else {
+        return Ok(None);
+    };
+    to_pod::<F, M>(packet, maps, ends.0, &to).map(Some)
+}
+
+#[inline(always)]
+fn to_pod<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    src: F::Addr,
+    to: &Endpoint,
+) -> Result<Verdict, Counter> {
+    let Some(hops) = hops::<F>(packet) else {
+        return Ok(Verdict::Pass);
+    };
+    if pod::may_be_back::<F, M>(packet, maps, src) {
+        return Ok(Verdict::Local);
+    }
+    into_pod::<F>(packet, maps, to, hops)
+}
+
+#[inline(always)]
+fn into_pod<F: Family>(
+    packet: &mut impl Packet,
+    maps: &impl Maps<F>,
+    to: &Endpoint,
+    hops: u16,
+) -> Result<Verdict, Counter> {
     take_hop::<F>(packet, hops).map_err(refused)?;
     frame(packet, to.mac, to.host_mac).map_err(refused)?;
     maps.count(Counter::Delivered);

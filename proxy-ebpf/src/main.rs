@@ -37,7 +37,7 @@ mod programs {
         family::Family,
         flow, forward,
         packet::Packet,
-        pod::{self, Path, Verdict},
+        pod::{self, Verdict},
         socket::{self, Outcome},
         tunnel, xdp,
     };
@@ -59,6 +59,7 @@ mod programs {
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
             $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
             $claim:ident, $place:ident, $search:ident, $take_over:ident, $enter:ident, $begin:ident) => {
+            family!(stage $classify, pod::classify, $family);
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -112,21 +113,6 @@ mod programs {
                     verdict = $enter(id);
                 }
                 verdict
-            }
-
-            #[unsafe(no_mangle)]
-            #[inline(never)]
-            pub(crate) extern "C" fn $classify(skb: *mut __sk_buff) -> i32 {
-                let context = TcContext::new(skb);
-                let skb = Skb::new(&context);
-                match pod::classify::<$family>(&skb, &Kernel { context: &context }) {
-                    Ok(Path::Forward) => FORWARD,
-                    Ok(Path::Pass) => NEXT,
-                    Ok(Path::Request) => REQUEST,
-                    Ok(Path::Icmp) => ICMP,
-                    Ok(Path::Node) => NODE,
-                    Err(reason) => dropped(&context, reason),
-                }
             }
 
             /// On from where it was decided where to.
@@ -325,7 +311,7 @@ mod programs {
     xdp_family!(V4: before_stack4, carry4, admit_at_xdp4, begin4);
     xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
 
-    // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    // Between the functions of a hook: see `Verdict`. None is a verdict of the kernel's.
     const NO_RECORD: i32 = -18;
     const OPENING: i32 = -17;
     const PLACED: i32 = -16;
@@ -383,6 +369,7 @@ mod programs {
             Verdict::Deliver { ifindex, is_shaped } => skb.deliver(ifindex, is_shaped),
             Verdict::Outside => OUTSIDE,
             Verdict::Request => REQUEST,
+            Verdict::Node => NODE,
             Verdict::Icmp => ICMP,
             Verdict::Arrived => ARRIVED,
             Verdict::Untouched => UNTOUCHED,

@@ -19,7 +19,7 @@ use crate::{
         follow::{self, WireRequest, lock},
         netns,
     },
-    dataplane::bpf::Bpf,
+    dataplane::{bpf::Bpf, changed::Changed},
     flows::Lifetimes,
     health,
     ipc::Query,
@@ -46,6 +46,9 @@ pub(super) struct Agent {
     pub(super) interfaces: Arc<Mutex<follow::Status>>,
     pub(super) shared: Shared,
     pub(super) config: Array<aya::maps::MapData, Config>,
+    /// What was written there last.
+    pub(super) configured: Config,
+    pub(super) changed: Changed,
     pub(super) lifetimes: Lifetimes,
     /// How full the tables are that the programs fill.
     pub(super) counted: Counted,
@@ -216,6 +219,10 @@ impl Agent {
             ..self.network_config(&network)
         };
         let written = self.config.set(0, config, 0);
+        if config != self.configured {
+            self.changed.note();
+            self.configured = config;
+        }
         if let Err(error) = &written {
             tracing::warn!("writing map CONFIG: {error}");
         }
@@ -349,6 +356,9 @@ impl Agent {
                 report.lifetimes = self.lifetimes;
                 report.tables = self.fills();
                 let _ = answer.send(report);
+            }
+            Query::Ports(answer) => {
+                let _ = answer.send(self.reconciler.ports());
             }
             Query::Vitals(answer) => {
                 let _ = answer.send(self.vitals());

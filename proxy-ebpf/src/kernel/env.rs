@@ -8,21 +8,23 @@ use core::{
 
 use aya_ebpf::{
     EbpfContext, Global,
-    bindings::BPF_NOEXIST,
+    bindings::{BPF_EXIST, BPF_NOEXIST},
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     maps::lpm_trie::Key,
 };
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
+    Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
-    PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink, limits,
+    PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6,
+    XdpUplink, limits,
 };
-use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
+use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Way};
 
 use super::{
     maps::*,
     record::RecordPtr,
     routes::{self, Hook},
+    shortcuts,
 };
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
@@ -52,6 +54,17 @@ pub(super) fn copy<T: Plain>(element: *const T) -> T {
     // SAFETY: `element` came from a map look-up of this program run, so it points to a mapped
     // element of the map's value type; `T: Plain` makes any bytes valid.
     unsafe { element.read_volatile() }
+}
+
+/// Adds to the replies that are counted with this key, if it is one's.
+#[inline(always)]
+fn count_responder<A: Addr>(key: &FlowKey<A>, change: u64) {
+    if key.direction != FlowKey::<A>::REPLY {
+        return;
+    }
+    if let Some(count) = RESPONDERS.get_ptr_mut(key.responder().0) {
+        add(count, change);
+    }
 }
 
 /// [`Env::turn`], a function of its own: where it is called from, stacks have no room.
@@ -115,6 +128,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     }
 
     #[inline(always)]
+    fn changed(&self) -> u64 {
+        CHANGED.get_ptr(0).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
     fn overlay(&self) -> Overlay {
         let Some(config) = CONFIG.get_ptr(0) else {
             return Overlay::default();
@@ -153,6 +171,15 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn reach(&self) -> u32 {
         REACH.load()
+    }
+
+    #[inline(always)]
+    fn may_respond(&self, responder: Responder) -> bool {
+        RESPONDERS
+            .get_ptr(responder.0)
+            .map(copy)
+            .unwrap_or_default()
+            != 0
     }
 
     #[inline(always)]
@@ -261,7 +288,7 @@ static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 macro_rules! family {
     ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $openings:ident, $hands:ident, $node:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
         fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
@@ -419,6 +446,10 @@ macro_rules! family {
 
             #[inline(always)]
             fn flow_id(&self, key: &FlowKey<$family>) -> Option<FlowId> {
+                if key.direction == FlowKey::<$family>::REPLY && !self.may_respond(key.responder())
+                {
+                    return None;
+                }
                 $index.get_ptr(key).map(copy)
             }
 
@@ -477,13 +508,21 @@ macro_rules! family {
 
             #[inline(always)]
             fn link(&self, key: &FlowKey<$family>, id: FlowId) -> bool {
-                $index.insert(key, id, u64::from(BPF_NOEXIST)).is_ok()
+                // Before, so that whoever finds the key has found it counted.
+                count_responder(key, 1);
+                let is_new = $index.insert(key, id, u64::from(BPF_NOEXIST)).is_ok();
+                if !is_new {
+                    count_responder(key, 1_u64.wrapping_neg());
+                }
+                is_new
             }
 
             #[inline(always)]
             fn unlink(&self, key: &FlowKey<$family>) {
-                // Absent is as good as removed.
-                let _ = $index.remove(key);
+                // Absent is as good as removed, but counted by whoever did.
+                if $index.remove(key).is_ok() {
+                    count_responder(key, 1_u64.wrapping_neg());
+                }
             }
 
             #[inline(always)]
@@ -493,8 +532,8 @@ macro_rules! family {
 
             #[inline(always)]
             fn relink(&self, key: &FlowKey<$family>, id: FlowId) {
-                // The key is there; without memory its record is found to be another's.
-                let _ = $index.insert(key, id, 0);
+                // The key is there, and counted; without memory its record is found to be another's.
+                let _ = $index.insert(key, id, u64::from(BPF_EXIST));
             }
 
             #[inline(always)]
@@ -550,6 +589,26 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn way(&self, ifindex: u32, (src, dst): &($family, $family)) -> Option<Way> {
+                let place = $shortcuts.get_ptr(Shortcut::index(ifindex, *src, *dst))?;
+                shortcuts::recall(self, place, ifindex, src, dst)
+            }
+
+            #[inline(always)]
+            fn note_way(
+                &self,
+                changed: u64,
+                ifindex: u32,
+                (src, dst): &($family, $family),
+                way: &Way,
+            ) {
+                let index = Shortcut::index(ifindex, *src, *dst);
+                if let Some(place) = $shortcuts.get_ptr_mut(index) {
+                    shortcuts::note(self, place, changed, ifindex, src, dst, way);
+                }
+            }
+
+            #[inline(always)]
             fn egress(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
                 routes::egress(self.context, ingress, *src, *dst)
             }
@@ -586,6 +645,6 @@ macro_rules! family {
 }
 
 family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, OPENINGS4, HANDS4, node4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4);
 family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, OPENINGS6, HANDS6, node6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6);
