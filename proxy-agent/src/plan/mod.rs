@@ -8,6 +8,6 @@ pub mod blocks;
 pub mod ids;
 pub mod planner;
 mod side;
-mod slots;
+pub mod slots;
 pub mod state;
 pub mod writes;

@@ -19,15 +19,17 @@ const WEIGHTED_SLOTS: u64 = 1_024;
 
 /// A backend that new connections may get.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Member<A> {
-    pub(super) addr: A,
-    pub(super) port: Be16,
+pub struct Member<A> {
+    /// Its address.
+    pub addr: A,
+    /// Its port.
+    pub port: Be16,
     /// At least 1.
-    pub(super) weight: u16,
+    pub weight: u16,
 }
 
 /// Which of the members, by their places, each slot of the block is given to.
-pub(super) fn fill<A: Addr>(algorithm: Algorithm, members: &[Member<A>]) -> Vec<usize> {
+pub fn fill<A: Addr>(algorithm: Algorithm, members: &[Member<A>]) -> Vec<usize> {
     match algorithm {
         Algorithm::Random | Algorithm::RoundRobin | Algorithm::SourceHash => {
             (0..members.len()).collect()
