@@ -1,7 +1,9 @@
 //! From objects to map entries, through the agent's own code and the kernel's own maps.
 
 use std::{
+    fmt::{Display, Formatter},
     net::Ipv4Addr,
+    str::FromStr,
     time::{Duration, Instant},
 };
 
@@ -26,12 +28,63 @@ use crate::{cluster, figures, machine};
 /// How long a single change may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Measures programming everything, and then single endpoints.
-pub fn measure(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
-    Ok(json!({
-        "agent": agent(services, endpoints, changes)?,
-        "in_process": in_process(services, endpoints, changes)?,
-    }))
+/// A cluster's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// How many services there are.
+    pub services: usize,
+    /// How many endpoints each has.
+    pub endpoints: usize,
+}
+
+impl Shape {
+    /// Few services with many endpoints, and many with one.
+    pub const ALL: [Self; 2] = [
+        Self {
+            services: 5_000,
+            endpoints: 50,
+        },
+        Self {
+            services: 44_000,
+            endpoints: 1,
+        },
+    ];
+}
+
+impl Display for Shape {
+    fn fmt(&self, formatter: &mut Formatter) -> std::fmt::Result {
+        write!(formatter, "{}x{}", self.services, self.endpoints)
+    }
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let shape = text.split_once('x').and_then(|(services, endpoints)| {
+            let (services, endpoints) = (services.parse().ok()?, endpoints.parse().ok()?);
+            (services > 0 && endpoints > 0).then_some(Self {
+                services,
+                endpoints,
+            })
+        });
+        shape.ok_or_else(|| format!("{text} is no shape, such as 5000x50"))
+    }
+}
+
+/// Measures programming everything, and then single endpoints, for each shape.
+pub fn measure(shapes: &[Shape], changes: usize) -> Result<Value> {
+    let measure = |shape: &Shape| -> Result<Value> {
+        let Shape {
+            services,
+            endpoints,
+        } = *shape;
+        Ok(json!({
+            "agent": agent(services, endpoints, changes)?,
+            "in_process": in_process(services, endpoints, changes)?,
+        }))
+    };
+    shapes.iter().map(measure).collect()
 }
 
 /// The agent as it is: from its start until it says that all is programmed, then from a file's
@@ -49,11 +102,12 @@ fn agent(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
     let started = Instant::now();
     let agent = Agent::start(&node, &Source::Manifests, &["--log-level", "info"])?;
     let all = started.elapsed();
+    let processor = machine::processor_seconds(agent.pid());
     let memory = machine::memory(agent.pid(), "VmRSS");
     let peak = machine::memory(agent.pid(), "VmHWM");
     println!(
         "{services} services with {} endpoints: {:.2} s from the agent's start to the last map entry, \
-         {memory} MiB resident, {peak} MiB at most",
+         {processor:.2} s of a processor, {memory} MiB resident, {peak} MiB at most",
         services * endpoints,
         all.as_secs_f64(),
     );
@@ -65,7 +119,13 @@ fn agent(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
     let key = FrontendKey::new(ip.into(), Be16::from_host(80), Proto::TCP);
     let mut times = Vec::with_capacity(changes);
     for number in 0..changes {
-        let text = cluster::slice(hot, endpoints, Some(number % endpoints)).to_string();
+        // Every change has to be one: where there is one endpoint, it comes and goes.
+        let unready = if endpoints > 1 {
+            Some(number % endpoints)
+        } else {
+            number.is_multiple_of(2).then_some(0)
+        };
+        let text = cluster::slice(hot, endpoints, unready).to_string();
         let before = frontends.get(&key, 0).context("the frontend")?;
         let began = Instant::now();
         node.manifest("hot-slice.json", &text)?;
@@ -75,17 +135,20 @@ fn agent(services: usize, endpoints: usize, changes: usize) -> Result<Value> {
         }
         times.push(began.elapsed().as_nanos() as u64);
     }
+    let changing = machine::processor_seconds(agent.pid()) - processor;
     println!(
         "one endpoint's change among them, from its file's replacement to the kernel: p50 {:.0} us, \
-         p99 {:.0} us of {changes}",
+         p99 {:.0} us of {changes}, {changing:.2} s of a processor for all",
         micros(&times, 50),
         micros(&times, 99)
     );
     Ok(json!({
         "services": services, "endpoints": services * endpoints,
         "all_seconds": all.as_secs_f64(),
+        "processor_seconds": processor,
         "resident_mib": memory, "peak_mib": peak,
         "change_nanos": times,
+        "change_processor_seconds": changing,
     }))
 }
 
@@ -170,4 +233,19 @@ fn list(world: &mut World, events: Vec<Event>) -> Result<()> {
             .map_err(|rejection| anyhow::anyhow!("{rejection:?}"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_read_as_they_are_written() {
+        for shape in Shape::ALL {
+            assert_eq!(shape.to_string().parse(), Ok(shape));
+        }
+        for wrong in ["", "5000", "0x1", "1x0", "1x2x3", "x"] {
+            assert!(wrong.parse::<Shape>().is_err(), "{wrong}");
+        }
+    }
 }

@@ -217,3 +217,32 @@ pub fn memory(pid: u32, field: &str) -> u64 {
     let value = status.lines().find_map(|line| kib(line, field));
     value.unwrap_or_default() / 1_024
 }
+
+/// The processor time that a process has used, in seconds.
+pub fn processor_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    ticks(&stat).unwrap_or_default() as f64 / TICKS
+}
+
+/// Clock ticks in a second, as /proc counts them (USER_HZ, which is the same everywhere that we run).
+const TICKS: f64 = 100.0;
+
+/// Ticks in user space and in the kernel, in /proc/PID/stat.
+fn ticks(stat: &str) -> Option<u64> {
+    // The name may hold anything, but ends with the last parenthesis; the state is next.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut times = rest.split_whitespace().skip(11).map(str::parse::<u64>);
+    Some(times.next()?.ok()? + times.next()?.ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_the_fourteenth_and_fifteenth_field() {
+        let stat = "7 (a b) c) S 1 7 7 0 -1 4194560 9 0 0 0 123 45 0 0 20 0 1 0 5 6 7";
+        assert_eq!(ticks(stat), Some(168));
+        assert_eq!(ticks("7 (a"), None);
+    }
+}

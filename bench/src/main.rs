@@ -69,12 +69,9 @@ enum Command {
     /// From objects to map entries, in the agent's process and in this one: everything at once, then
     /// one endpoint at a time.
     Control {
-        /// How many services there are.
-        #[arg(long, default_value_t = 5_000)]
-        services: usize,
-        /// How many endpoints each has.
-        #[arg(long, default_value_t = 50)]
-        endpoints: usize,
+        /// How many services there are, and how many endpoints each has.
+        #[arg(long, value_delimiter = ',', default_values_t = control::Shape::ALL)]
+        shapes: Vec<control::Shape>,
         /// How many single changes are measured.
         #[arg(long, default_value_t = 1_000)]
         changes: usize,
@@ -119,10 +116,11 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_values_t = packets::WAYS)]
         ways: Vec<outside::Way>,
     },
-    /// Writes the report and the pictures of an earlier run anew.
+    /// Writes the report and the pictures of earlier runs anew, as if they had been one.
     Report {
-        /// Its JSON.
-        file: PathBuf,
+        /// Their JSON.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
     },
     #[command(hide = true)]
     Load(load::Load),
@@ -146,7 +144,7 @@ fn main() -> Result<()> {
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
     let folder = cli.results.clone().unwrap_or(default);
     let results = match &cli.command {
-        Some(Command::Report { file }) => Results::read(file)?,
+        Some(Command::Report { files }) => Results::read_all(files)?,
         _ => measure(&cli, &folder)?,
     };
     for file in results.write(&folder, &cli.name)? {
@@ -173,8 +171,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
     let mut results = Results::new(machine);
     let all = [
         Command::Control {
-            services: 5_000,
-            endpoints: 50,
+            shapes: control::Shape::ALL.to_vec(),
             changes: 1_000,
         },
         Command::Cni {
@@ -184,7 +181,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
         Command::Programs,
         Command::Services {
             services: if cli.full {
-                vec![1, 1_000, 5_000, 10_000]
+                vec![1, 1_000, 5_000, 10_000, 50_000]
             } else {
                 vec![1, 1_000]
             },
@@ -206,11 +203,9 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
     };
     for command in commands {
         match command {
-            Command::Control {
-                services,
-                endpoints,
-                changes,
-            } => results.control = Some(control::measure(*services, *endpoints, *changes)?),
+            Command::Control { shapes, changes } => {
+                results.control = Some(control::measure(shapes, *changes)?);
+            }
             Command::Pods => results.outcomes.extend(pods::measure(&effort)?),
             Command::Programs => results.programs = Some(programs::measure(&effort)?),
             Command::Cni { calls } => results.outcomes.extend(cni::measure(&effort, *calls)?),

@@ -7,8 +7,8 @@ use plotters::{
     coord::Shift,
     drawing::DrawingAreaErrorKind,
     prelude::{
-        BLACK, DrawingArea, IntoDrawingArea, PathElement, RGBColor, Rectangle, SVGBackend, Text,
-        WHITE,
+        BLACK, ChartBuilder, DrawingArea, IntoDrawingArea, IntoLogRange, LineSeries, PathElement,
+        RGBColor, Rectangle, SVGBackend, SeriesLabelPosition, Text, WHITE,
     },
     style::{
         Color, IntoFont, TextStyle,
@@ -94,8 +94,132 @@ fn bars(area: &Area, outcome: &Outcome, metric: Metric, top: i32) -> Drawn {
     Ok(())
 }
 
+/// The trial whose median is shown by the number of services.
+const GROWING: &str = "TCP connect, request, close, one processor for both";
+/// The lines of a picture's ways, in their order.
+const LINES: [RGBColor; 6] = [
+    RGBColor(150, 150, 150),
+    RGBColor(100, 160, 220),
+    RGBColor(30, 80, 160),
+    RGBColor(90, 60, 160),
+    RGBColor(200, 80, 60),
+    RGBColor(220, 150, 50),
+];
+
+/// Draws how long connecting takes by the number of services, where the last of them is asked, if two
+/// numbers or more were measured; whether they were.
+pub fn growth(path: &Path, outcomes: &[Outcome]) -> Result<bool> {
+    let mut lines: Vec<(&str, Vec<(f64, f64)>)> = Vec::new();
+    for outcome in outcomes.iter().filter(|one| one.what == GROWING) {
+        let Some(count) = asked_last(&outcome.title) else {
+            continue;
+        };
+        for turns in &outcome.turns {
+            let point = (count, turns.median(Metric::P50).value / 1e3);
+            match lines.iter_mut().find(|(name, _)| *name == turns.contender) {
+                Some((_, points)) => points.push(point),
+                None => lines.push((&turns.contender, vec![point])),
+            }
+        }
+    }
+    let points = || lines.iter().flat_map(|(_, points)| points);
+    let most = |of: fn(&(f64, f64)) -> f64| points().map(of).fold(0.0, f64::max);
+    let (counts, micros) = (most(|point| point.0), most(|point| point.1));
+    if counts <= 1.0 || !lines.iter().any(|(_, points)| points.len() > 1) {
+        return Ok(false);
+    }
+    let least = points().map(|point| point.1).fold(f64::INFINITY, f64::min);
+    let area = SVGBackend::new(path, (WIDTH as u32, 420)).into_drawing_area();
+    area.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(report::GROWTH, ("sans-serif", 20))
+        .margin(16)
+        .x_label_area_size(40)
+        .y_label_area_size(60)
+        .build_cartesian_2d(
+            (1.0..counts * 1.2).log_scale(),
+            (least / 1.5..micros * 1.5).log_scale(),
+        )?;
+    chart
+        .configure_mesh()
+        .x_desc("services")
+        .y_desc("p50 in µs, less is better")
+        .x_label_formatter(&|count| format!("{count:.0}"))
+        .y_label_formatter(&|micros| format!("{micros:.0}"))
+        .draw()?;
+    for ((name, points), colour) in lines.iter().zip(LINES.iter().cycle()) {
+        let colour = *colour;
+        chart
+            .draw_series(
+                LineSeries::new(points.iter().copied(), colour.stroke_width(2)).point_size(3),
+            )?
+            .label(*name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE)
+        .border_style(BLACK)
+        .draw()?;
+    area.present()?;
+    Ok(true)
+}
+
+/// How many services there are where the last one is asked, or the only one.
+fn asked_last(title: &str) -> Option<f64> {
+    if title == "1 service" {
+        return Some(1.0);
+    }
+    let count = title.strip_suffix(" services, the last")?;
+    count.parse().ok()
+}
+
 fn label(area: &Area, text: &str, at: (i32, i32), horizontal: HPos, size: i32) -> Drawn {
     let style: TextStyle = ("sans-serif", size).into_font().into();
     let style = style.pos(Pos::new(horizontal, VPos::Center));
     area.draw(&Text::new(text.to_owned(), at, style))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{load::Summary, turns::Turns};
+
+    fn outcome(title: &str, nanos: u64) -> Outcome {
+        let turns = |name: &str, p50| Turns {
+            contender: name.to_owned(),
+            summaries: vec![
+                Summary {
+                    p50,
+                    ..Summary::default()
+                };
+                6
+            ],
+            evidence: Vec::new(),
+        };
+        Outcome {
+            title: title.to_owned(),
+            what: GROWING.to_owned(),
+            metrics: vec![Metric::P50],
+            turns: vec![turns("direct", 20_000), turns("other", nanos)],
+        }
+    }
+
+    #[test]
+    fn growth_is_drawn_where_there_is_some() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("growth.svg");
+        let one = outcome("1 service", 30_000);
+        assert!(!growth(&path, std::slice::from_ref(&one))?);
+        assert!(!path.exists());
+        let first = outcome("1000 services, the first", 30_000);
+        let last = outcome("1000 services, the last", 60_000);
+        assert!(growth(&path, &[one, first, last])?);
+        let text = std::fs::read_to_string(&path)?;
+        for name in ["direct", "other", report::GROWTH] {
+            assert!(text.contains(name), "{name} is not in the picture");
+        }
+        Ok(())
+    }
 }

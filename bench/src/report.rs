@@ -10,6 +10,12 @@ use crate::{
     turns::{Metric, Outcome, Turns},
 };
 
+/// The title of the picture that shows how connecting grows with the number of services.
+pub const GROWTH: &str = "Connect, request, close by the number of services";
+
+/// Why Penstock is slower where it is, by comparison, trial and way.
+const CAUSES: &str = include_str!("../../docs/slower.md");
+
 /// Says what came out of a trial.
 pub fn print(outcome: &Outcome) {
     println!("{}: {}", outcome.title, outcome.what);
@@ -67,6 +73,10 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
          its table, round by round; one whose interval includes 1, or is wider than its distance from \
          1, is called no difference.\n",
     );
+    slower(&mut text, results);
+    for (title, file) in plots.iter().filter(|(title, _)| title == GROWTH) {
+        let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})");
+    }
     let mut title = "";
     for outcome in &results.outcomes {
         if outcome.title != title {
@@ -83,9 +93,7 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
         let _ = writeln!(text, "### {}, {rounds} rounds\n", outcome.what);
         table(&mut text, outcome);
     }
-    if let Some(agent) = results.control.as_ref().and_then(|all| all.get("agent")) {
-        text.push_str(&programming(agent));
-    }
+    text.push_str(&programming(results));
     if let Some(programs) = &results.programs {
         text.push_str(&per_packet(programs));
     }
@@ -127,9 +135,22 @@ fn per_packet(programs: &Value) -> String {
     text
 }
 
-/// What programming takes.
-fn programming(agent: &Value) -> String {
-    let number = |field: &str| agent.get(field).and_then(Value::as_f64).unwrap_or_default();
+/// What programming takes, for each shape of a cluster.
+fn programming(results: &Results) -> String {
+    let shapes = match &results.control {
+        Some(Value::Array(shapes)) => shapes.as_slice(),
+        // Earlier results have one shape only.
+        Some(one) => std::slice::from_ref(one),
+        None => return String::new(),
+    };
+    let agents = shapes.iter().filter_map(|shape| shape.get("agent"));
+    let lines: String = agents.map(programmed).collect();
+    format!("\n## Programming\n\n{lines}")
+}
+
+fn programmed(agent: &Value) -> String {
+    let number = |field: &str| agent.get(field).and_then(Value::as_f64);
+    let or_zero = |field: &str| number(field).unwrap_or_default();
     let times = agent.get("change_nanos").and_then(Value::as_array);
     let times: Vec<u64> = times
         .into_iter()
@@ -137,20 +158,89 @@ fn programming(agent: &Value) -> String {
         .filter_map(Value::as_u64)
         .collect();
     let micros = |percent| figures::percentile(&times, percent) as f64 / 1e3;
+    let processor = number("processor_seconds").map_or_else(String::new, |seconds| {
+        format!(" {seconds:.2} s of a processor,")
+    });
+    let each = number("change_processor_seconds").map_or_else(String::new, |seconds| {
+        let each = seconds * 1e6 / times.len().max(1) as f64;
+        format!(", {each:.0} µs of a processor each")
+    });
     format!(
-        "\n## Programming\n\n\
-         * {} services with {} endpoints from JSON manifests: {:.2} s from the agent's start to the last \
-         map entry, {} MiB of resident memory at most.\n\
+        "* {} services with {} endpoints from JSON manifests: {:.2} s from the agent's start to the last \
+         map entry,{processor} {} MiB of resident memory at most.\n\
          * One endpoint's change among them, from its file's replacement to the kernel: p50 {:.0} µs, \
-         p99 {:.0} µs of {} changes.\n",
-        number("services"),
-        number("endpoints"),
-        number("all_seconds"),
-        number("peak_mib"),
+         p99 {:.0} µs of {} changes{each}.\n",
+        or_zero("services"),
+        or_zero("endpoints"),
+        or_zero("all_seconds"),
+        or_zero("peak_mib"),
         micros(50),
         micros(99),
         times.len(),
     )
+}
+
+/// Every difference to Penstock's disadvantage, with its cause.
+fn slower(text: &mut String, results: &Results) {
+    let mut rows = Vec::new();
+    for outcome in &results.outcomes {
+        let (ours, others): (Vec<_>, Vec<_>) = outcome
+            .turns
+            .iter()
+            .partition(|turns| turns.contender.starts_with("Penstock"));
+        for metric in &outcome.metrics {
+            for (ours, other) in ours
+                .iter()
+                .flat_map(|ours| others.iter().map(move |other| (ours, other)))
+            {
+                let ratio = ours.ratio(other, *metric);
+                if ratio.is_difference() && (ratio.value > 1.0) == metric.is_less_better() {
+                    let why = cause(CAUSES, &outcome.title, &outcome.what, &ours.contender);
+                    rows.push(format!(
+                        "| {}: {}, {} | {} | {} | {} | {} |",
+                        outcome.title,
+                        outcome.what,
+                        metric.name(),
+                        ours.contender,
+                        other.contender,
+                        ratio.shown(),
+                        why.unwrap_or("not known yet"),
+                    ));
+                }
+            }
+        }
+    }
+    text.push_str("\n## Where Penstock is slower\n\n");
+    if rows.is_empty() {
+        text.push_str("Nowhere, as far as these rounds can tell.\n");
+        return;
+    }
+    text.push_str("| measured | Penstock | slower than | ratio | because of |\n");
+    text.push_str("| --- | --- | --- | --- | --- |\n");
+    for row in rows {
+        text.push_str(&row);
+        text.push('\n');
+    }
+}
+
+/// The first cause whose words are all in what was measured: a row of the table in docs/slower.md.
+fn cause<'a>(causes: &'a str, title: &str, what: &str, contender: &str) -> Option<&'a str> {
+    rows(causes).find_map(|[in_title, in_what, in_contender, cause]| {
+        let is_met =
+            title.contains(in_title) && what.contains(in_what) && contender.contains(in_contender);
+        is_met.then_some(cause)
+    })
+}
+
+/// The rows of a table of four columns, without its head.
+fn rows(text: &str) -> impl Iterator<Item = [&str; 4]> {
+    let rows = text.lines().filter_map(|line| {
+        let row = line.strip_prefix("| ")?.strip_suffix(" |")?;
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        cells.try_into().ok()
+    });
+    rows.skip_while(|[first, ..]: &[&str; 4]| *first != "---")
+        .skip(1)
 }
 
 fn table(text: &mut String, outcome: &Outcome) {
@@ -175,4 +265,82 @@ fn table(text: &mut String, outcome: &Outcome) {
         text.push('\n');
     }
     text.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{load::Summary, machine::Machine};
+
+    fn outcome(title: &str, metric: Metric, medians: &[(&str, u64)]) -> Outcome {
+        let turns = |(contender, value): &(&str, u64)| Turns {
+            contender: (*contender).to_owned(),
+            summaries: vec![
+                Summary {
+                    p50: *value,
+                    per_second: *value as f64,
+                    ..Summary::default()
+                };
+                6
+            ],
+            evidence: Vec::new(),
+        };
+        Outcome {
+            title: title.to_owned(),
+            what: "UDP request".to_owned(),
+            metrics: vec![metric],
+            turns: medians.iter().map(turns).collect(),
+        }
+    }
+
+    #[test]
+    fn what_is_slower_is_named_and_what_is_faster_is_not() {
+        let results = Results {
+            outcomes: vec![
+                outcome("a", Metric::P50, &[("other", 10), ("Penstock, slow", 12)]),
+                outcome("b", Metric::P50, &[("other", 10), ("Penstock, fast", 8)]),
+                outcome("c", Metric::Rate, &[("Penstock, few", 8), ("other", 10)]),
+                outcome("d", Metric::Rate, &[("Penstock, many", 12), ("other", 10)]),
+            ],
+            ..Results::new(Machine::look())
+        };
+        let mut text = String::new();
+        slower(&mut text, &results);
+        for (name, is_slower) in [
+            ("slow", true),
+            ("few", true),
+            ("fast", false),
+            ("many", false),
+        ] {
+            assert_eq!(
+                text.contains(&format!("Penstock, {name}")),
+                is_slower,
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_cause_that_fits_is_told() {
+        let causes = "| in | what | who | why |\n| --- | --- | --- | --- |\n\
+                      | node port | stream | XDP | segments |\n| node port |  |  | work |\n";
+        let why = |title, what, who| cause(causes, title, what, who);
+        assert_eq!(
+            why("A node port of 1", "TCP stream", "Penstock, XDP"),
+            Some("segments")
+        );
+        assert_eq!(
+            why("A node port of 1", "TCP stream", "Penstock, TC"),
+            Some("work")
+        );
+        assert_eq!(why("Pods", "TCP stream", "Penstock"), None);
+    }
+
+    #[test]
+    fn the_table_of_causes_can_be_read() {
+        let written = CAUSES.lines().filter(|line| line.starts_with("| ")).count();
+        // All but the head and the line under it.
+        assert_eq!(rows(CAUSES).count(), written - 2);
+        assert!(rows(CAUSES).all(|[.., cause]| !cause.is_empty()));
+    }
 }

@@ -43,6 +43,38 @@ impl Results {
         serde_json::from_slice(&text).with_context(|| format!("{} is no result", path.display()))
     }
 
+    /// Reads several earlier runs' as one: the first's machine, and of what two have measured the later's.
+    pub fn read_all(paths: &[PathBuf]) -> Result<Self> {
+        let mut all: Option<Self> = None;
+        for path in paths {
+            let next = Self::read(path)?;
+            match &mut all {
+                Some(all) => all.take_in(next),
+                None => all = Some(next),
+            }
+        }
+        all.context("no results are named")
+    }
+
+    /// Puts a later run's in the place of its own, or beside them.
+    fn take_in(&mut self, later: Self) {
+        self.machine.quiet.extend(later.machine.quiet);
+        for outcome in later.outcomes {
+            let is_same =
+                |one: &&mut Outcome| (&one.title, &one.what) == (&outcome.title, &outcome.what);
+            match self.outcomes.iter_mut().find(is_same) {
+                Some(earlier) => *earlier = outcome,
+                None => self.outcomes.push(outcome),
+            }
+        }
+        // What is of one title stays together.
+        let titles: Vec<String> = self.titles().into_iter().map(str::to_owned).collect();
+        let place = |outcome: &Outcome| titles.iter().position(|title| *title == outcome.title);
+        self.outcomes.sort_by_key(place);
+        self.control = later.control.or(self.control.take());
+        self.programs = later.programs.or(self.programs.take());
+    }
+
     /// Writes NAME.json, NAME.md and the pictures that it shows; their paths.
     pub fn write(&self, folder: &Path, name: &str) -> Result<Vec<PathBuf>> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -58,6 +90,12 @@ impl Results {
             let path = folder.join(&file);
             plot::draw(&path, title, &outcomes)?;
             plots.push((title.to_owned(), file));
+            files.push(path);
+        }
+        let file = format!("{name}-growth.svg");
+        let path = folder.join(&file);
+        if plot::growth(&path, &self.outcomes)? {
+            plots.push((report::GROWTH.to_owned(), file));
             files.push(path);
         }
         let json = serde_json::to_string(self).context("writing JSON")? + "\n";
@@ -92,6 +130,47 @@ fn slug(title: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        load::Summary,
+        turns::{Metric, Turns},
+    };
+
+    #[test]
+    fn of_what_two_runs_have_measured_the_later_counts() {
+        let run = |titles: &[(&str, &str)], rounds| Results {
+            outcomes: titles
+                .iter()
+                .map(|(title, what)| Outcome {
+                    title: (*title).to_owned(),
+                    what: (*what).to_owned(),
+                    metrics: vec![Metric::P50],
+                    turns: vec![Turns {
+                        contender: "one".to_owned(),
+                        summaries: vec![Summary::default(); rounds],
+                        evidence: Vec::new(),
+                    }],
+                })
+                .collect(),
+            ..Results::new(Machine::look())
+        };
+        let mut all = run(&[("a", "x"), ("b", "x")], 6);
+        all.take_in(run(&[("b", "x"), ("c", "x"), ("a", "y")], 9));
+        let found: Vec<_> = all
+            .outcomes
+            .iter()
+            .map(|one| {
+                (
+                    one.title.as_str(),
+                    one.what.as_str(),
+                    one.turns[0].summaries.len(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            found,
+            [("a", "x", 6), ("a", "y", 9), ("b", "x", 9), ("c", "x", 9)]
+        );
+    }
 
     #[test]
     fn titles_become_names_of_files() {

@@ -115,8 +115,37 @@ fn dependencies() -> Result<()> {
     Ok(())
 }
 
+/// Pictures and pages that a page shows or leads to, which have to be there.
+fn missing_links(page: &Path, text: &str, is_there: impl Fn(&Path) -> bool) -> Vec<String> {
+    let folder = page.parent().unwrap_or(page);
+    let targets = text
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split(')').next());
+    targets
+        .map(|target| target.split('#').next().unwrap_or_default())
+        .filter(|target| !target.is_empty() && !target.contains("://"))
+        .filter(|target| !is_there(&folder.join(target)))
+        .map(|target| format!("{target} is not there"))
+        .collect()
+}
+
+/// The README and everything under docs/.
+fn pages() -> Result<Vec<PathBuf>> {
+    let mut pages = vec![root().join("README.md")];
+    collect(&root().join("docs"), "md", &mut pages)?;
+    Ok(pages)
+}
+
 fn house_rules() -> Result<()> {
     let mut problems = Vec::new();
+    for page in pages()? {
+        let text =
+            fs::read_to_string(&page).with_context(|| format!("reading {}", page.display()))?;
+        let shown = page.strip_prefix(root()).unwrap_or(&page).display();
+        let missing = missing_links(&page, &text, Path::exists);
+        problems.extend(missing.iter().map(|link| format!("{shown}: {link}")));
+    }
     let mut files = Vec::new();
     for folder in [
         "proxy-common",
@@ -127,7 +156,7 @@ fn house_rules() -> Result<()> {
         "bench",
         "xtask",
     ] {
-        collect(&root().join(folder), &mut files)?;
+        collect(&root().join(folder), "rs", &mut files)?;
     }
     for file in files {
         let text =
@@ -145,15 +174,18 @@ fn house_rules() -> Result<()> {
     bail!("house rules are broken:\n{}", problems.join("\n"))
 }
 
-fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+fn collect(folder: &Path, ending: &str, files: &mut Vec<PathBuf>) -> Result<()> {
     let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
     for entry in entries {
         let path = entry
             .with_context(|| format!("reading {}", folder.display()))?
             .path();
         if path.is_dir() {
-            collect(&path, files)?;
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            collect(&path, ending, files)?;
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == ending)
+        {
             files.push(path);
         }
     }
@@ -218,6 +250,14 @@ mod tests {
             1
         );
         assert!(violations(Path::new("xtask/src/a.rs"), "//! x\nfn f() {}").is_empty());
+    }
+
+    #[test]
+    fn a_link_to_nothing_is_named() {
+        let text = "[a](a.md) ![b](../b.svg) [c](a.md#part) [d](https://example.org/x) [e](#here)";
+        let page = Path::new("docs/page.md");
+        let missing = missing_links(page, text, |path| path == Path::new("docs/a.md"));
+        assert_eq!(missing, ["../b.svg is not there"]);
     }
 
     #[test]

@@ -81,6 +81,15 @@ impl Way {
         Self::Nftables,
     ];
 
+    /// How many services it is measured with at most: rules beyond take minutes to write, and a connection
+    /// through them milliseconds.
+    const fn most(self) -> usize {
+        match self {
+            Self::Direct | Self::Pod | Self::Socket | Self::Packet => usize::MAX,
+            Self::Iptables | Self::Nftables => 10_000,
+        }
+    }
+
     const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no service, the pod's address",
@@ -222,7 +231,12 @@ pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort) -> Result<Vec<Ou
     ways.retain(|way| *way != Way::Iptables || assets.is_some());
     let mut outcomes = Vec::new();
     for count in counts {
-        outcomes.extend(with(*count, &ways, assets.as_ref(), effort)?);
+        let (admitted, others): (Vec<Way>, Vec<Way>) =
+            ways.iter().partition(|way| *count <= way.most());
+        for way in others {
+            println!("{}: left out with {count} services", way.name());
+        }
+        outcomes.extend(with(*count, &admitted, assets.as_ref(), effort)?);
     }
     Ok(outcomes)
 }
