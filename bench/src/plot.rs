@@ -138,7 +138,7 @@ pub fn growth(path: &Path, outcomes: &[Outcome]) -> Result<bool> {
         .y_label_area_size(60)
         .build_cartesian_2d(
             (1.0..counts * 1.2).log_scale(),
-            (least / 1.5..micros * 1.5).log_scale(),
+            (decade(least, f64::floor)..decade(micros, f64::ceil)).log_scale(),
         )?;
     chart
         .configure_mesh()
@@ -164,6 +164,11 @@ pub fn growth(path: &Path, outcomes: &[Outcome]) -> Result<bool> {
         .draw()?;
     area.present()?;
     Ok(true)
+}
+
+/// The power of ten at one side of a value: a logarithmic scale has numbers at these.
+fn decade(value: f64, side: fn(f64) -> f64) -> f64 {
+    10_f64.powf(side(value.log10()))
 }
 
 /// How many services there are where the last one is asked, or the only one.
@@ -217,7 +222,7 @@ mod tests {
         let last = outcome("1000 services, the last", 60_000);
         assert!(growth(&path, &[one, first, last])?);
         let text = std::fs::read_to_string(&path)?;
-        for name in ["direct", "other", report::GROWTH] {
+        for name in ["direct", "other", report::GROWTH, "10", "100"] {
             assert!(text.contains(name), "{name} is not in the picture");
         }
         Ok(())
