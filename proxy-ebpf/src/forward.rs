@@ -292,14 +292,14 @@ fn to_pod<F: Family, M: Maps<F>>(
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
-    if pod::may_be_back::<F, M>(packet, maps, src) {
+    if pod::may_be_back::<F, M>(packet, maps, ETHERNET, src) {
         return Ok(Verdict::Local);
     }
     into_pod::<F>(packet, maps, to, hops)
 }
 
 #[inline(always)]
-fn into_pod<F: Family>(
+pub(crate) fn into_pod<F: Family>(
     packet: &mut impl Packet,
     maps: &impl Maps<F>,
     to: &Endpoint,
@@ -341,7 +341,13 @@ pub(crate) fn refused(_: Refused) -> Counter {
 /// The bits at [`Family::HOPS`] of a packet that has hops left.
 #[inline(always)]
 pub(crate) fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
-    let word: u16 = packet.load(ETHERNET + F::HOPS)?;
+    hops_at::<F>(packet, ETHERNET)
+}
+
+/// The same of the network header at `at`.
+#[inline(always)]
+pub(crate) fn hops_at<F: Family>(packet: &impl Packet, at: usize) -> Option<u16> {
+    let word: u16 = packet.load(at + F::HOPS)?;
     (F::hops(word) > 1).then_some(word)
 }
 

@@ -57,7 +57,7 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
+            $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
             $claim:ident, $place:ident, $search:ident, $take_over:ident, $enter:ident, $begin:ident) => {
             family!(stage $classify, pod::classify, $family);
             family!(stage $request, pod::request, $family);
@@ -74,6 +74,7 @@ mod programs {
             family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
             family!(stage $from_uplink, external::from_uplink, $family);
+            family!(stage $unwrap, tunnel::unwrap, $family);
             family!(stage $arrived, external::arrived, $family);
             family!(stage $admit, external::open, $family);
             family!(stage $outward, external::onward, $family);
@@ -158,6 +159,9 @@ mod programs {
             fn $inward(context: &TcContext, decided: i32) -> i32 {
                 let skb = context.skb.skb;
                 let mut verdict = decided;
+                if verdict == WRAPPED {
+                    return $unwrap(skb);
+                }
                 if verdict == LOCAL {
                     return $into_pod(skb);
                 }
@@ -263,11 +267,11 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
+        from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
         claim4, place4, search4, take_over4, enter4, begin4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
+        from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
         claim6, place6, search6, take_over6, enter6, begin6);
 
     /// XDP's functions for one family; their answers are as the other hooks'.
@@ -312,6 +316,7 @@ mod programs {
     xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
 
     // Between the functions of a hook: see `Verdict`. None is a verdict of the kernel's.
+    const WRAPPED: i32 = -19;
     const NO_RECORD: i32 = -18;
     const OPENING: i32 = -17;
     const PLACED: i32 = -16;
@@ -371,6 +376,7 @@ mod programs {
             Verdict::Request => REQUEST,
             Verdict::Node => NODE,
             Verdict::Icmp => ICMP,
+            Verdict::Wrapped => WRAPPED,
             Verdict::Arrived => ARRIVED,
             Verdict::Untouched => UNTOUCHED,
             Verdict::Leave => LEAVE,

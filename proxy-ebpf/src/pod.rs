@@ -66,6 +66,8 @@ pub enum Verdict {
     Request,
     /// A pod sent it to this node: [`to_node`].
     Node,
+    /// A tunnel's packet came for this node: `tunnel::unwrap`.
+    Wrapped,
     /// It came for this node: `external::arrived`.
     Arrived,
     /// An ICMP message that may be about a reply: [`error_about_reply`].
@@ -339,14 +341,16 @@ pub(crate) enum Back {
     Foreign,
 }
 
-/// Whether [`back`] may have anything to do with a packet of this source, as far as is told at once.
+/// Whether [`back`] may have anything to do with a packet of this source, whose network header is at
+/// `at`, as far as is told at once.
 #[inline(always)]
 pub(crate) fn may_be_back<F: Family, M: Maps<F>>(
     packet: &impl Packet,
     maps: &M,
+    at: usize,
     src: F::Addr,
 ) -> bool {
-    let Some(header) = F::network(packet, ETHERNET) else {
+    let Some(header) = F::network(packet, at) else {
         return true;
     };
     if header.fragment.is_part || !is_translated(header.proto) {
