@@ -313,6 +313,10 @@ impl Packet for Skb<'_> {
                 u64::from(flags),
             )
         })?;
+        if is_other {
+            // What was just moved there is the packet's own to write to.
+            let _ = self.write(ETHERNET - 2, &ethertype.to_be(), 0);
+        }
         // The tunnel's checksum, zero included, was the first that the interface may have looked at.
         // SAFETY: the helper takes plain numbers.
         unsafe { bpf_csum_level(self.0.skb.skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
