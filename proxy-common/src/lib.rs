@@ -18,6 +18,7 @@
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
 //! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
+//! | `FLOW_VTEPS4/6` | array | [`FlowId`] → [`Vtep`] that a flow's requests come from through the overlay, where replies go back | programs | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
@@ -33,6 +34,7 @@
 //! | `EXCLUDED_CGROUPS` | hash | cgroup id → 1 | agent | reported |
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
+//! | `VTEPS` | hash | [`Vtep`] of another node → 1 | agent | reported; nothing is handed over |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
@@ -44,6 +46,7 @@ mod config;
 mod count;
 mod counter;
 mod flow;
+mod forwarding;
 mod net;
 mod network;
 mod plain;
@@ -58,6 +61,7 @@ pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
 };
+pub use forwarding::{Forwarding, Handover, Vtep};
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
     Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Uplink, XdpUplink,
@@ -73,7 +77,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// How many entries each map holds.
 pub mod limits {
@@ -119,6 +123,8 @@ pub mod limits {
     pub const ENDPOINTS: u32 = 16_384;
     /// Ranges of one family: other nodes' pods, and what is not masqueraded.
     pub const ROUTES: u32 = 65_536;
+    /// Other nodes' ends of tunnels.
+    pub const VTEPS: u32 = 16_384;
     /// Interfaces to the outside.
     pub const UPLINKS: u32 = 256;
     /// How deep below the root an excluded cgroup may lie.

@@ -1,14 +1,14 @@
 //! The overlay's own packets between nodes: no service's and no flow's, but most of what an interface
 //! to the outside sees.
 
-use penstock_common::{Be16, Counter, Proto};
+use penstock_common::{Be16, Counter, FlowFlags, Proto};
 
 use crate::{
     env::Maps,
     family::{ETHERNET, Family},
     packet::Packet,
     parse,
-    pod::{self, Verdict},
+    pod::{self, Back, Verdict},
 };
 
 /// The length of a UDP header (RFC 768), in bytes.
@@ -44,6 +44,9 @@ pub fn to_uplink<F: Family, M: Maps<F>>(
 ) -> Result<Verdict, Counter> {
     match parse::addrs::<F>(packet, ETHERNET) {
         Some((src, _)) if is_own::<F, M>(packet, maps, &src) => Ok(Verdict::Pass),
-        _ => pod::returning::<F, M>(packet, maps),
+        _ => Ok(match pod::back::<F, M>(packet, maps)? {
+            Back::Reply(flags) if flags & FlowFlags::GOES_BACK != 0 => Verdict::HandBack,
+            _ => Verdict::Pass,
+        }),
     }
 }
