@@ -223,6 +223,8 @@ mod programs {
                 }
                 match verdict {
                     LOCAL => $deliver(skb),
+                    TOO_LONG_AS_IT_CAME => $shorten_as_it_came(skb),
+                    SPLIT => $split(skb),
                     verdict => $end(context, verdict),
                 }
             }
@@ -243,8 +245,6 @@ mod programs {
                 match verdict {
                     LEAVE => $leave(skb),
                     TOO_LONG => $shorten(skb),
-                    TOO_LONG_AS_IT_CAME => $shorten_as_it_came(skb),
-                    SPLIT => $split(skb),
                     HAND_BACK => $hand_back(skb),
                     // Nothing of ours after all.
                     OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,

@@ -13,6 +13,7 @@ use penstock_common::{Be16, Config, NetworkFlags, V4, V6};
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
+    api,
     attach::{
         cgroup::Attached,
         exclude::Exclusions,
@@ -246,7 +247,25 @@ impl Agent {
         if let Some(network) = &self.network {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }
+        problems.extend(self.unforwarded());
         problems
+    }
+
+    /// Services whose way to backends of other nodes can't be taken.
+    fn unforwarded(&self) -> impl Iterator<Item = String> {
+        let network = self.network.as_ref().map(|network| network.borrow());
+        let of = |is_v4| network::obstacle(network.as_deref(), is_v4);
+        let (v4, v6) = (of(true), of(false));
+        self.reconciler.world.forwarded().filter_map(move |service| {
+            let mut ips = service.cluster_ips.iter();
+            let obstacle = ips.find_map(|ip| if ip.is_ipv4() { v4 } else { v6 })?;
+            Some(format!(
+                "service {}: {} says {}, but {obstacle}: backends there see this node's address",
+                service.name,
+                api::FORWARDING,
+                service.forwarding.label()
+            ))
+        })
     }
 
     /// Logs problems that are new, and those that are over.
@@ -284,6 +303,13 @@ impl Agent {
         } else {
             0
         };
+        let handover = [
+            (true, NetworkFlags::HANDOVER4),
+            (false, NetworkFlags::HANDOVER6),
+        ]
+        .into_iter()
+        .filter(|(is_v4, _)| network.has_short_ranges(*is_v4))
+        .fold(0, |flags, (_, flag)| flags | flag);
         let (mut overlay4, mut overlay6) = (V4::default(), V6::default());
         for address in &network.addresses {
             match address {
@@ -292,7 +318,7 @@ impl Agent {
             }
         }
         Config {
-            network: NetworkFlags::FORWARD | masquerade,
+            network: NetworkFlags::FORWARD | masquerade | handover,
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,
