@@ -30,8 +30,10 @@ pub const SOCKET: &str = "agent.sock";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Request {
-    /// Everything about the agent. The answer is a report of its own, for the command line.
+    /// How the agent is. The answer is a report of its own, for the command line.
     Report,
+    /// All ports that the kernel serves, for the command line: far more than a report.
+    Ports,
     /// Whether pods can be given a network now.
     Ready,
     /// The network's state has this attachment and its interface is there: wire it.

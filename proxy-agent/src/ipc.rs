@@ -1,26 +1,35 @@
 //! The agent's socket in its run directory: the command line and the CNI plugin ask there.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, BufWriter, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
 use penstock_cni::agent::{Answer, Request, SOCKET};
-use serde::Serialize;
+use serde::{Serialize, Serializer, de::DeserializeOwned};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
     sync::{mpsc, oneshot},
 };
 
-use crate::{attach::follow::WireRequest, metrics::Vitals, report::Report};
+use crate::{
+    attach::follow::WireRequest,
+    metrics::Vitals,
+    network::Obstacles,
+    plan::planner::PortView,
+    report::{Port, Report},
+};
 
 /// A question, and where its answer goes.
 pub enum Query {
-    /// Everything.
+    /// How the agent is.
     Report(oneshot::Sender<Report>),
+    /// Every port that the kernel holds, and why clients outside may not be handed over.
+    Ports(oneshot::Sender<(Vec<PortView>, Obstacles)>),
     /// How the agent is, in short.
     Vitals(oneshot::Sender<Vitals>),
     /// Whether pods can be given a network.
@@ -83,6 +92,12 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
         Ok(Request::Report) => ask(&queries, Query::Report)
             .await
             .map(|report| json(&report)),
+        Ok(Request::Ports) => {
+            if let Some((views, obstacles)) = ask(&queries, Query::Ports).await {
+                tell_ports(stream, views, obstacles).await;
+            }
+            return;
+        }
         Ok(Request::Ready) => ask(&queries, Query::Ready)
             .await
             .map(|answer| json(&answer)),
@@ -107,6 +122,26 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
     }
 }
 
+/// Writes all ports one by one: in words they take many times the memory that the agent has them in.
+async fn tell_ports(stream: UnixStream, views: Vec<PortView>, obstacles: Obstacles) {
+    let tell = move || -> io::Result<()> {
+        let stream = stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        stream.set_write_timeout(Some(ANSWERING))?;
+        let mut writer = BufWriter::new(stream);
+        let ports = views
+            .iter()
+            .map(|view| Port::from(view).forwarded(obstacles));
+        serde_json::Serializer::new(&mut writer).collect_seq(ports)?;
+        writer.write_all(b"\n")?;
+        writer.flush()
+    };
+    // Who asked may have gone.
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(tell).await {
+        tracing::debug!("telling all ports: {error}");
+    }
+}
+
 async fn ask<T>(
     queries: &mpsc::Sender<Query>,
     query: impl FnOnce(oneshot::Sender<T>) -> Query,
@@ -127,10 +162,20 @@ const ANSWERING: Duration = Duration::from_secs(5);
 const KNOCK: Duration = Duration::from_millis(50);
 
 /// The report of the agent whose run directory this is; `None` if none is running.
-pub async fn fetch(run_dir: &Path) -> Result<Option<Report>> {
+pub async fn report(run_dir: &Path) -> Result<Option<Report>> {
+    fetch(run_dir, &Request::Report).await
+}
+
+/// All ports that it serves; `None` likewise.
+pub async fn ports(run_dir: &Path) -> Result<Option<Vec<Port>>> {
+    fetch(run_dir, &Request::Ports).await
+}
+
+/// What the agent answers to a question.
+async fn fetch<T: DeserializeOwned>(run_dir: &Path, question: &Request) -> Result<Option<T>> {
     let path = socket_path(run_dir);
     let shown = path.display();
-    let json = match tokio::time::timeout(ANSWERING, exchange(&path)).await {
+    let json = match tokio::time::timeout(ANSWERING, exchange(&path, question)).await {
         Err(_) => bail!(
             "the agent at {shown} does not answer within {} s: it hangs, was stopped (SIGSTOP), or \
              the node is overloaded; traffic goes on. Look at its log, and restart it if it does \
@@ -155,8 +200,8 @@ pub async fn fetch(run_dir: &Path) -> Result<Option<Report>> {
         .with_context(|| format!("the agent at {shown} answered with something else"))
 }
 
-/// Asks for the report; the answer as it came.
-async fn exchange(path: &Path) -> io::Result<Vec<u8>> {
+/// Asks; the answer as it came.
+async fn exchange(path: &Path, question: &Request) -> io::Result<Vec<u8>> {
     let mut stream = loop {
         match UnixStream::connect(path).await {
             // Others wait to be let in, and the queue is full.
@@ -166,12 +211,12 @@ async fn exchange(path: &Path) -> io::Result<Vec<u8>> {
             connected => break connected?,
         }
     };
-    let mut question = json(&Request::Report);
-    question.push(b'\n');
-    stream.write_all(&question).await?;
-    let mut json = Vec::new();
-    stream.read_to_end(&mut json).await?;
-    Ok(json)
+    let mut line = json(question);
+    line.push(b'\n');
+    stream.write_all(&line).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    Ok(answer)
 }
 
 /// Takes the socket away: nobody will answer there.

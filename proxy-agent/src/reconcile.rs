@@ -5,7 +5,7 @@
 //! never keeps another one waiting.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::Duration,
 };
 
@@ -19,6 +19,10 @@ use crate::{
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// How many services are planned and written at once: what planning takes of memory does not grow
+/// with the cluster, and a write that fails holds up few.
+const PORTION: usize = 1_024;
 
 /// A service that waits for another try.
 #[derive(Clone, Debug)]
@@ -39,6 +43,19 @@ pub struct Outcome {
     pub has_udp_change: bool,
 }
 
+/// What became of a portion.
+#[derive(Debug, Default)]
+struct Written {
+    /// How many writes were made.
+    count: usize,
+    /// Whether UDP backends changed.
+    has_udp_change: bool,
+    /// Services that are still to be written.
+    rest: BTreeSet<ObjectName>,
+    /// Why a write failed that belongs to no service.
+    stuck: Option<String>,
+}
+
 /// Drives a dataplane.
 #[derive(Debug)]
 pub struct Reconciler<D> {
@@ -46,6 +63,8 @@ pub struct Reconciler<D> {
     pub dataplane: D,
     /// What is wanted.
     pub world: World,
+    /// How many services are planned and written at once, one at least.
+    pub portion: usize,
     planner: Planner,
     retries: HashMap<ObjectName, Retry>,
     /// What was said of services that do not get every frontend that they want.
@@ -65,6 +84,7 @@ impl<D: Dataplane> Reconciler<D> {
         Ok(Self {
             dataplane,
             world,
+            portion: PORTION,
             planner,
             retries: HashMap::new(),
             conflicts: HashMap::new(),
@@ -83,9 +103,9 @@ impl<D: Dataplane> Reconciler<D> {
         if !self.world.is_synced() {
             return outcome;
         }
-        let mut names: BTreeSet<ObjectName> = self.world.take_dirty().into_iter().collect();
-        self.tell_conflicts(&names);
-        names.extend(self.due(now));
+        let dirty: BTreeSet<ObjectName> = self.world.take_dirty().into_iter().collect();
+        self.tell_conflicts(&dirty);
+        let mut waiting = self.in_order(dirty.into_iter().chain(self.due(now)));
         self.planner
             .set_node_addresses(self.world.node_addresses().iter().copied());
         let sweeps = !self.has_swept && self.world.sizes().0 > 0 && !self.world.is_doubtful();
@@ -93,31 +113,42 @@ impl<D: Dataplane> Reconciler<D> {
             Some(due) => due <= now,
             None => self.planner.has_new_node_addresses(),
         };
-        while !names.is_empty() || sweeps && !self.has_swept || is_pending {
+        while !waiting.is_empty() || sweeps && !self.has_swept || is_pending {
+            let portion = waiting.len().min(self.portion.max(1));
+            let names: BTreeSet<ObjectName> = waiting.drain(..portion).collect();
             outcome.services += names.len();
             is_pending = false;
             self.pending = None;
-            let (rest, writes, is_udp) = self.write(names, sweeps, now);
-            outcome.writes += writes;
-            outcome.has_udp_change |= is_udp;
-            let is_stuck = rest.is_none();
-            names = rest.unwrap_or_default();
-            if is_stuck {
+            // What nobody asks for is known once everybody has been asked.
+            let sweeps = sweeps && waiting.is_empty();
+            let written = self.write(names, sweeps, now);
+            outcome.writes += written.count;
+            outcome.has_udp_change |= written.has_udp_change;
+            waiting.extend(written.rest);
+            if let Some(reason) = written.stuck {
+                tracing::warn!("{reason}; trying again");
+                self.pending = Some(now + FIRST_WAIT);
+                for name in waiting {
+                    self.postpone(name, reason.clone(), now);
+                }
                 break;
             }
         }
         outcome
     }
 
-    /// Writes what `names` need. Returns which of them are still to be written, `None` if a write
-    /// that belongs to no service failed, how many writes were made, and whether UDP backends
-    /// changed.
-    fn write(
-        &mut self,
-        names: BTreeSet<ObjectName>,
-        sweeps: bool,
-        now: Duration,
-    ) -> (Option<BTreeSet<ObjectName>>, usize, bool) {
+    /// Services in the order of being written, those that are gone last: another may want a frontend
+    /// of theirs, which then changes hands without having been away.
+    fn in_order(&self, names: impl Iterator<Item = ObjectName>) -> VecDeque<ObjectName> {
+        let mut names: Vec<ObjectName> = names.collect();
+        names.sort_unstable();
+        names.dedup();
+        names.sort_by_cached_key(|name| !self.world.has(name));
+        names.into()
+    }
+
+    /// Writes what `names` need.
+    fn write(&mut self, names: BTreeSet<ObjectName>, sweeps: bool, now: Duration) -> Written {
         let services = names
             .iter()
             .map(|name| (name.clone(), self.world.ports(name)))
@@ -128,48 +159,42 @@ impl<D: Dataplane> Reconciler<D> {
         for (name, error) in std::mem::take(&mut plan.failures) {
             self.postpone(name, error.to_string(), now);
         }
-        let (applied, mut rest) = match self.dataplane.apply(&plan.changes) {
+        let mut written = Written {
+            has_udp_change: plan.has_udp_change,
+            ..Written::default()
+        };
+        match self.dataplane.apply(&plan.changes) {
             Ok(()) => {
                 self.has_swept |= sweeps;
-                (plan.changes.len(), Some(BTreeSet::new()))
+                written.count = plan.changes.len();
             }
             Err(error) => {
-                let mut rest: BTreeSet<ObjectName> = plan
-                    .services_from(error.applied)
-                    .into_iter()
+                written.count = error.applied;
+                let rest = plan.services_from(error.applied).into_iter();
+                written.rest = rest
+                    .filter(|name| !failed.contains(*name))
                     .cloned()
                     .collect();
-                let rest = match plan.service_of(error.applied).cloned() {
+                let reason = error.source.to_string();
+                match plan.service_of(error.applied).cloned() {
                     Some(name) => {
-                        rest.remove(&name);
-                        self.postpone(name, error.source.to_string(), now);
-                        Some(rest)
+                        written.rest.remove(&name);
+                        self.postpone(name, reason, now);
                     }
-                    None => {
-                        tracing::warn!("{}; trying again", error.source);
-                        self.pending = Some(now + FIRST_WAIT);
-                        rest.into_iter().for_each(|name| {
-                            self.postpone(name, error.source.to_string(), now);
-                        });
-                        None
-                    }
-                };
-                (error.applied, rest)
+                    None => written.stuck = Some(reason),
+                }
             }
-        };
-        self.planner.finish(&plan, applied, now);
+        }
+        self.planner.finish(&plan, written.count, now);
         for name in &names {
             let is_written = !failed.contains(name)
-                && !rest.as_ref().is_some_and(|rest| rest.contains(name))
+                && !written.rest.contains(name)
                 && self.retries.get(name).is_none_or(|retry| retry.due <= now);
             if is_written && self.retries.remove(name).is_some() {
                 tracing::info!("service {name} is programmed at last");
             }
         }
-        if let Some(rest) = &mut rest {
-            rest.retain(|name| !failed.contains(name));
-        }
-        (rest, applied, plan.has_udp_change)
+        written
     }
 
     /// Says which of these services do not get what they want, and which do again.

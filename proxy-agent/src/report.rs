@@ -20,7 +20,7 @@ use crate::{
     words::harmless,
 };
 
-/// Everything about a running agent.
+/// How a running agent is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     /// The agent's version.
@@ -65,8 +65,6 @@ pub struct Report {
     pub interfaces: Vec<Interface>,
     /// Objects that can't be used, and frontends that a service does not get.
     pub problems: Vec<String>,
-    /// Ports that the kernel serves.
-    pub ports: Vec<Port>,
 }
 
 /// The pod network on this node.
@@ -183,9 +181,9 @@ pub struct Backend {
 
 impl Port {
     /// Says so where the way that clients outside are to take can't be taken.
-    fn forwarded(mut self, network: Option<&network::State>) -> Self {
+    pub fn forwarded(mut self, obstacles: network::Obstacles) -> Self {
         if self.forwarding != Forwarding::default().label() {
-            let obstacle = network::obstacle(network, self.family == "IPv4");
+            let obstacle = obstacles.to(self.family == "IPv4");
             self.forwarding_obstacle = obstacle.map(str::to_owned);
         }
         self
@@ -382,11 +380,6 @@ impl Report {
                 .map(Interface::from)
                 .collect(),
             problems,
-            ports: reconciler
-                .ports()
-                .iter()
-                .map(|view| Port::from(view).forwarded(network))
-                .collect(),
         }
     }
 }

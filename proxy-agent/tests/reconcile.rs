@@ -338,6 +338,8 @@ impl Truth {
 fn start<D: Dataplane>(dataplane: D, truth: &Truth, local: &Local) -> Reconciler<D> {
     let mut reconciler =
         Reconciler::new(dataplane, World::new("here")).expect("memory can be read");
+    // As thousands of services would be: in several portions.
+    reconciler.portion = 2;
     reconciler.world.set_node_addresses(truth.1.clone());
     for event in truth.events() {
         reconciler
@@ -523,6 +525,38 @@ fn services(numbers: std::ops::Range<u8>) -> Truth {
         truth.0.insert((object.kind(), object.name()), object);
     }
     truth
+}
+
+#[test]
+fn a_frontend_that_changes_hands_is_never_away() {
+    // However many writes were made by then, of one portion a service.
+    for after in 0..8 {
+        let mut reconciler = start(Faulty::default(), &services(0..2), &Local::default());
+        reconciler.portion = 1;
+        reconciler.step(Duration::from_secs(1));
+        let gone = Event::Deleted(Kind::Service, name("web", 0));
+        reconciler.world.apply(gone).expect("it is known");
+        let heir = Step::Service {
+            name: 9,
+            ip: 0,
+            ports: 1,
+            created: 1,
+            local: false,
+            affinity: false,
+            algorithm: u8::MAX,
+            outside: Outside::default(),
+        };
+        let heir = Event::Applied(object(&heir).expect("a service"));
+        reconciler.world.apply(heir).expect("a service");
+        reconciler.dataplane.fails_after = Some(after);
+        reconciler.dataplane.failures = usize::MAX;
+        reconciler.step(Duration::from_secs(2));
+        let held = reconciler.dataplane.inner.observed().canonical();
+        assert!(
+            held.contains("frontend 10.96.0.0 "),
+            "after {after}: {held}"
+        );
+    }
 }
 
 #[test]

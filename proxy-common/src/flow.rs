@@ -58,23 +58,53 @@ impl<A: Addr> FlowKey<A> {
     /// Of a reply's key: where ports are of the address that the backend answers to.
     #[inline(always)]
     pub fn port_place(&self) -> PortPlace {
-        /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming, 6.4).
-        const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-        let mut hash = u64::from(self.src_port.raw()) << 8 | u64::from(self.proto.0);
-        for [a, b, c, d] in [self.src.words(), self.dst.words()] {
-            let halves = [
-                u64::from(a) << 32 | u64::from(b),
-                u64::from(c) << 32 | u64::from(d),
-            ];
-            for half in halves {
-                hash = (hash ^ half).wrapping_mul(FACTOR).rotate_left(32);
-            }
-        }
+        let hash = mixed(mixed(seed(self.proto, self.src_port), self.src), self.dst);
         PortPlace {
             base: (hash >> 32) as u32 % crate::limits::PORT_CHUNKS,
             check: hash as u32,
         }
     }
+
+    /// Of a reply's key: who sends it.
+    #[inline(always)]
+    pub fn responder(&self) -> Responder {
+        Responder::new(self.proto, self.src, self.src_port)
+    }
+}
+
+/// Index into `RESPONDERS`: one end of flows, which replies to the other.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Responder(pub u32);
+
+impl Responder {
+    /// Where the flows are counted of which this is an end, with those of others that share the element.
+    #[inline(always)]
+    pub fn new<A: Addr>(proto: Proto, addr: A, port: Be16) -> Self {
+        Self((mixed(seed(proto, port), addr) >> 32) as u32 % crate::limits::RESPONDERS)
+    }
+}
+
+/// What a hash of an end begins with.
+#[inline(always)]
+fn seed(proto: Proto, port: Be16) -> u64 {
+    u64::from(port.raw()) << 8 | u64::from(proto.0)
+}
+
+/// A hash of `seed` and an address.
+#[inline(always)]
+fn mixed<A: Addr>(seed: u64, addr: A) -> u64 {
+    /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming, 6.4).
+    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+    let [a, b, c, d] = addr.words();
+    let mut hash = seed;
+    for half in [
+        u64::from(a) << 32 | u64::from(b),
+        u64::from(c) << 32 | u64::from(d),
+    ] {
+        hash = (hash ^ half).wrapping_mul(FACTOR).rotate_left(32);
+    }
+    hash
 }
 
 /// Source ports of a flow, from and to and both of them included.

@@ -21,6 +21,7 @@
 //! | `FLOW_VTEPS4/6` | array | [`FlowId`] → [`Vtep`] that a flow's requests come from through the overlay, where replies go back | programs | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
+//! | `RESPONDERS` | array, mmapable | [`Responder`] → how many replies' keys `FLOW_INDEX` has, or is about to have or has just had | both | responders share elements |
 //! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
 //! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
 //! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
@@ -59,7 +60,7 @@ pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Traffic};
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
-    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
 pub use net::{Addr, Be16, Proto, V4, V6};
@@ -77,7 +78,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// How many entries each map holds.
 pub mod limits {
@@ -102,6 +103,9 @@ pub mod limits {
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;
+    /// Elements that all who reply in flows are spread over: in one of 65,536 a packet of no flow meets
+    /// with 1,000 such about one time in 66.
+    pub const RESPONDERS: u32 = 65_536;
     /// Backends of one family that this node sent something to; what the agent counts of one is one more.
     pub const BACKEND_COUNTS: u32 = 131_072;
     /// Services that remember what backends did that are gone.

@@ -5,8 +5,8 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto, Route,
-    ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto,
+    Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
 };
 
 use crate::family::Family;
@@ -61,6 +61,9 @@ pub trait Env {
     fn attempts(&self) -> u32;
     /// How many records are looked at in one go for one that gives way.
     fn reach(&self) -> u32;
+    /// Whether there may be a flow with this end: nearly all packets that are no replies are told so
+    /// by one element of an array, which costs far less than a hash table's.
+    fn may_respond(&self, responder: Responder) -> bool;
     /// What is known of some source ports.
     fn port_chunk(&self, index: u32) -> PortChunk;
     /// Counts a flow that gave its source port back.

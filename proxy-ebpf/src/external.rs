@@ -31,18 +31,15 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     if packet.is_for_another_host() {
         return Ok(Verdict::Pass);
     }
-    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+    let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
-    if tunnel::is_own::<F, M>(packet, maps, &dst) {
+    if tunnel::is_own::<F, M>(packet, maps, &ends.1) {
         return Ok(Verdict::Pass);
     }
-    let Some(address) = maps.address(&dst) else {
-        return Ok(if forward::is_local::<F, M>(packet, maps, &dst) {
-            Verdict::Local
-        } else {
-            Verdict::Pass
-        });
+    let Some(address) = maps.address(&ends.1) else {
+        let verdict = forward::to_local::<F, M>(packet, maps, &ends)?;
+        return Ok(verdict.unwrap_or(Verdict::Pass));
     };
     let Some(header) = F::network(packet, ETHERNET) else {
         return Ok(Verdict::Pass);

@@ -5,8 +5,8 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, EndpointFlags, FlowFlags, FlowKey, Handover, NetworkFlags,
-    OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind,
+    Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, Handover,
+    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind,
 };
 
 use crate::{
@@ -38,8 +38,8 @@ pub fn from_pod<F: Family, M: Maps<F>>(
     if !is_own {
         return somebody_elses::<F, M>(packet, maps);
     }
-    if is_local::<F, M>(packet, maps, &ends.1) {
-        return Ok(Verdict::Local);
+    if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
+        return Ok(verdict);
     }
     match maps.route(&ends.1) {
         Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, maps, route),
@@ -190,14 +190,14 @@ pub fn from_overlay<F: Family, M: Maps<F>>(
     if let Some(verdict) = handover::sort::<F, M>(packet, maps)? {
         return Ok(verdict);
     }
-    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+    let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
-    if is_local::<F, M>(packet, maps, &dst) {
-        return Ok(Verdict::Local);
+    if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
+        return Ok(verdict);
     }
     // The reply of a backend that is not this node's, to whom this node spoke for somebody.
-    Ok(if maps.is(&dst, AddressKind::NODE) {
+    Ok(if maps.is(&ends.1, AddressKind::NODE) {
         Verdict::Arrived
     } else {
         Verdict::Pass
@@ -252,6 +252,36 @@ pub fn deliver<F: Family, M: Maps<F>>(
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
+    into_pod::<F>(packet, maps, &to, hops)
+}
+
+/// Into the pod of this node that a packet is for, if it is for one: at once, unless it may be a
+/// reply that has to be made the service's before.
+#[inline(always)]
+pub(crate) fn to_local<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Option<Verdict>, Counter> {
+    let Some(to) = maps.endpoint(&ends.1) else {
+        return Ok(None);
+    };
+    let Some(hops) = hops::<F>(packet) else {
+        return Ok(None);
+    };
+    if pod::may_be_back::<F, M>(packet, maps, ends.0) {
+        return Ok(Some(Verdict::Local));
+    }
+    into_pod::<F>(packet, maps, &to, hops).map(Some)
+}
+
+#[inline(always)]
+fn into_pod<F: Family>(
+    packet: &mut impl Packet,
+    maps: &impl Maps<F>,
+    to: &Endpoint,
+    hops: u16,
+) -> Result<Verdict, Counter> {
     take_hop::<F>(packet, hops).map_err(refused)?;
     frame(packet, to.mac, to.host_mac).map_err(refused)?;
     maps.count(Counter::Delivered);

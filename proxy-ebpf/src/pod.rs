@@ -7,7 +7,7 @@
 
 use penstock_common::{
     Addr, AddressKind, Be16, Counter, FlowFlags, FlowId, FlowKey, Frontend, FrontendKey,
-    NetworkFlags, Proto, Route,
+    NetworkFlags, Proto, Responder, Route,
 };
 
 use crate::{
@@ -45,7 +45,7 @@ pub enum Verdict {
     Opened,
     /// It is to be answered by [`refuse`], for this reason.
     Refuse(Counter),
-    /// It goes to a pod of this node: [`returning`], then `forward::deliver`.
+    /// It goes to a pod of this node, and may be a reply: [`returning`], then `forward::deliver`.
     Local,
     /// It goes to a pod of this node, past the host end of its interface unless that limits it.
     Deliver {
@@ -351,6 +351,23 @@ pub(crate) enum Back {
     Error,
     /// Nothing that is translated.
     Foreign,
+}
+
+/// Whether [`back`] may have anything to do with a packet of this source, as far as is told at once.
+#[inline(always)]
+pub(crate) fn may_be_back<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    src: F::Addr,
+) -> bool {
+    let Some(header) = F::network(packet, ETHERNET) else {
+        return true;
+    };
+    if header.fragment.is_part || !is_translated(header.proto) {
+        return true;
+    }
+    let port = packet.load(header.transport);
+    port.is_none_or(|port| maps.may_respond(Responder::new(header.proto, src, port)))
 }
 
 /// Translates a packet that is on its way back to whom began its flow, if it is one.

@@ -251,14 +251,18 @@ impl Agent {
         problems
     }
 
+    /// What keeps clients outside from being handed over.
+    fn obstacles(&self) -> network::Obstacles {
+        let network = self.network.as_ref().map(|network| network.borrow());
+        network::Obstacles::of(network.as_deref())
+    }
+
     /// Services whose way to backends of other nodes can't be taken.
     fn unforwarded(&self) -> impl Iterator<Item = String> {
-        let network = self.network.as_ref().map(|network| network.borrow());
-        let of = |is_v4| network::obstacle(network.as_deref(), is_v4);
-        let (v4, v6) = (of(true), of(false));
+        let obstacles = self.obstacles();
         self.reconciler.world.forwarded().filter_map(move |service| {
             let mut ips = service.cluster_ips.iter();
-            let obstacle = ips.find_map(|ip| if ip.is_ipv4() { v4 } else { v6 })?;
+            let obstacle = ips.find_map(|ip| obstacles.to(ip.is_ipv4()))?;
             Some(format!(
                 "service {}: {} says {}, but {obstacle}: backends there see this node's address",
                 service.name,
@@ -375,6 +379,9 @@ impl Agent {
                 report.lifetimes = self.lifetimes;
                 report.tables = self.fills();
                 let _ = answer.send(report);
+            }
+            Query::Ports(answer) => {
+                let _ = answer.send((self.reconciler.ports(), self.obstacles()));
             }
             Query::Vitals(answer) => {
                 let _ = answer.send(self.vitals());

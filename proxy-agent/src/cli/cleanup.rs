@@ -35,7 +35,7 @@ const UNDONE: &str = "would put everything back within a second";
 
 /// Fails if an agent is running.
 async fn refuse_beside_an_agent(place: &Place) -> Result<()> {
-    if let Some(agent) = ipc::fetch(&place.run_dir).await? {
+    if let Some(agent) = ipc::report(&place.run_dir).await? {
         bail!(
             "the agent of node {} (process {}) is running and {UNDONE}; stop it first, or pass \
              --force",

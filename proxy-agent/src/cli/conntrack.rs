@@ -21,7 +21,8 @@ use super::{
 use crate::{
     dataplane::pins::Pins,
     flows::{Lifetimes, Table, is_half_closed, now_secs},
-    report::Report,
+    ipc,
+    report::Port,
 };
 
 /// Which flows.
@@ -268,23 +269,24 @@ fn lifetimes(pins: &Pins) -> Result<Lifetimes> {
     Ok(Lifetimes::without_agent(&config.timeouts))
 }
 
-fn names(report: &Report) -> HashMap<u32, String> {
-    let named = report.ports.iter();
+fn names(ports: Vec<Port>) -> HashMap<u32, String> {
+    let named = ports.into_iter();
     named
-        .filter_map(|port| Some((port.id, port.service.clone()?)))
+        .filter_map(|port| Some((port.id, port.service?)))
         .collect()
 }
 
 pub(super) async fn run(args: &ConntrackArgs) -> Result<()> {
     let report = agent(&args.look).await?;
+    let ports = ipc::ports(&args.look.place.run_dir).await?;
     let pins = pins(&args.look)?;
+    let names = ports.map(names);
     if let Some(service) = &args.service {
-        let report = report.as_ref().context(
+        let names = names.as_ref().context(
             "no agent answers, and nobody else knows names; ask by --frontend instead of --service",
         )?;
-        let mut names = report.ports.iter().filter_map(|port| port.service.as_ref());
         anyhow::ensure!(
-            names.any(|name| name == service),
+            names.values().any(|name| name == service),
             "there is no service {service} here; `penstock services` shows all"
         );
     }
@@ -293,7 +295,7 @@ pub(super) async fn run(args: &ConntrackArgs) -> Result<()> {
             Some(report) => report.lifetimes,
             None => lifetimes(&pins)?,
         },
-        names: report.as_ref().map(names).unwrap_or_default(),
+        names: names.unwrap_or_default(),
         now: now_secs(),
     };
     let mut rows = Vec::new();

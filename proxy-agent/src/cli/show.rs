@@ -49,7 +49,7 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) {
 }
 
 pub(super) async fn agent(look: &Look) -> Result<Option<Report>> {
-    ipc::fetch(&look.place.run_dir).await
+    ipc::report(&look.place.run_dir).await
 }
 
 /// The pins, if anything is pinned.
@@ -76,7 +76,7 @@ pub(super) fn pins(look: &Look) -> Result<Pins> {
 }
 
 pub(super) async fn status(look: &Look) -> Result<ExitCode> {
-    let Some(mut report) = agent(look).await? else {
+    let Some(report) = agent(look).await? else {
         let pins = installed(look)?;
         if look.output == Output::Json {
             json(
@@ -100,10 +100,8 @@ pub(super) async fn status(look: &Look) -> Result<ExitCode> {
         ExitCode::FAILURE
     };
     if look.output == Output::Json {
-        report.ports.clear();
         let mut value = serde_json::to_value(&report).context("writing JSON")?;
         if let Some(object) = value.as_object_mut() {
-            object.remove("ports");
             object.insert("running".to_owned(), true.into());
         }
         return json(&value).map(|()| code);
@@ -270,8 +268,8 @@ async fn ports(args: &Counting) -> Result<Vec<report::Port>> {
 }
 
 async fn uncounted(look: &Look) -> Result<Vec<report::Port>> {
-    if let Some(report) = agent(look).await? {
-        return Ok(report.ports);
+    if let Some(ports) = ipc::ports(&look.place.run_dir).await? {
+        return Ok(ports);
     }
     let ports = pinned::ports(&Bpf::open(&pins(look)?)?.observe()?);
     if look.output == Output::Text {

@@ -5,7 +5,7 @@
 //! Invariant: a record is taken
 //! away by moving its state to `RECLAIMING` with one compare-and-exchange, as the programs do.
 
-mod ports;
+mod ends;
 mod table;
 
 use std::{
@@ -20,7 +20,7 @@ use penstock_common::{
     V4, V6, limits,
 };
 
-use ports::Ports;
+use ends::Ends;
 pub use table::Table;
 
 use crate::{
@@ -212,7 +212,7 @@ where
     }
 
     /// Frees flows that have expired.
-    fn sweep(&mut self, ports: &Ports, lifetimes: &Lifetimes, now: u32, refers: bool) -> Sweep {
+    fn sweep(&mut self, ends: &Ends, lifetimes: &Lifetimes, now: u32, refers: bool) -> Sweep {
         let mut sweep = Sweep::default();
         for id in 0..limits::FLOWS {
             if self.table.state(id).load(Ordering::Relaxed) == FlowState::FREE {
@@ -220,7 +220,7 @@ where
             }
             let flow = self.table.read(id);
             let taken = has_expired(&flow, lifetimes, now)
-                .then(|| self.take(ports, id, flow.state))
+                .then(|| self.take(ends, id, flow.state))
                 .flatten();
             let Some(flow) = taken else {
                 sweep.live += 1;
@@ -243,7 +243,7 @@ where
     }
 
     /// Makes a record in this state nobody's but this process's, and its keys lead nowhere.
-    fn take(&mut self, ports: &Ports, id: u32, state: u32) -> Option<Flow<A>> {
+    fn take(&mut self, ends: &Ends, id: u32, state: u32) -> Option<Flow<A>> {
         let claimed = self.table.state(id).compare_exchange(
             state,
             FlowState::RECLAIMING,
@@ -254,18 +254,18 @@ where
         // Again: it may have begun another life in the meantime.
         let flow = self.table.read(id);
         let reply = flow.reply_key();
-        for key in [flow.request_key(), reply] {
-            // An index entry may already lead to another flow's record.
-            if self
-                .index
-                .get(&key, 0)
-                .is_ok_and(|found| found == FlowId(id))
-            {
-                let _ = self.index.remove(&key);
-            }
+        self.unlink(&flow.request_key(), id);
+        if self.unlink(&reply, id) {
+            ends.uncount(&reply);
         }
-        ports.count_end(reply.port_place().index(reply.dst_port.to_host()));
+        ends.give_back(&reply);
         Some(flow)
+    }
+
+    /// Takes a key out, unless it already leads to another flow's record; whether it did.
+    fn unlink(&mut self, key: &FlowKey<A>, id: u32) -> bool {
+        let found = self.index.get(key, 0);
+        found.is_ok_and(|found| found == FlowId(id)) && self.index.remove(key).is_ok()
     }
 }
 
@@ -284,7 +284,7 @@ fn add<A>(ended: &mut Ended, flow: &Flow<A>, counts: &FlowCounts) {
 pub struct Sweeper {
     v4: Swept<V4>,
     v6: Swept<V6>,
-    ports: Ports,
+    ends: Ends,
     keeper: Keeper,
     lifetimes: Lifetimes,
     sweeps: u32,
@@ -316,7 +316,7 @@ impl Sweeper {
                 pins,
                 ["FLOWS6", "FLOW_COUNTS6", "FLOW_INDEX6", "FREE_FLOWS6"],
             )?,
-            ports: Ports::open(pins)?,
+            ends: Ends::open(pins)?,
             keeper: Keeper::open(pins)?,
             lifetimes,
             sweeps: 0,
@@ -335,9 +335,9 @@ impl Sweeper {
         let now = now_secs();
         self.sweeps = self.sweeps.wrapping_add(1);
         let tidies = self.sweeps.is_multiple_of(TIDY);
-        self.ports.doubt();
-        let v4 = self.v4.sweep(&self.ports, &self.lifetimes, now, tidies);
-        let v6 = self.v6.sweep(&self.ports, &self.lifetimes, now, tidies);
+        self.ends.doubt();
+        let v4 = self.v4.sweep(&self.ends, &self.lifetimes, now, tidies);
+        let v6 = self.v6.sweep(&self.ends, &self.lifetimes, now, tidies);
         self.keeper.add([&v4.ended, &v6.ended]);
         if tidies {
             self.keeper.tidy([&v4.referred, &v6.referred]);

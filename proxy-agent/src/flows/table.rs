@@ -12,12 +12,12 @@ use std::{
     num::NonZeroUsize,
     os::fd::AsFd,
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
-use aya::maps::MapData;
+use aya::maps::{Array, Map, MapData};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use penstock_common::{Flow, FlowCounts, FlowState, Plain, Traffic, limits};
+use penstock_common::{Flow, FlowCounts, FlowState, Plain, limits};
 
 use super::FlowsError;
 use crate::dataplane::pins::Pins;
@@ -83,9 +83,11 @@ impl<T: Plain> Mapped<T> {
 }
 
 /// A family's records, and what was counted of their flows.
+///
+/// The counts are not mapped: they would be most of the agent's resident memory, and are wanted of few.
 pub struct Table<A> {
     records: Mapped<Flow<A>>,
-    counts: Mapped<FlowCounts>,
+    counts: Array<MapData, FlowCounts>,
 }
 
 /// How often a record that changes while it is read is read again.
@@ -99,7 +101,12 @@ where
     pub fn open(pins: &Pins, [records, counts]: [&'static str; 2]) -> Result<Self, FlowsError> {
         Ok(Self {
             records: Mapped::open(pins, records, limits::FLOWS)?,
-            counts: Mapped::open(pins, counts, limits::FLOWS)?,
+            counts: Array::try_from(Map::Array(pins.map(counts)?)).map_err(|source| {
+                FlowsError::Map {
+                    map: counts,
+                    source,
+                }
+            })?,
         })
     }
 
@@ -146,27 +153,16 @@ where
 
     /// What was counted of a record's flow.
     pub fn counts(&self, id: u32) -> FlowCounts {
-        self.counts.read(id)
+        self.counts.get(&id, 0).unwrap_or_default()
     }
 
-    /// Takes what was counted of a record's flow, and leaves zeros.
-    pub fn take_counts(&self, id: u32) -> FlowCounts {
-        let take = |number: *mut u64| {
-            // SAFETY: callers give an aligned field of an element in the mapping, which lives as
-            // long as `self`.
-            unsafe { AtomicU64::from_ptr(number) }.swap(0, Ordering::Relaxed)
-        };
-        let counts = self.counts.at(id);
-        // SAFETY: fields' addresses inside the element; nothing is read.
-        let (request, reply) = unsafe { (&raw mut (*counts).request, &raw mut (*counts).reply) };
-        let traffic = |way: *mut Traffic| {
-            // SAFETY: as above.
-            let (packets, bytes) = unsafe { (&raw mut (*way).packets, &raw mut (*way).bytes) };
-            Traffic {
-                packets: take(packets),
-                bytes: take(bytes),
-            }
-        };
-        FlowCounts::new(traffic(request), traffic(reply))
+    /// Takes what was counted of a record's flow that nobody finds any more, and leaves zeros.
+    pub fn take_counts(&mut self, id: u32) -> FlowCounts {
+        let counts = self.counts(id);
+        if counts != FlowCounts::default() {
+            // An array's element is there to be written.
+            let _ = self.counts.set(id, FlowCounts::default(), 0);
+        }
+        counts
     }
 }

@@ -105,8 +105,30 @@ impl State {
     }
 }
 
-/// Why what comes from the outside can't be handed over to all backends on other nodes, if so.
-pub fn obstacle(network: Option<&State>, is_v4: bool) -> Option<&'static str> {
+/// Why what comes from the outside can't be handed over to all backends on other nodes, where that is
+/// so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Obstacles {
+    v4: Option<&'static str>,
+    v6: Option<&'static str>,
+}
+
+impl Obstacles {
+    /// As the network is; none where nobody asked for one.
+    pub fn of(network: Option<&State>) -> Self {
+        Self {
+            v4: obstacle(network, true),
+            v6: obstacle(network, false),
+        }
+    }
+
+    /// That of a family.
+    pub fn to(self, is_v4: bool) -> Option<&'static str> {
+        if is_v4 { self.v4 } else { self.v6 }
+    }
+}
+
+fn obstacle(network: Option<&State>, is_v4: bool) -> Option<&'static str> {
     let Some(state) = network else {
         return Some("there is no overlay between nodes (--network)");
     };

@@ -8,15 +8,15 @@ use core::{
 
 use aya_ebpf::{
     EbpfContext, Global,
-    bindings::BPF_NOEXIST,
+    bindings::{BPF_EXIST, BPF_NOEXIST},
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     maps::lpm_trie::Key,
 };
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
+    Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
-    PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink,
-    limits,
+    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, Vtep,
+    XdpUplink, limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
 
@@ -53,6 +53,17 @@ pub(super) fn copy<T: Plain>(element: *const T) -> T {
     // SAFETY: `element` came from a map look-up of this program run, so it points to a mapped
     // element of the map's value type; `T: Plain` makes any bytes valid.
     unsafe { element.read_volatile() }
+}
+
+/// Adds to the replies that are counted with this key, if it is one's.
+#[inline(always)]
+fn count_responder<A: Addr>(key: &FlowKey<A>, change: u64) {
+    if key.direction != FlowKey::<A>::REPLY {
+        return;
+    }
+    if let Some(count) = RESPONDERS.get_ptr_mut(key.responder().0) {
+        add(count, change);
+    }
 }
 
 /// [`Env::turn`], a function of its own: where it is called from, stacks have no room.
@@ -159,6 +170,15 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn reach(&self) -> u32 {
         REACH.load()
+    }
+
+    #[inline(always)]
+    fn may_respond(&self, responder: Responder) -> bool {
+        RESPONDERS
+            .get_ptr(responder.0)
+            .map(copy)
+            .unwrap_or_default()
+            != 0
     }
 
     #[inline(always)]
@@ -432,6 +452,10 @@ macro_rules! family {
 
             #[inline(always)]
             fn flow_id(&self, key: &FlowKey<$family>) -> Option<FlowId> {
+                if key.direction == FlowKey::<$family>::REPLY && !self.may_respond(key.responder())
+                {
+                    return None;
+                }
                 $index.get_ptr(key).map(copy)
             }
 
@@ -508,13 +532,21 @@ macro_rules! family {
 
             #[inline(always)]
             fn link(&self, key: &FlowKey<$family>, id: FlowId) -> bool {
-                $index.insert(key, id, u64::from(BPF_NOEXIST)).is_ok()
+                // Before, so that whoever finds the key has found it counted.
+                count_responder(key, 1);
+                let is_new = $index.insert(key, id, u64::from(BPF_NOEXIST)).is_ok();
+                if !is_new {
+                    count_responder(key, 1_u64.wrapping_neg());
+                }
+                is_new
             }
 
             #[inline(always)]
             fn unlink(&self, key: &FlowKey<$family>) {
-                // Absent is as good as removed.
-                let _ = $index.remove(key);
+                // Absent is as good as removed, but counted by whoever did.
+                if $index.remove(key).is_ok() {
+                    count_responder(key, 1_u64.wrapping_neg());
+                }
             }
 
             #[inline(always)]
@@ -524,8 +556,8 @@ macro_rules! family {
 
             #[inline(always)]
             fn relink(&self, key: &FlowKey<$family>, id: FlowId) {
-                // The key is there; without memory its record is found to be another's.
-                let _ = $index.insert(key, id, 0);
+                // The key is there, and counted; without memory its record is found to be another's.
+                let _ = $index.insert(key, id, u64::from(BPF_EXIST));
             }
 
             #[inline(always)]

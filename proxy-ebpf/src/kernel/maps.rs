@@ -77,6 +77,8 @@ family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOW
 pub(crate) static PORT_CHUNKS: Array<PortChunk> =
     Array::pinned(limits::PORT_CHUNKS, BPF_F_MMAPABLE);
 #[map]
+pub(crate) static RESPONDERS: Array<u64> = Array::pinned(limits::RESPONDERS, BPF_F_MMAPABLE);
+#[map]
 pub(crate) static SLOTS: Array<BackendId> = Array::pinned(limits::SLOTS, 0);
 /// The agent's alone; defined here so that it is made and pinned like all others.
 #[map]

@@ -137,6 +137,7 @@ fn a_destination_gets_every_port_once_before_one_is_refused() {
         let ports = fill(node.uplink(), family, 0, proto, 500_000);
         assert_whole_range(&ports);
     }
+    node.assert_responders_are_counted();
 }
 
 #[test]
@@ -161,6 +162,7 @@ fn ten_destinations_fill_the_table_and_no_destination_its_ports() {
     assert_eq!(node.count(Counter::FlowTableFull), 1);
     assert_eq!(node.count(Counter::NoSourcePort), 0);
     assert_eq!(node.count(Counter::FlowEvicted), 0);
+    node.assert_responders_are_counted();
 }
 
 #[test]
@@ -204,6 +206,7 @@ fn flows_that_are_over_give_their_ports_up_when_no_other_is_free() {
         let source = (family.overlay(), ports[number as usize]);
         assert_eq!(passed, Some((source, family.backend(0))), "{client:?}");
     }
+    node.assert_responders_are_counted();
 }
 
 /// Sends one opening segment of each of these clients, to the frontends in turns; how many were
@@ -278,6 +281,7 @@ fn a_flood_of_openings_costs_no_established_connection() {
     ];
     let counted: u64 = reasons.map(|reason| node.count(reason)).iter().sum();
     assert_eq!(counted, lost, "who is dropped is counted");
+    node.assert_responders_are_counted();
 }
 
 #[test]
@@ -307,6 +311,7 @@ fn a_flood_to_one_backend_takes_ports_from_itself_alone() {
     }
     let left = u64::from(FLOOD - (PORTS - ESTABLISHED));
     assert_eq!(node.count(Counter::FlowEvicted), left);
+    node.assert_responders_are_counted();
 }
 
 #[test]
@@ -343,6 +348,7 @@ fn a_nearly_full_table_still_finds_the_few_flows_that_give_way() {
         let source = (family.overlay(), port);
         assert_eq!(passed, Some((source, family.backend(to))), "{client:?}");
     }
+    node.assert_responders_are_counted();
 }
 
 #[test]
@@ -381,4 +387,5 @@ fn two_first_packets_of_a_flow_at_once_both_arrive_in_one_flow() {
     }
     assert_eq!(node.count(Counter::FlowRace), 0);
     assert_eq!(node.count(Counter::FlowCreated), u64::from(ROUNDS));
+    node.assert_responders_are_counted();
 }

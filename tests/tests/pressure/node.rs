@@ -4,22 +4,23 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, Queue, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, Queue, lpm_trie::Key},
     programs::{SchedClassifier, TestRunOptions},
 };
 use penstock_agent::{
-    dataplane::pins::Pins,
+    dataplane::{batch, pins::Pins},
     flows::{Lifetimes, Sweeper},
 };
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
-    Forwarding, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Proto, Route, RouteKind,
-    ServiceId, SlotRange, Timeouts, V4, V6, limits,
+    FlowKey, Forwarding, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Plain, Proto, Route,
+    RouteKind, ServiceId, SlotRange, Timeouts, V4, V6, limits,
 };
 
 pub const TCP: u8 = 6;
@@ -311,6 +312,41 @@ impl Node {
     pub fn overlay(&self) -> Uplink<'_> {
         let program = self.ebpf.program("from_overlay").expect("from_overlay");
         Uplink(program.try_into().expect("a classifier"))
+    }
+
+    /// Checks that every reply's key is counted, and nothing else: a reply that is not is taken for no
+    /// flow's, and one too many costs a look-up for each packet of such an end.
+    pub fn assert_responders_are_counted(&self) {
+        let mut counted = vec![0_u64; limits::RESPONDERS as usize];
+        self.count_replies::<V4>("FLOW_INDEX4", &mut counted);
+        self.count_replies::<V6>("FLOW_INDEX6", &mut counted);
+        let map = self.ebpf.map("RESPONDERS").expect("RESPONDERS");
+        let responders: Array<&MapData, u64> = map.try_into().expect("an array");
+        let held: Vec<u64> = responders
+            .iter()
+            .map(|count| count.expect("a count"))
+            .collect();
+        assert!(
+            held == counted,
+            "of {} replies",
+            counted.iter().sum::<u64>()
+        );
+    }
+
+    fn count_replies<A: Addr>(&self, name: &str, counted: &mut [u64])
+    where
+        FlowKey<A>: Plain + Default,
+    {
+        let map = self.ebpf.map(name).expect(name);
+        let (Map::HashMap(data) | Map::LruHashMap(data)) = map else {
+            panic!("{name} is no hash table");
+        };
+        let all = batch::lookup_all::<FlowKey<A>, FlowId>(data.fd().as_fd(), 8_192);
+        for (key, _) in all.expect(name) {
+            if key.direction == FlowKey::<A>::REPLY {
+                counted[key.responder().0 as usize] += 1;
+            }
+        }
     }
 
     /// A counter's sum over all CPUs.

@@ -135,6 +135,11 @@ impl World {
         (self.services.len(), self.slices.len(), endpoints)
     }
 
+    /// Whether there is such a service, or such a pod with host ports.
+    pub fn has(&self, name: &ObjectName) -> bool {
+        self.services.contains_key(name) || self.host_ports.contains_key(name)
+    }
+
     /// The services' names.
     pub fn services(&self) -> impl Iterator<Item = &ObjectName> {
         self.services.keys()

@@ -1,4 +1,7 @@
-//! What is known of source ports, as memory that the kernel's programs share.
+//! What is known of flows' ends, as memory that the kernel's programs share: source ports, and who
+//! replies.
+//!
+//! Invariant: no element of `RESPONDERS` is ever less than the keys that it counts.
 #![expect(
     unsafe_code,
     reason = "the elements are memory shared with the kernel's programs"
@@ -6,23 +9,25 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use penstock_common::{PortChunk, limits};
+use penstock_common::{Addr, FlowKey, PortChunk, limits};
 
 use super::{FlowsError, table::Mapped};
 use crate::dataplane::pins::Pins;
 
-/// What is known of source ports.
-pub(super) struct Ports {
+/// What is known of source ports and of who replies.
+pub(super) struct Ends {
     chunks: Mapped<PortChunk>,
+    responders: Mapped<u64>,
     /// How often [`Self::doubt`] was called.
     doubts: u32,
 }
 
-impl Ports {
-    /// Maps the pinned array.
+impl Ends {
+    /// Maps the pinned arrays.
     pub(super) fn open(pins: &Pins) -> Result<Self, FlowsError> {
         Ok(Self {
             chunks: Mapped::open(pins, "PORT_CHUNKS", limits::PORT_CHUNKS)?,
+            responders: Mapped::open(pins, "RESPONDERS", limits::RESPONDERS)?,
             doubts: 0,
         })
     }
@@ -38,8 +43,20 @@ impl Ports {
         self.doubts = self.doubts.wrapping_add(1);
     }
 
-    /// Says that a port of a chunk was given back, after it was.
-    pub(super) fn count_end(&self, index: u32) {
+    /// Says that a reply's key was taken out of the index, after it was.
+    pub(super) fn uncount<A: Addr>(&self, reply: &FlowKey<A>) {
+        let count = self.responders.at(reply.responder().0);
+        // SAFETY: an element in the mapping, aligned, which lives as long as `self`, and which is only
+        // ever changed atomically.
+        unsafe { AtomicU64::from_ptr(count) }.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Says that a reply's port was given back, after it was.
+    pub(super) fn give_back<A: Addr>(&self, reply: &FlowKey<A>) {
+        self.count_end(reply.port_place().index(reply.dst_port.to_host()));
+    }
+
+    fn count_end(&self, index: u32) {
         let chunk = self.chunks.at(index % limits::PORT_CHUNKS);
         // SAFETY: an aligned field of an element in the mapping, which lives as long as `self`, and
         // which is only ever changed atomically.
