@@ -110,7 +110,7 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     if way == 0
         && let Some(stand_in) = source::<F, M>(ingress, maps, segment, backend)?
     {
-        if handover::is_tunnels(maps, segment.proto, chosen.backend.port) {
+        if tunnel::is_tunnels(maps, segment.proto, chosen.backend.port) {
             return Err(Counter::TunnelForged);
         }
         opening.source = stand_in;

@@ -17,6 +17,7 @@ use crate::{
     packet::{Packet, Refused},
     parse,
     pod::{self, Verdict},
+    tunnel,
 };
 
 /// A packet that a pod sent, its service translated if there was one.
@@ -58,7 +59,7 @@ fn somebody_elses<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     match F::network(packet, ETHERNET) {
-        Some(header) if !handover::forges(packet, maps, &header) => Ok(Verdict::Pass),
+        Some(header) if !tunnel::forges(packet, maps, &header) => Ok(Verdict::Pass),
         _ if maps.overlay().ifindex == 0 => Ok(Verdict::Pass),
         _ => Err(Counter::TunnelForged),
     }
@@ -77,7 +78,7 @@ fn leaving<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     }
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    if handover::forges(packet, maps, &header) {
+    if tunnel::forges(packet, maps, &header) {
         return Err(Counter::TunnelForged);
     }
     Ok(match header.proto {
@@ -142,7 +143,7 @@ pub fn disguise<F: Family, M: Maps<F>>(
     let opening = maps.opening().ok_or(Counter::FlowTableFull)?;
     let reply = opening.key(FlowKey::<F::Addr>::REPLY);
     if let Some(source) = source_outside::<F, M>(maps, packet.ifindex(), &reply.dst, &reply.src) {
-        if handover::is_tunnels(maps, reply.proto, reply.src_port) {
+        if tunnel::is_tunnels(maps, reply.proto, reply.src_port) {
             return Err(Counter::TunnelForged);
         }
         opening.set_source(source, opening.flags() | FlowFlags::MASQUERADE);

@@ -423,27 +423,3 @@ pub fn came_back<F: Family, M: Maps<F>>(
 pub(crate) fn may_be_split_of<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr) -> bool {
     maps.network() & F::HANDOVER != 0 && !maps.is(src, AddressKind::NODE)
 }
-
-/// Whether a packet, once this node has sent it, would look like one of its tunnels'.
-#[inline(always)]
-pub(crate) fn is_tunnels<F: Family>(maps: &impl Maps<F>, proto: Proto, to: Be16) -> bool {
-    if proto != Proto::UDP {
-        return false;
-    }
-    let overlay = maps.overlay();
-    overlay.ifindex != 0 && to == overlay.port
-}
-
-/// The same of a packet by its headers. Later fragments go nowhere without their first.
-#[inline(always)]
-pub(crate) fn forges<F: Family>(
-    packet: &impl Packet,
-    maps: &impl Maps<F>,
-    header: &Network,
-) -> bool {
-    if header.proto != Proto::UDP || header.fragment.is_later {
-        return false;
-    }
-    let to: Option<Be16> = packet.load(header.transport + 2);
-    to.is_some_and(|to| is_tunnels(maps, Proto::UDP, to))
-}

@@ -5,7 +5,7 @@ use penstock_common::{Be16, Counter, FlowFlags, Proto};
 
 use crate::{
     env::Maps,
-    family::{ETHERNET, Family},
+    family::{ETHERNET, Family, Network},
     packet::Packet,
     parse,
     pod::{self, Back, Verdict},
@@ -49,4 +49,28 @@ pub fn to_uplink<F: Family, M: Maps<F>>(
             _ => Verdict::Pass,
         }),
     }
+}
+
+/// Whether a packet, once this node has sent it, would look like one of its tunnels'.
+#[inline(always)]
+pub(crate) fn is_tunnels<F: Family>(maps: &impl Maps<F>, proto: Proto, to: Be16) -> bool {
+    if proto != Proto::UDP {
+        return false;
+    }
+    let overlay = maps.overlay();
+    overlay.ifindex != 0 && to == overlay.port
+}
+
+/// The same of a packet by its headers. Later fragments go nowhere without their first.
+#[inline(always)]
+pub(crate) fn forges<F: Family>(
+    packet: &impl Packet,
+    maps: &impl Maps<F>,
+    header: &Network,
+) -> bool {
+    if header.proto != Proto::UDP || header.fragment.is_later {
+        return false;
+    }
+    let to: Option<Be16> = packet.load(header.transport + 2);
+    to.is_some_and(|to| is_tunnels(maps, Proto::UDP, to))
 }

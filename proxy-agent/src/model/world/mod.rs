@@ -13,6 +13,8 @@ use std::{
     sync::Arc,
 };
 
+use penstock_common::Forwarding;
+
 use super::{
     node_ports::NodePorts,
     object::{
@@ -22,7 +24,6 @@ use super::{
     port::HostPort,
 };
 use claims::{Claim, Claimed, claimed, claims};
-use penstock_common::Forwarding;
 
 /// What the sources said.
 #[derive(Debug)]
