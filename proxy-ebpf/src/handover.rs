@@ -385,7 +385,11 @@ pub fn hand_back<F: Family, M: Maps<F>>(
 ) -> Result<Verdict, Counter> {
     let (header, addrs) = pod::headers::<F>(packet)?;
     let known = answered::<F, M>(packet, maps, &header, addrs, false)?;
-    let Vtep { v4, v6 } = maps.flow_vtep(known.id);
+    let vtep = maps.flow_vtep(known.id);
+    if vtep == Vtep::default() {
+        // The client's way changed in the middle of the flow, and leads to this node now.
+        return Ok(Verdict::Leave);
+    }
     let hops = forward::hops::<F>(packet).ok_or(Counter::HopLimit)?;
     let overlay = maps.overlay();
     if !packet.fits(overlay.ifindex, overlay.mtu) {
@@ -398,8 +402,8 @@ pub fn hand_back<F: Family, M: Maps<F>>(
     maps.count(Counter::OverlaySent);
     Ok(Verdict::Overlay(Route {
         kind: RouteKind::OVERLAY,
-        underlay4: v4,
-        underlay6: v6,
+        underlay4: vtep.v4,
+        underlay6: vtep.v6,
     }))
 }
 

@@ -245,7 +245,10 @@ mod programs {
                 match verdict {
                     LEAVE => $leave(skb),
                     TOO_LONG => $shorten(skb),
-                    HAND_BACK => $hand_back(skb),
+                    HAND_BACK => match $hand_back(skb) {
+                        LEAVE => $leave(skb),
+                        verdict => verdict,
+                    },
                     // Nothing of ours after all.
                     OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,
                     // The flow was gone again before its first packet.
@@ -262,10 +265,12 @@ mod programs {
             /// What the kernel sends to the outside.
             #[inline(always)]
             fn $outbound(skb: *mut __sk_buff) -> i32 {
-                match $to_uplink(skb) {
-                    HAND_BACK => $hand_back(skb),
-                    verdict => verdict,
+                let mut verdict = $to_uplink(skb);
+                if verdict == HAND_BACK {
+                    verdict = $hand_back(skb);
                 }
+                // It is about to.
+                if verdict == LEAVE { NEXT } else { verdict }
             }
 
             /// What enters the overlay.

@@ -7,7 +7,7 @@
 
 use penstock_common::{
     Addr, AddressKind, Be16, Counter, FlowFlags, FlowId, FlowKey, Frontend, FrontendKey,
-    NetworkFlags, Proto, Responder, Route,
+    NetworkFlags, Proto, Responder, Route, Vtep,
 };
 
 use crate::{
@@ -197,6 +197,10 @@ pub fn request<F: Family, M: Maps<F>>(
     }
     if known.flags & FlowFlags::HANDED_OVER != 0 {
         return Ok(Verdict::HandOver);
+    }
+    if known.flags & FlowFlags::GOES_BACK != 0 {
+        // It has come here by itself this time.
+        maps.set_flow_vtep(known.id, &Vtep::default());
     }
     parse::remember_ports::<F>(maps, &header, &segment);
     flow::follow(maps, &known, &segment, false);

@@ -11,7 +11,7 @@ use penstock_testbed::{
 };
 use serde_json::Value;
 
-use crate::stage::{Answer, Pods, Stage, ask, failure, same_family};
+use crate::stage::{Answer, BALANCER, Pods, Stage, ask, failure, same_family};
 
 const ANNOTATION: &str = "penstock.io/forwarding";
 /// Ways that keep the client's address.
@@ -106,6 +106,11 @@ fn a_backend_elsewhere_sees_the_client() -> Result<()> {
 #[test]
 fn a_backend_elsewhere_sees_the_client_past_xdp() -> Result<()> {
     sees_the_client(&["--xdp", "generic"])
+}
+
+#[test]
+fn a_backend_whose_replies_the_kernel_sends_sees_the_client() -> Result<()> {
+    sees_the_client(&["--no-masquerade"])
 }
 
 fn sees_the_client(options: &[&str]) -> Result<()> {
@@ -322,6 +327,47 @@ fn a_change_of_the_way_loses_no_connection() -> Result<()> {
         agent.kill();
     }
     ask_again(&mut crowds, "without agents")
+}
+
+#[test]
+fn a_client_whose_way_changes_to_the_backends_node_stays_connected() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    for way in WAYS {
+        let stage = Stage::new(Pods::Wired)?;
+        reached_by(&stage, way)?;
+        // The other node has the service, too, and its load balancer's addresses.
+        let manifest = stage.nodes[0].read_manifest("web.json")?;
+        stage.nodes[1].manifest("web.json", &manifest)?;
+        eventually("both nodes serve it", || {
+            let ports = stage.agents[1].show("services")?.to_string();
+            ensure!(BALANCER.iter().all(|ip| ports.contains(ip)), "{ports}");
+            Ok(())
+        })?;
+        let mut crowds = Vec::new();
+        for protocol in PROTOCOLS {
+            let to = [2, 3].map(|index: usize| stage.addresses(protocol)[index]);
+            let mut crowd = crowd(&stage.client, protocol, &to)?;
+            was_answered(&mut crowd)?;
+            crowds.push((way, crowd));
+        }
+        for entry in [1, 0] {
+            for ip in BALANCER {
+                let via = same_family(&stage.nodes[entry].host, ip.parse()?).to_string();
+                let route = ["route", "replace", ip, "via", &via];
+                stage.client.run("ip", &route)?;
+            }
+            let before = Counts::of(&stage)?;
+            ask_again(&mut crowds, &format!("by node {entry}"))?;
+            if entry == 1 {
+                assert_eq!(Counts::of(&stage)?, before, "{way:?}");
+            } else {
+                before.show(&stage, way)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]
