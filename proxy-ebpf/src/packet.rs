@@ -1,6 +1,6 @@
 //! A frame in the kernel's hands.
 
-use penstock_common::Plain;
+use penstock_common::{Plain, Vtep};
 
 use crate::checksum::Delta;
 
@@ -68,4 +68,13 @@ pub trait Packet {
 
     /// Makes the frame `length` bytes long.
     fn resize(&mut self, length: u32) -> Result<(), Refused>;
+
+    /// Where a frame that came through a tunnel was sent from.
+    #[inline(always)]
+    fn tunnel_source(&self) -> Option<Vtep> {
+        None
+    }
+
+    /// Takes the frame for this host's, whatever its Ethernet address says.
+    fn take_in(&mut self) -> Result<(), Refused>;
 }

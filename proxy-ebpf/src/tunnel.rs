@@ -6,15 +6,17 @@
 //! its source is a pod of. All else the kernel unwraps: what may be a reply to a translated request,
 //! what is for the node itself, fragments, whatever is unusual.
 
-use penstock_common::{Be16, Counter, Proto, Route, RouteKind, ShortcutKind, V4, V6};
+use penstock_common::{
+    Be16, Counter, FlowFlags, OVERLAY_MAC, Proto, Route, RouteKind, ShortcutKind, V4, V6,
+};
 
 use crate::{
     env::{Maps, Way},
-    family::{ETHERNET, Family},
+    family::{ETHERNET, Family, Network},
     forward,
     packet::Packet,
     parse,
-    pod::{self, Verdict},
+    pod::{self, Back, Verdict},
 };
 
 /// The length of a UDP header (RFC 768), in bytes.
@@ -50,7 +52,10 @@ pub fn to_uplink<F: Family, M: Maps<F>>(
 ) -> Result<Verdict, Counter> {
     match parse::addrs::<F>(packet, ETHERNET) {
         Some((src, _)) if is_own::<F, M>(packet, maps, &src) => Ok(Verdict::Pass),
-        _ => pod::returning::<F, M>(packet, maps),
+        _ => Ok(match pod::back::<F, M>(packet, maps)? {
+            Back::Reply(flags) if flags & FlowFlags::GOES_BACK != 0 => Verdict::HandBack,
+            _ => Verdict::Pass,
+        }),
     }
 }
 
@@ -76,6 +81,10 @@ pub fn unwrap<F: Family, M: Maps<F> + Maps<V4> + Maps<V6>>(
     // A checksum over all of it is the kernel's to check.
     let checksum: Option<u16> = packet.load(ETHERNET + F::HEADER + 6);
     if header.transport != ETHERNET + F::HEADER || header.fragment.is_part || checksum != Some(0) {
+        return Ok(Verdict::Pass);
+    }
+    // Other addresses say that a flow is handed over.
+    if packet.load(at) != Some(OVERLAY_MAC) {
         return Ok(Verdict::Pass);
     }
     let ethertype: Option<u16> = packet.load(at + ETHERNET - 2);
@@ -142,4 +151,28 @@ fn arrival<F: Family, M: Maps<F>>(maps: &M, ifindex: u32, ends: &(F::Addr, F::Ad
     }
     maps.note_way(changed, ifindex, ends, &way);
     way
+}
+
+/// Whether a packet, once this node has sent it, would look like one of its tunnels'.
+#[inline(always)]
+pub(crate) fn is_tunnels<F: Family>(maps: &impl Maps<F>, proto: Proto, to: Be16) -> bool {
+    if proto != Proto::UDP {
+        return false;
+    }
+    let overlay = maps.overlay();
+    overlay.ifindex != 0 && to == overlay.port
+}
+
+/// The same of a packet by its headers. Later fragments go nowhere without their first.
+#[inline(always)]
+pub(crate) fn forges<F: Family>(
+    packet: &impl Packet,
+    maps: &impl Maps<F>,
+    header: &Network,
+) -> bool {
+    if header.proto != Proto::UDP || header.fragment.is_later {
+        return false;
+    }
+    let to: Option<Be16> = packet.load(header.transport + 2);
+    to.is_some_and(|to| is_tunnels(maps, Proto::UDP, to))
 }

@@ -18,11 +18,12 @@ use aya_ebpf::{
     helpers::generated::{
         bpf_check_mtu, bpf_csum_level, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
         bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_tail,
-        bpf_skb_pull_data, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
+        bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use penstock_common::{Addr, Plain, Proto, Route, V4, V6};
+use penstock_common::{Addr, Plain, Proto, Route, V4, V6, Vtep};
 use penstock_ebpf::{
     checksum::Delta,
     family::{ETHERNET, Family},
@@ -38,8 +39,12 @@ const LOOKED_AT: u32 = 256;
 /// is yet to be cut.
 const BPF_MTU_CHK_SEGS: u64 = 1;
 
-/// From the kernel's uapi/linux/if_packet.h.
+/// From the kernel's uapi/linux/if_packet.h, as the one below.
+const PACKET_HOST: u32 = 0;
 const PACKET_OTHERHOST: u32 = 3;
+
+/// The part of a tunnel's key that all kernels know; later ones added a local address.
+const TUNNEL_KEY: usize = offset_of!(bpf_tunnel_key, __bindgen_anon_2);
 
 /// A socket buffer.
 pub(crate) struct Skb<'a>(&'a TcContext);
@@ -103,8 +108,6 @@ impl<'a> Skb<'a> {
     /// Gives the packet a tunnel.
     #[inline(always)]
     pub(crate) fn tunnel(&self, route: &Route, vni: u32) -> Result<(), Refused> {
-        // The part of the structure that all kernels know; later ones added a local address.
-        const KNOWN: usize = offset_of!(bpf_tunnel_key, __bindgen_anon_2);
         // SAFETY: the structure is plain numbers.
         let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
         key.tunnel_id = vni;
@@ -117,9 +120,14 @@ impl<'a> Skb<'a> {
             // The inner packet has a checksum of its own (RFC 7348, 5).
             BPF_F_ZERO_CSUM_TX
         };
-        // SAFETY: the helper reads `KNOWN` bytes of the structure within this call.
+        // SAFETY: the helper reads `TUNNEL_KEY` bytes of the structure within this call.
         done(unsafe {
-            bpf_skb_set_tunnel_key(self.0.skb.skb, &mut key, KNOWN as u32, u64::from(flags))
+            bpf_skb_set_tunnel_key(
+                self.0.skb.skb,
+                &mut key,
+                TUNNEL_KEY as u32,
+                u64::from(flags),
+            )
         })
     }
 
@@ -327,5 +335,40 @@ impl Packet for Skb<'_> {
     fn resize(&mut self, length: u32) -> Result<(), Refused> {
         // SAFETY: the helper checks the length.
         done(unsafe { bpf_skb_change_tail(self.0.skb.skb, length, 0) })
+    }
+
+    #[inline(always)]
+    fn tunnel_source(&self) -> Option<Vtep> {
+        // SAFETY: the structure is plain numbers.
+        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        let skb = self.0.skb.skb;
+        let mut ask = |flags: u32| {
+            // SAFETY: the helper writes `TUNNEL_KEY` bytes of the structure within this call.
+            done(unsafe {
+                bpf_skb_get_tunnel_key(skb, &mut key, TUNNEL_KEY as u32, u64::from(flags))
+            })
+            .map(|()| key.__bindgen_anon_1)
+        };
+        if let Ok(remote) = ask(0) {
+            // SAFETY: any bits are an address; the helper says that it is this one.
+            let raw = unsafe { remote.remote_ipv4 }.to_be();
+            return Some(Vtep {
+                v4: V4::from_raw(raw),
+                ..Vtep::default()
+            });
+        }
+        let remote = ask(BPF_F_TUNINFO_IPV6).ok()?;
+        // SAFETY: as above.
+        let raw = unsafe { remote.remote_ipv6 };
+        Some(Vtep {
+            v6: V6::from_raw(raw),
+            ..Vtep::default()
+        })
+    }
+
+    #[inline(always)]
+    fn take_in(&mut self) -> Result<(), Refused> {
+        // SAFETY: the helper takes plain numbers.
+        done(unsafe { bpf_skb_change_type(self.0.skb.skb, PACKET_HOST) })
     }
 }

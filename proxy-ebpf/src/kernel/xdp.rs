@@ -133,4 +133,10 @@ impl Packet for Xdp<'_> {
         // Nothing that changes a frame's length is done here.
         Err(Refused)
     }
+
+    #[inline(always)]
+    fn take_in(&mut self) -> Result<(), Refused> {
+        // Nothing comes out of a tunnel here.
+        Err(Refused)
+    }
 }

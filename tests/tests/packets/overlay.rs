@@ -175,6 +175,8 @@ struct Tunnel {
     checksum: u16,
     fragment: Option<(u32, u16, bool)>,
     options: usize,
+    /// Where the frame inside goes.
+    mac: [u8; 6],
 }
 
 impl Tunnel {
@@ -185,6 +187,7 @@ impl Tunnel {
             checksum: 0,
             fragment: None,
             options: 0,
+            mac: OVERLAY_MAC,
         }
     }
 
@@ -198,7 +201,8 @@ impl Tunnel {
         segment.extend(self.checksum.to_be_bytes());
         segment.extend([8, 0, 0, 0]);
         segment.extend((self.vni << 8).to_be_bytes());
-        segment.extend(inner);
+        segment.extend(self.mac);
+        segment.extend(&inner[6..]);
         let outer = Spec {
             fragment: self.fragment,
             options: self.options,
@@ -272,6 +276,14 @@ fn what_is_unusual_is_left_in_its_tunnel() {
                     "a checksum",
                     Tunnel {
                         checksum: 0x1234,
+                        ..peer()
+                    }
+                    .wrap(&inner),
+                ),
+                (
+                    "handed over",
+                    Tunnel {
+                        mac: [6, 0, 0, 0, 0, 1],
                         ..peer()
                     }
                     .wrap(&inner),
