@@ -62,7 +62,10 @@ const TESTS: &[Group] = &[
     ),
     (
         "packets",
-        &["xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone"],
+        &[
+            "xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone",
+            "overlay::what_comes_through_a_tunnel_goes_into_its_pod",
+        ],
     ),
     (
         "pressure",
