@@ -19,6 +19,7 @@ use tokio::{
 use crate::{
     attach::follow::WireRequest,
     metrics::Vitals,
+    network::Obstacles,
     plan::planner::PortView,
     report::{Port, Report},
 };
@@ -27,8 +28,8 @@ use crate::{
 pub enum Query {
     /// How the agent is.
     Report(oneshot::Sender<Report>),
-    /// Every port that the kernel holds.
-    Ports(oneshot::Sender<Vec<PortView>>),
+    /// Every port that the kernel holds, and why clients outside may not be handed over.
+    Ports(oneshot::Sender<(Vec<PortView>, Obstacles)>),
     /// How the agent is, in short.
     Vitals(oneshot::Sender<Vitals>),
     /// Whether pods can be given a network.
@@ -92,8 +93,8 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
             .await
             .map(|report| json(&report)),
         Ok(Request::Ports) => {
-            if let Some(views) = ask(&queries, Query::Ports).await {
-                tell_ports(stream, views).await;
+            if let Some((views, obstacles)) = ask(&queries, Query::Ports).await {
+                tell_ports(stream, views, obstacles).await;
             }
             return;
         }
@@ -122,13 +123,15 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
 }
 
 /// Writes all ports one by one: in words they take many times the memory that the agent has them in.
-async fn tell_ports(stream: UnixStream, views: Vec<PortView>) {
+async fn tell_ports(stream: UnixStream, views: Vec<PortView>, obstacles: Obstacles) {
     let tell = move || -> io::Result<()> {
         let stream = stream.into_std()?;
         stream.set_nonblocking(false)?;
         stream.set_write_timeout(Some(ANSWERING))?;
         let mut writer = BufWriter::new(stream);
-        let ports = views.iter().map(Port::from);
+        let ports = views
+            .iter()
+            .map(|view| Port::from(view).forwarded(obstacles));
         serde_json::Serializer::new(&mut writer).collect_seq(ports)?;
         writer.write_all(b"\n")?;
         writer.flush()

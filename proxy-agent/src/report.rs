@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use penstock_cni::state::Attachment;
-use penstock_common::{Algorithm, BackendFlags, BackendId, FrontendFlags, ServiceId};
+use penstock_common::{Algorithm, BackendFlags, BackendId, Forwarding, FrontendFlags, ServiceId};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -147,6 +147,12 @@ pub struct Port {
     /// How new connections are spread over backends.
     #[serde(default)]
     pub algorithm: String,
+    /// How clients outside reach backends on other nodes.
+    #[serde(default)]
+    pub forwarding: String,
+    /// Why that can't be so for all of them, who see this node's address instead; nothing likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forwarding_obstacle: Option<String>,
     /// Who may serve whom.
     #[serde(flatten)]
     pub policies: Policies,
@@ -174,6 +180,15 @@ pub struct Backend {
 }
 
 impl Port {
+    /// Says so where the way that clients outside are to take can't be taken.
+    pub fn forwarded(mut self, obstacles: network::Obstacles) -> Self {
+        if self.forwarding != Forwarding::default().label() {
+            let obstacle = obstacles.to(self.family == "IPv4");
+            self.forwarding_obstacle = obstacle.map(str::to_owned);
+        }
+        self
+    }
+
     /// Takes in what was counted of it and of its backends.
     pub fn count(&mut self, all: &Statistics) {
         let is_v4 = self.family == "IPv4";
@@ -234,6 +249,8 @@ impl From<&PortView> for Port {
             stats: None,
             affinity_secs: first.affinity_secs,
             algorithm: Algorithm::of(first.flags).label().to_owned(),
+            forwarding: Forwarding::of(flags).label().to_owned(),
+            forwarding_obstacle: None,
             policies: Policies::of(flags),
             backends: view
                 .backends

@@ -12,7 +12,7 @@ use penstock_agent::{
     api::{Decoded, Decoder},
     model::object::{Kind, Object},
 };
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Forwarding};
 use proptest::prelude::*;
 
 const GOOD: &str = r#"apiVersion: v1
@@ -106,6 +106,23 @@ fn annotations_say_algorithms_and_weights() {
 }
 
 #[test]
+fn annotations_say_how_backends_are_reached() {
+    for forwarding in Forwarding::ALL {
+        let annotation = format!("penstock.io/forwarding: {}", forwarding.label());
+        let found = objects(&annotated(&annotation, ""));
+        let [Object::Service(service), _] = found.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(service.forwarding, forwarding);
+    }
+    let found = objects(&annotated("", ""));
+    let [Object::Service(service), _] = found.as_slice() else {
+        panic!("{found:?}");
+    };
+    assert_eq!(service.forwarding, Forwarding::Snat);
+}
+
+#[test]
 fn annotations_that_say_nothing_known_are_refused() {
     let algorithm = |name: &str| annotated(&format!("penstock.io/algorithm: {name}"), "");
     let weights = |text: &str| annotated("", &format!("penstock.io/weights: '{text}'"));
@@ -114,6 +131,10 @@ fn annotations_that_say_nothing_known_are_refused() {
             algorithm("least-connections"),
             "annotation penstock.io/algorithm \"least-connections\" is none of random, round-robin, \
              source-hash, maglev, weighted",
+        ),
+        (
+            annotated("penstock.io/forwarding: ipip", ""),
+            "annotation penstock.io/forwarding \"ipip\" is none of snat, tunnel, dsr",
         ),
         (algorithm("''"), "penstock.io/algorithm \"\" is none of"),
         (algorithm("[random]"), "expected string"),

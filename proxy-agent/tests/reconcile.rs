@@ -23,7 +23,7 @@ use penstock_agent::{
     },
     reconcile::Reconciler,
 };
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Forwarding};
 use proptest::prelude::*;
 
 /// One thing that happens.
@@ -225,6 +225,10 @@ fn object(step: &Step) -> Option<Object> {
             // The default more often than others.
             algorithm: Algorithm::ALL
                 .get(usize::from(*algorithm))
+                .copied()
+                .unwrap_or_default(),
+            forwarding: Forwarding::ALL
+                .get(usize::from(*algorithm) % 4)
                 .copied()
                 .unwrap_or_default(),
             internal_policy: policy(*local),

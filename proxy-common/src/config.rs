@@ -41,6 +41,11 @@ impl NetworkFlags {
     pub const FORWARD: u32 = 1;
     /// What pods send to the outside gets the node's address.
     pub const MASQUERADE: u32 = 2;
+    /// There is an overlay in which the ends of pods' IPv4 addresses tell them apart
+    /// ([`crate::Handover`]).
+    pub const HANDOVER4: u32 = 4;
+    /// The same for IPv6.
+    pub const HANDOVER6: u32 = 8;
 }
 
 /// The one element of `CONFIG`.

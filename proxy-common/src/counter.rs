@@ -52,6 +52,10 @@ counters! {
     ExternalReply = "external_reply", COUNT;
     /// Packets from the outside that XDP translated and sent on; each is counted as what it is, too.
     ExternalXdp = "external_xdp", COUNT;
+    /// Packets from the outside sent as they came to the node of their backend.
+    HandedOver = "handed_over", COUNT;
+    /// Replies sent back through the overlay to the node that their clients speak to.
+    HandedBack = "handed_back", COUNT;
     /// Replies translated back at a pod.
     PacketReply = "packet_reply", COUNT;
     /// ICMP errors translated together with the packet that they quote.
@@ -103,6 +107,15 @@ counters! {
     BackendMissing = "backend_missing", DROP;
     /// Dropped: a packet in the overlay to an address that is on no other node.
     OverlayNoRoute = "overlay_no_route", DROP;
+    /// Dropped: a packet in the overlay that claims to be handed over, from an address that is no
+    /// node's.
+    HandoverForged = "handover_forged", DROP;
+    /// Dropped: a packet that another node handed over, of no flow or for no pod of this node.
+    HandoverUnknown = "handover_unknown", DROP;
+    /// Dropped: a packet of a pod that would look as if a node sent it through the overlay.
+    TunnelForged = "tunnel_forged", DROP;
+    /// Dropped: a packet that may go no further, to or from a backend of another node.
+    HopLimit = "hop_limit", DROP;
     /// Dropped: the kernel refused to change the packet.
     RewriteFailed = "rewrite_failed", DROP;
 }

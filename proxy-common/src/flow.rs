@@ -177,6 +177,15 @@ impl FlowFlags {
     /// From the outside: packets of this flow go on as they are, without the kernel's routing where
     /// their source is this node's.
     pub const EXTERNAL: u16 = 4;
+    /// Handed over to the backend's node, as packets came ([`crate::Handover`]). Replies come back
+    /// here.
+    pub const TUNNEL: u16 = 32;
+    /// Handed over likewise; replies are not seen here.
+    pub const DSR: u16 = 64;
+    /// Either of the two.
+    pub const HANDED_OVER: u16 = Self::TUNNEL | Self::DSR;
+    /// Another node handed it over, and gets the replies: `FLOW_VTEPS` says which.
+    pub const GOES_BACK: u16 = 128;
 }
 
 /// Bits of [`Flow::fins`]: who has sent a FIN in a flow that is established yet.

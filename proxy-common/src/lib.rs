@@ -18,6 +18,7 @@
 //! | `FLOW_INDEX4/6` | hash | [`FlowKey`] → [`FlowId`] | programs; agent deletes | as `FLOWS` |
 //! | `FLOWS4/6` | array, mmapable | [`FlowId`] → [`Flow`] | programs; agent reclaims | embryonic and closing flows go first |
 //! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
+//! | `FLOW_VTEPS4/6` | array | [`FlowId`] → [`Vtep`] that a flow's requests come from through the overlay, where replies go back | programs | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `RESPONDERS` | array, mmapable | [`Responder`] → how many replies' keys `FLOW_INDEX` has, or is about to have or has just had | both | responders share elements |
@@ -36,6 +37,7 @@
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
 //! | `SHORTCUTS4/6` | per-CPU array | a hash of interface and ends → [`Shortcut`] | programs | ends share elements: the last one has it |
 //! | `CHANGED` | array of 1 | 0 → when a table was last written that shortcuts spare, in nanoseconds since boot | agent | |
+//! | `VTEPS` | hash | [`Vtep`] of another node → 1 | agent | reported; nothing is handed over |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
@@ -47,6 +49,7 @@ mod config;
 mod count;
 mod counter;
 mod flow;
+mod forwarding;
 mod net;
 mod network;
 mod plain;
@@ -61,6 +64,7 @@ pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
 };
+pub use forwarding::{Forwarding, Handover, Vtep};
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
     Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Shortcut,
@@ -77,7 +81,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// How many entries each map holds.
 pub mod limits {
@@ -128,6 +132,8 @@ pub mod limits {
     pub const ROUTES: u32 = 65_536;
     /// Places for shortcuts of one family, on each CPU.
     pub const SHORTCUTS: u32 = 512;
+    /// Other nodes' ends of tunnels.
+    pub const VTEPS: u32 = 16_384;
     /// Interfaces to the outside.
     pub const UPLINKS: u32 = 256;
     /// How deep below the root an excluded cgroup may lie.

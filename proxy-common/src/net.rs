@@ -69,6 +69,10 @@ pub trait Addr: Plain + Eq + Default {
     ///
     /// It identifies a client whose own address is not known: inside 0.0.0.0/8 or `::/64`.
     fn from_cookie(cookie: u64) -> Self;
+    /// Its last 64 bits as they lie in memory; an IPv4 address is the second half.
+    fn suffix(&self) -> [u32; 2];
+    /// The address that begins as this one and ends in a suffix.
+    fn with_suffix(self, suffix: [u32; 2]) -> Self;
     /// The IPv6 form: an IPv4 address is mapped into `::ffff:0:0/96` (RFC 4291, 2.5.5.2).
     fn mapped(&self) -> V6;
 
@@ -174,6 +178,16 @@ impl Addr for V4 {
     }
 
     #[inline(always)]
+    fn suffix(&self) -> [u32; 2] {
+        [0, self.0]
+    }
+
+    #[inline(always)]
+    fn with_suffix(self, [_, end]: [u32; 2]) -> Self {
+        Self(end)
+    }
+
+    #[inline(always)]
     fn from_cookie(cookie: u64) -> Self {
         Self((cookie as u32 & 0x00ff_ffff).to_be())
     }
@@ -188,6 +202,18 @@ impl Addr for V6 {
     #[inline(always)]
     fn words(&self) -> [u32; 4] {
         self.0
+    }
+
+    #[inline(always)]
+    fn suffix(&self) -> [u32; 2] {
+        let [_, _, c, d] = self.0;
+        [c, d]
+    }
+
+    #[inline(always)]
+    fn with_suffix(self, [c, d]: [u32; 2]) -> Self {
+        let [a, b, ..] = self.0;
+        Self([a, b, c, d])
     }
 
     #[inline(always)]

@@ -83,6 +83,10 @@ impl FrontendFlags {
     pub const EXTERNAL_LOCAL: u32 = 8;
     /// Only clients that `SOURCE_RANGES` names may come.
     pub const SOURCE_RANGES: u32 = 16;
+    /// To backends of other nodes as it came, and back by way of this one ([`crate::Forwarding`]).
+    pub const TUNNEL: u32 = 32;
+    /// To backends of other nodes as it came; they answer clients themselves.
+    pub const DSR: u32 = 64;
     /// New connections take the slots in turns ([`crate::Algorithm`]).
     pub const BY_TURN: u32 = 1 << 16;
     /// A client's address says which slot it gets.

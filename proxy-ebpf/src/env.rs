@@ -6,7 +6,7 @@
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto,
-    Responder, Route, ServiceId, SourceRange, Uplink, XdpUplink,
+    Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
 };
 
 use crate::family::Family;
@@ -66,6 +66,8 @@ pub trait Env {
     fn network(&self) -> u32;
     /// When a table was last written that [`Maps::way`] spares.
     fn changed(&self) -> u64;
+    /// Whether an address is another node's.
+    fn is_vtep(&self, vtep: &Vtep) -> bool;
     /// The overlay device of [`Config`].
     fn overlay(&self) -> Overlay;
     /// Counts one.
@@ -130,6 +132,8 @@ pub trait Maps<F: Family>: Env {
 
     /// This node's own address, unspecified if it has none of this family.
     fn node(&self) -> F::Addr;
+    /// This node's address in the overlay, unspecified if it has none of this family.
+    fn overlay_addr(&self) -> F::Addr;
     /// Whether an address is of interest.
     fn address(&self, addr: &F::Addr) -> Option<Address>;
     /// Whether an address is of a kind ([`penstock_common::AddressKind`]).
@@ -162,6 +166,10 @@ pub trait Maps<F: Family>: Env {
     fn relink(&self, key: &FlowKey<F::Addr>, id: FlowId);
     /// The flow that this packet begins, for the next stage.
     fn opening(&self) -> Option<Self::Record>;
+    /// Where a flow's requests come from through the overlay.
+    fn flow_vtep(&self, id: FlowId) -> Vtep;
+    /// Notes where a flow's requests come from through the overlay.
+    fn set_flow_vtep(&self, id: FlowId, vtep: &Vtep);
     /// Counts a packet of a flow; whether it is the first in its direction.
     fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool;
     /// Counts a connection to a backend.

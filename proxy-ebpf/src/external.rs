@@ -13,7 +13,7 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::{ETHERNET, Family},
-    flow, forward,
+    flow, forward, handover,
     packet::Packet,
     parse::{self, Segment},
     pod::{self, Back, Verdict},
@@ -35,7 +35,7 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     };
     if tunnel::is_own::<F, M>(packet, maps, &ends.1) {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::Wrapped);
     }
     let Some(address) = maps.address(&ends.1) else {
         let verdict = forward::to_local::<F, M>(packet, maps, &ends)?;
@@ -76,6 +76,7 @@ pub fn answer<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     Ok(match pod::back::<F, M>(packet, maps)? {
+        Back::Reply(flags) if flags & FlowFlags::GOES_BACK != 0 => Verdict::HandBack,
         Back::Reply(_) => Verdict::Leave,
         _ => Verdict::Open,
     })
@@ -103,9 +104,17 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     };
     let chosen = select::backend(maps, &frontend, origin, segment.src)?;
     let mut opening = flow::opening(maps, segment, &chosen);
-    opening.flags = FlowFlags::EXTERNAL;
-    let stand_in = source::<F, M>(ingress, maps, segment, &chosen.backend.addr)?;
-    opening.source = stand_in.unwrap_or(segment.src);
+    let backend = &chosen.backend.addr;
+    let way = handover::way::<F, M>(maps, frontend.flags, origin, &segment.src, backend);
+    opening.flags = FlowFlags::EXTERNAL | way;
+    if way == 0
+        && let Some(stand_in) = source::<F, M>(ingress, maps, segment, backend)?
+    {
+        if tunnel::is_tunnels(maps, segment.proto, chosen.backend.port) {
+            return Err(Counter::TunnelForged);
+        }
+        opening.source = stand_in;
+    }
     flow::begin::<F, M>(maps, &opening)
 }
 

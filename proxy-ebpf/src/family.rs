@@ -1,6 +1,6 @@
 //! All that differs between IPv4 and IPv6 headers.
 
-use penstock_common::{Addr, Plain, Proto, V4, V6};
+use penstock_common::{Addr, NetworkFlags, Plain, Proto, V4, V6, Vtep};
 
 use crate::{checksum, packet::Packet};
 
@@ -71,6 +71,12 @@ pub trait Family: Copy + 'static {
     /// These bits with one hop less.
     fn with_one_hop_less(word: u16) -> u16;
 
+    /// Whether flows can be handed over to other nodes ([`NetworkFlags`]).
+    const HANDOVER: u32;
+
+    /// A tunnel's end of this address.
+    fn vtep(addr: Self::Addr) -> Vtep;
+
     /// The ICMP types of an echo request and its reply.
     const ECHO: [u8; 2];
 
@@ -114,6 +120,7 @@ impl Family for V4 {
     const ICMP: Proto = Proto::ICMP;
     // Time to live, then the protocol.
     const HOPS: usize = 8;
+    const HANDOVER: u32 = NetworkFlags::HANDOVER4;
     // RFC 792.
     const ECHO: [u8; 2] = [8, 0];
     type Header = [u32; 5];
@@ -201,6 +208,14 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn vtep(v4: V4) -> Vtep {
+        Vtep {
+            v4,
+            ..Vtep::default()
+        }
+    }
+
+    #[inline(always)]
     fn of(v4: V4, _: V6) -> V4 {
         v4
     }
@@ -221,6 +236,7 @@ impl Family for V6 {
     const ICMP: Proto = Proto::ICMPV6;
     // Next header, then the hop limit.
     const HOPS: usize = 6;
+    const HANDOVER: u32 = NetworkFlags::HANDOVER6;
     // RFC 4443, 4.
     const ECHO: [u8; 2] = [128, 129];
     type Header = [u32; 10];
@@ -326,6 +342,14 @@ impl Family for V6 {
         // RFC 4291, 2.7.
         let [first, ..] = addr.raw();
         first.to_ne_bytes()[0] == 0xff
+    }
+
+    #[inline(always)]
+    fn vtep(v6: V6) -> Vtep {
+        Vtep {
+            v6,
+            ..Vtep::default()
+        }
     }
 
     #[inline(always)]

@@ -511,10 +511,14 @@ fn may_evict<A: Addr>(
         FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
         FlowState::ESTABLISHED => {
             let (proto, seen_secs) = record.last_seen();
-            let timeout = if proto == Proto::TCP && record.fins() != 0 {
+            // A client alone has said so: who floods can too.
+            let is_one_way = record.flags() & FlowFlags::DSR != 0;
+            let timeout = if proto == Proto::TCP && (record.fins() != 0 || is_one_way) {
                 timeouts.tcp_closing_secs
             } else if proto == Proto::TCP {
                 timeouts.tcp_established_secs
+            } else if is_one_way {
+                timeouts.udp_secs
             } else {
                 timeouts.udp_stream_secs
             };

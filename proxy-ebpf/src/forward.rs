@@ -5,18 +5,19 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, NetworkFlags,
-    OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
+    Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, Handover,
+    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
 };
 
 use crate::{
     checksum::Delta,
     env::{Maps, Record, Way},
     family::{ETHERNET, ETHERNET_SOURCE, Family},
-    flow,
+    flow, handover,
     packet::{Packet, Refused},
     parse,
     pod::{self, Verdict},
+    tunnel,
 };
 
 /// Notes for the next packets where those from an interface with these ends go, which are no
@@ -80,7 +81,7 @@ pub fn from_pod<F: Family, M: Maps<F>>(
         .endpoint(&ends.0)
         .is_some_and(|own| own.ifindex == packet.ifindex());
     if !is_own {
-        return Ok(Verdict::Pass);
+        return somebody_elses::<F, M>(packet, maps);
     }
     if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
         return Ok(verdict);
@@ -91,6 +92,20 @@ pub fn from_pod<F: Family, M: Maps<F>>(
         None if network & NetworkFlags::MASQUERADE == 0 => Ok(Verdict::Pass),
         None if F::is_multicast(ends.1) || hops::<F>(packet).is_none() => Ok(Verdict::Pass),
         None => leaving::<F, M>(packet, maps, &ends),
+    }
+}
+
+/// A packet whose source is not its pod's own, which is the kernel's to judge, unless it pretends to be
+/// another node's.
+#[inline(always)]
+fn somebody_elses<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    match F::network(packet, ETHERNET) {
+        Some(header) if !tunnel::forges(packet, maps, &header) => Ok(Verdict::Pass),
+        _ if maps.overlay().ifindex == 0 => Ok(Verdict::Pass),
+        _ => Err(Counter::TunnelForged),
     }
 }
 
@@ -107,6 +122,9 @@ fn leaving<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     }
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    if tunnel::forges(packet, maps, &header) {
+        return Err(Counter::TunnelForged);
+    }
     Ok(match header.proto {
         Proto::TCP | Proto::UDP => Verdict::Outside,
         proto if proto == F::ICMP => {
@@ -169,6 +187,9 @@ pub fn disguise<F: Family, M: Maps<F>>(
     let opening = maps.opening().ok_or(Counter::FlowTableFull)?;
     let reply = opening.key(FlowKey::<F::Addr>::REPLY);
     if let Some(source) = source_outside::<F, M>(maps, packet.ifindex(), &reply.dst, &reply.src) {
+        if tunnel::is_tunnels(maps, reply.proto, reply.src_port) {
+            return Err(Counter::TunnelForged);
+        }
         opening.set_source(source, opening.flags() | FlowFlags::MASQUERADE);
     }
     Ok(Verdict::Opening)
@@ -211,6 +232,9 @@ pub fn from_overlay<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
+    if let Some(verdict) = handover::sort::<F, M>(packet, maps)? {
+        return Ok(verdict);
+    }
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
@@ -232,10 +256,15 @@ pub fn to_overlay<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    if packet.load(ETHERNET_SOURCE) == Some(OVERLAY_PEER_MAC) {
+    let sender: Option<[u8; 6]> = packet.load(ETHERNET_SOURCE);
+    let has_tunnel = sender.is_some_and(|sender| {
+        let [first, ..] = sender;
+        sender == OVERLAY_PEER_MAC || first == Handover::SENDER
+    });
+    if has_tunnel {
         return Ok(Verdict::Pass);
     }
-    let Some((_, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
+    let Some((src, dst)) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
     if F::is_multicast(dst) {
@@ -244,6 +273,9 @@ pub fn to_overlay<F: Family, M: Maps<F>>(
     }
     match maps.route(&dst) {
         Some(route) if route.kind == RouteKind::OVERLAY => {
+            if handover::may_be_split_of::<F, M>(maps, &src) {
+                return Ok(Verdict::Rejoin);
+            }
             frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(refused)?;
             maps.count(Counter::OverlaySent);
             Ok(Verdict::Tunnel(route))
@@ -292,14 +324,14 @@ fn to_pod<F: Family, M: Maps<F>>(
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
-    if pod::may_be_back::<F, M>(packet, maps, src) {
+    if pod::may_be_back::<F, M>(packet, maps, ETHERNET, src) {
         return Ok(Verdict::Local);
     }
     into_pod::<F>(packet, maps, to, hops)
 }
 
 #[inline(always)]
-fn into_pod<F: Family>(
+pub(crate) fn into_pod<F: Family>(
     packet: &mut impl Packet,
     maps: &impl Maps<F>,
     to: &Endpoint,
@@ -341,7 +373,13 @@ pub(crate) fn refused(_: Refused) -> Counter {
 /// The bits at [`Family::HOPS`] of a packet that has hops left.
 #[inline(always)]
 pub(crate) fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
-    let word: u16 = packet.load(ETHERNET + F::HOPS)?;
+    hops_at::<F>(packet, ETHERNET)
+}
+
+/// The same of the network header at `at`.
+#[inline(always)]
+pub(crate) fn hops_at<F: Family>(packet: &impl Packet, at: usize) -> Option<u16> {
+    let word: u16 = packet.load(at + F::HOPS)?;
     (F::hops(word) > 1).then_some(word)
 }
 

@@ -24,6 +24,7 @@ pub mod external;
 pub mod family;
 pub mod flow;
 pub mod forward;
+pub mod handover;
 pub mod packet;
 pub mod parse;
 pub mod pod;

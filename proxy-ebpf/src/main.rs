@@ -35,7 +35,7 @@ mod programs {
         env::Env,
         external,
         family::Family,
-        flow, forward,
+        flow, forward, handover,
         packet::Packet,
         pod::{self, Verdict},
         socket::{self, Outcome},
@@ -57,7 +57,9 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
+            $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
+            $hand_over:ident, $split:ident, $rejoin:ident, $shorten_as_it_came:ident, $accept:ident, $admit_handed:ident,
+            $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident,
             $claim:ident, $place:ident, $search:ident, $take_over:ident, $enter:ident, $begin:ident) => {
             family!(stage $classify, pod::classify, $family);
             family!(stage $request, pod::request, $family);
@@ -74,12 +76,21 @@ mod programs {
             family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
             family!(stage $from_uplink, external::from_uplink, $family);
+            family!(stage $unwrap, tunnel::unwrap, $family);
             family!(stage $arrived, external::arrived, $family);
             family!(stage $admit, external::open, $family);
             family!(stage $outward, external::onward, $family);
             family!(stage $answer, external::answer, $family);
             family!(stage $shorten, external::shorten, $family);
             family!(stage $to_uplink, tunnel::to_uplink, $family);
+            family!(stage $hand_over, handover::hand_over, $family);
+            family!(stage $split, handover::split, $family);
+            family!(stage $rejoin, handover::rejoin, $family);
+            family!(stage $shorten_as_it_came, handover::shorten, $family);
+            family!(stage $accept, handover::accept, $family);
+            family!(stage $admit_handed, handover::open, $family);
+            family!(stage $hand_back, handover::hand_back, $family);
+            family!(stage $came_back, handover::came_back, $family);
             family!(step $claim(), flow::claim, $family);
             family!(step $place(id => FlowId(id)), flow::place, $family);
             family!(step $search(id => FlowId(id), from => from), flow::search, $family);
@@ -158,11 +169,27 @@ mod programs {
             fn $inward(context: &TcContext, decided: i32) -> i32 {
                 let skb = context.skb.skb;
                 let mut verdict = decided;
+                if verdict == WRAPPED {
+                    return $unwrap(skb);
+                }
                 if verdict == LOCAL {
                     return $into_pod(skb);
                 }
                 if verdict == ARRIVED {
                     verdict = $arrived(skb);
+                } else if verdict == HANDED {
+                    verdict = $accept(skb);
+                    if verdict == OPEN {
+                        verdict = $admit_handed(skb);
+                        if verdict == OPENING {
+                            verdict = $begin();
+                        }
+                        if verdict == OPENED {
+                            verdict = $accept(skb);
+                        }
+                    }
+                } else if verdict == CAME_BACK {
+                    verdict = $came_back(skb);
                 }
                 if verdict == REQUEST {
                     verdict = $request(skb);
@@ -178,11 +205,16 @@ mod programs {
                 } else if verdict == ICMP {
                     verdict = $icmp(skb);
                 }
+                if verdict == HAND_OVER {
+                    verdict = $hand_over(skb);
+                }
                 if verdict == FORWARD {
                     verdict = $outward(skb);
                 }
                 match verdict {
                     LOCAL => $deliver(skb),
+                    TOO_LONG_AS_IT_CAME => $shorten_as_it_came(skb),
+                    SPLIT => $split(skb),
                     verdict => $end(context, verdict),
                 }
             }
@@ -203,8 +235,12 @@ mod programs {
                 match verdict {
                     LEAVE => $leave(skb),
                     TOO_LONG => $shorten(skb),
+                    HAND_BACK => match $hand_back(skb) {
+                        LEAVE => $leave(skb),
+                        verdict => verdict,
+                    },
                     // Nothing of ours after all.
-                    OUTSIDE | ICMP | UNTOUCHED => NEXT,
+                    OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,
                     // The flow was gone again before its first packet.
                     OPEN | OPENED => dropped(context, Counter::FlowRace),
                     NO_RECORD => dropped(context, Counter::FlowTableFull),
@@ -212,6 +248,26 @@ mod programs {
                         trace(skb, verdict - REFUSED);
                         $refuse(skb)
                     }
+                    verdict => verdict,
+                }
+            }
+
+            /// What the kernel sends to the outside.
+            #[inline(always)]
+            fn $outbound(skb: *mut __sk_buff) -> i32 {
+                let mut verdict = $to_uplink(skb);
+                if verdict == HAND_BACK {
+                    verdict = $hand_back(skb);
+                }
+                // It is about to.
+                if verdict == LEAVE { NEXT } else { verdict }
+            }
+
+            /// What enters the overlay.
+            #[inline(always)]
+            fn $into_overlay(skb: *mut __sk_buff) -> i32 {
+                match $to_overlay(skb) {
+                    REJOIN => $rejoin(skb),
                     verdict => verdict,
                 }
             }
@@ -263,11 +319,15 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
+        from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
+        hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
+        hand_back4, came_back4, outbound4, into_overlay4,
         claim4, place4, search4, take_over4, enter4, begin4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
+        from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
+        hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
+        hand_back6, came_back6, outbound6, into_overlay6,
         claim6, place6, search6, take_over6, enter6, begin6);
 
     /// XDP's functions for one family; their answers are as the other hooks'.
@@ -312,6 +372,14 @@ mod programs {
     xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
 
     // Between the functions of a hook: see `Verdict`. None is a verdict of the kernel's.
+    const WRAPPED: i32 = -26;
+    const TOO_LONG_AS_IT_CAME: i32 = -25;
+    const HAND_OVER: i32 = -24;
+    const SPLIT: i32 = -23;
+    const REJOIN: i32 = -22;
+    const HANDED: i32 = -21;
+    const HAND_BACK: i32 = -20;
+    const CAME_BACK: i32 = -19;
     const NO_RECORD: i32 = -18;
     const OPENING: i32 = -17;
     const PLACED: i32 = -16;
@@ -371,11 +439,19 @@ mod programs {
             Verdict::Request => REQUEST,
             Verdict::Node => NODE,
             Verdict::Icmp => ICMP,
+            Verdict::Wrapped => WRAPPED,
             Verdict::Arrived => ARRIVED,
             Verdict::Untouched => UNTOUCHED,
             Verdict::Leave => LEAVE,
             Verdict::In(ifindex) => skb.receive(ifindex),
             Verdict::TooLong => TOO_LONG,
+            Verdict::TooLongAsItCame => TOO_LONG_AS_IT_CAME,
+            Verdict::HandOver => HAND_OVER,
+            Verdict::Split => SPLIT,
+            Verdict::Rejoin => REJOIN,
+            Verdict::Handed => HANDED,
+            Verdict::HandBack => HAND_BACK,
+            Verdict::CameBack => CAME_BACK,
             Verdict::Routed(ifindex) => skb.route(ifindex),
             Verdict::Tunnel(route) => match skb.tunnel(&route, kernel.overlay().vni) {
                 Ok(()) => NEXT,
@@ -509,8 +585,8 @@ mod programs {
     pub(crate) fn to_uplink(context: TcContext) -> i32 {
         by_family(
             &context,
-            || to_uplink4(context.skb.skb),
-            || to_uplink6(context.skb.skb),
+            || outbound4(context.skb.skb),
+            || outbound6(context.skb.skb),
         )
     }
 
@@ -519,8 +595,8 @@ mod programs {
     pub(crate) fn to_overlay(context: TcContext) -> i32 {
         by_family(
             &context,
-            || to_overlay4(context.skb.skb),
-            || to_overlay6(context.skb.skb),
+            || into_overlay4(context.skb.skb),
+            || into_overlay6(context.skb.skb),
         )
     }
 

@@ -7,13 +7,13 @@
 
 use penstock_common::{
     Addr, AddressKind, Be16, Counter, FlowFlags, FlowId, FlowKey, Frontend, FrontendKey,
-    NetworkFlags, Proto, Responder, Route,
+    NetworkFlags, Proto, Responder, Route, Vtep,
 };
 
 use crate::{
     env::Maps,
     family::{ETHERNET, Family, Network},
-    flow, forward,
+    flow, forward, handover,
     packet::Packet,
     parse::{self, Segment},
     quoted, reject, rewrite,
@@ -66,6 +66,8 @@ pub enum Verdict {
     Request,
     /// A pod sent it to this node: [`to_node`].
     Node,
+    /// A tunnel's packet came for this node: `tunnel::unwrap`.
+    Wrapped,
     /// It came for this node: `external::arrived`.
     Arrived,
     /// An ICMP message that may be about a reply: [`error_about_reply`].
@@ -76,6 +78,20 @@ pub enum Verdict {
     In(u32),
     /// It is too long, and its sender has to hear of it: `external::shorten`.
     TooLong,
+    /// The same, but it was not translated: `handover::shorten`.
+    TooLongAsItCame,
+    /// Its flow is handed over to another node: `handover::hand_over`.
+    HandOver,
+    /// The same, but it has to be split: `handover::split`.
+    Split,
+    /// It may be a part of such a packet: `handover::rejoin`.
+    Rejoin,
+    /// Another node handed it over: `handover::accept`.
+    Handed,
+    /// It is a reply that goes back to the node that handed its flow over: `handover::hand_back`.
+    HandBack,
+    /// It is a reply that came back: `handover::came_back`.
+    CameBack,
     /// It gets this tunnel and goes on.
     Tunnel(Route),
     /// It gets this tunnel and leaves by the overlay.
@@ -157,7 +173,9 @@ type Ends<A> = (A, A);
 
 /// The headers of a packet that [`classify`] has seen.
 #[inline(always)]
-fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, Ends<F::Addr>), Counter> {
+pub(crate) fn headers<F: Family>(
+    packet: &impl Packet,
+) -> Result<(Network, Ends<F::Addr>), Counter> {
     let addrs = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
     Ok((header, addrs))
@@ -184,9 +202,18 @@ pub fn request<F: Family, M: Maps<F>>(
     let Some(known) = flow::find::<F, M>(maps, &request_key(&segment)) else {
         return Ok(Verdict::Open);
     };
-    if !flow::may_continue(maps, &known, &segment) {
+    if !flow::may_continue(maps, &known, &segment)
+        || handover::is_lost::<F, M>(maps, &known, &segment)
+    {
         flow::retire(maps, &known);
         return Ok(Verdict::Open);
+    }
+    if known.flags & FlowFlags::HANDED_OVER != 0 {
+        return Ok(Verdict::HandOver);
+    }
+    if known.flags & FlowFlags::GOES_BACK != 0 {
+        // It has come here by itself this time.
+        maps.set_flow_vtep(known.id, &Vtep::default());
     }
     parse::remember_ports::<F>(maps, &header, &segment);
     flow::follow(maps, &known, &segment, false);
@@ -205,7 +232,7 @@ pub fn request<F: Family, M: Maps<F>>(
 
 /// The key of a request.
 #[inline(always)]
-fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
+pub(crate) fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
     FlowKey::new(
         FlowKey::<A>::REQUEST,
         segment.proto,
@@ -290,7 +317,11 @@ pub fn error_about_reply<F: Family, M: Maps<F>>(
 ) -> Result<Verdict, Counter> {
     let (header, addrs) = headers::<F>(packet)?;
     let flags = quoted::about_reply::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-    deliver(packet, flags.unwrap_or_default())
+    let flags = flags.unwrap_or_default();
+    if flags & FlowFlags::HANDED_OVER != 0 {
+        return Ok(Verdict::HandOver);
+    }
+    deliver(packet, flags)
 }
 
 /// A packet that a pod sent to this node's address: the reply to itself, or a request.
@@ -319,7 +350,7 @@ pub fn returning<F: Family, M: Maps<F>>(
 
 /// Whether a packet is an ICMP error.
 #[inline(always)]
-fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
+pub(crate) fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
     let icmp_type = || packet.load(header.transport);
     header.proto == F::ICMP
         && !header.fragment.is_later
@@ -339,14 +370,16 @@ pub(crate) enum Back {
     Foreign,
 }
 
-/// Whether [`back`] may have anything to do with a packet of this source, as far as is told at once.
+/// Whether [`back`] may have anything to do with a packet of this source, whose network header is at
+/// `at`, as far as is told at once.
 #[inline(always)]
 pub(crate) fn may_be_back<F: Family, M: Maps<F>>(
     packet: &impl Packet,
     maps: &M,
+    at: usize,
     src: F::Addr,
 ) -> bool {
-    let Some(header) = F::network(packet, ETHERNET) else {
+    let Some(header) = F::network(packet, at) else {
         return true;
     };
     if header.fragment.is_part || !is_translated(header.proto) {

@@ -1,7 +1,7 @@
 //! ICMP errors about translated packets: the packet that an error quotes is translated back, so
 //! that its receiver recognises it (RFC 5508, 4.2). Path MTU discovery lives on this.
 
-use penstock_common::{Be16, Counter, FlowKey, Proto};
+use penstock_common::{Be16, Counter, FlowFlags, FlowKey, Proto};
 
 use crate::{
     checksum::Delta,
@@ -60,6 +60,29 @@ fn quote<F: Family>(packet: &impl Packet, header: &Network) -> Option<Quote<F::A
     })
 }
 
+/// The key of the requests of the flow that an error is about, which quotes what the client sees: one of
+/// them, or a reply.
+#[inline(always)]
+pub(crate) fn request_key<F: Family>(
+    packet: &impl Packet,
+    header: &Network,
+    is_about_reply: bool,
+) -> Option<FlowKey<F::Addr>> {
+    let quote = quote::<F>(packet, header)?;
+    let (src, dst) = ((quote.src, quote.src_port), (quote.dst, quote.dst_port));
+    let (client, frontend) = if is_about_reply {
+        (dst, src)
+    } else {
+        (src, dst)
+    };
+    Some(FlowKey::new(
+        FlowKey::<F::Addr>::REQUEST,
+        quote.proto,
+        client,
+        frontend,
+    ))
+}
+
 /// Translates an error about a request, on its way to the client.
 ///
 /// It quotes what left the client's node: source → backend. Returns the flow's flags if it was ours.
@@ -76,7 +99,8 @@ pub fn about_request<F: Family, M: Maps<F>>(
 
 /// Translates an error about a reply, on its way from the client to the backend.
 ///
-/// It quotes what reached the client: frontend → client. Returns the flow's flags if it was ours.
+/// It quotes what reached the client: frontend → client. Returns the flow's flags if it was ours; one
+/// that is handed over is left as it is.
 #[inline(always)]
 pub fn about_reply<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -114,6 +138,10 @@ fn translate<F: Family, M: Maps<F>>(
     let Some(known) = flow::find::<F, M>(maps, &key) else {
         return Ok(None);
     };
+    if !is_about_request && known.flags & FlowFlags::HANDED_OVER != 0 {
+        // Its backend's node knows what the backend has sent.
+        return Ok(Some(known.flags));
+    }
     // What was sent instead of what is quoted: the key's other direction, turned around.
     let (dst, src) = known.ends();
     let ends = if is_about_request {

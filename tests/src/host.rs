@@ -124,6 +124,15 @@ impl Host {
         Ok(drain)
     }
 
+    /// The same, and gives each sender as many bytes in return.
+    pub fn drain_and_give(&self, port: u16, bytes: u64) -> Result<Process> {
+        let (port, bytes) = (port.to_string(), bytes.to_string());
+        let mut drain = self.traffic(&["drain", "--port", &port, "--gives", &bytes])?;
+        let first = drain.line().context("starting a drain")?;
+        anyhow::ensure!(first == "ready", "the drain said {first:?}");
+        Ok(drain)
+    }
+
     /// Runs the traffic program to its end; what it printed.
     pub(crate) fn run_traffic(&self, arguments: &[&str]) -> Result<String> {
         let mut command = process::command(traffic()?, &self.place)?;
@@ -131,11 +140,23 @@ impl Host {
         process::run(command)
     }
 
+    /// Sends bytes by TCP to where they are drained and others given; how many arrived there, and here.
+    pub fn exchange(&self, to: &str, bytes: u64) -> Result<(u64, u64)> {
+        let said = self.poured(to, bytes)?;
+        let count = |field| said.get(field).and_then(Value::as_u64);
+        count("arrived")
+            .zip(count("given"))
+            .with_context(|| format!("{to} did not take it: {said}"))
+    }
+
+    fn poured(&self, to: &str, bytes: u64) -> Result<Value> {
+        let text = self.run_traffic(&["pour", to, "--bytes", &bytes.to_string()])?;
+        serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
+    }
+
     /// Sends bytes by TCP to where they are drained; how many arrived, and in how many seconds.
     pub fn pour(&self, to: &str, bytes: u64) -> Result<(u64, f64)> {
-        let text = self.run_traffic(&["pour", to, "--bytes", &bytes.to_string()])?;
-        let said: Value =
-            serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))?;
+        let said = self.poured(to, bytes)?;
         let arrived = said.get("arrived").and_then(Value::as_u64);
         let seconds = said.get("seconds").and_then(Value::as_f64);
         arrived

@@ -423,6 +423,12 @@ impl Node {
         &self.prefix
     }
 
+    /// A manifest as it was written last.
+    pub fn read_manifest(&self, file: &str) -> Result<String> {
+        let path = self.manifests.join(file);
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
     /// Replaces or makes a manifest, at once.
     pub fn manifest(&self, file: &str, text: &str) -> Result<()> {
         let path = self.manifests.join(file);

@@ -13,6 +13,7 @@ use penstock_common::{Be16, Config, NetworkFlags, V4, V6};
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
+    api,
     attach::{
         cgroup::Attached,
         exclude::Exclusions,
@@ -253,7 +254,29 @@ impl Agent {
         if let Some(network) = &self.network {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }
+        problems.extend(self.unforwarded());
         problems
+    }
+
+    /// What keeps clients outside from being handed over.
+    fn obstacles(&self) -> network::Obstacles {
+        let network = self.network.as_ref().map(|network| network.borrow());
+        network::Obstacles::of(network.as_deref())
+    }
+
+    /// Services whose way to backends of other nodes can't be taken.
+    fn unforwarded(&self) -> impl Iterator<Item = String> {
+        let obstacles = self.obstacles();
+        self.reconciler.world.forwarded().filter_map(move |service| {
+            let mut ips = service.cluster_ips.iter();
+            let obstacle = ips.find_map(|ip| obstacles.to(ip.is_ipv4()))?;
+            Some(format!(
+                "service {}: {} says {}, but {obstacle}: backends there see this node's address",
+                service.name,
+                api::FORWARDING,
+                service.forwarding.label()
+            ))
+        })
     }
 
     /// Logs problems that are new, and those that are over.
@@ -291,6 +314,13 @@ impl Agent {
         } else {
             0
         };
+        let handover = [
+            (true, NetworkFlags::HANDOVER4),
+            (false, NetworkFlags::HANDOVER6),
+        ]
+        .into_iter()
+        .filter(|(is_v4, _)| network.has_short_ranges(*is_v4))
+        .fold(0, |flags, (_, flag)| flags | flag);
         let (mut overlay4, mut overlay6) = (V4::default(), V6::default());
         for address in &network.addresses {
             match address {
@@ -299,7 +329,7 @@ impl Agent {
             }
         }
         Config {
-            network: NetworkFlags::FORWARD | masquerade,
+            network: NetworkFlags::FORWARD | masquerade | handover,
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,
@@ -358,7 +388,7 @@ impl Agent {
                 let _ = answer.send(report);
             }
             Query::Ports(answer) => {
-                let _ = answer.send(self.reconciler.ports());
+                let _ = answer.send((self.reconciler.ports(), self.obstacles()));
             }
             Query::Vitals(answer) => {
                 let _ = answer.send(self.vitals());

@@ -26,6 +26,8 @@ pub const SOCKET_HOOKS_DISABLED: &str = "disabled";
 
 /// The annotation by which a service says how new connections are spread over its backends.
 pub const ALGORITHM: &str = "penstock.io/algorithm";
+/// The annotation by which a service says how clients outside reach its backends on other nodes.
+pub const FORWARDING: &str = "penstock.io/forwarding";
 /// The annotation by which an endpoint slice says how much its endpoints get.
 pub const WEIGHTS: &str = "penstock.io/weights";
 /// What all of Penstock's labels and annotations begin with.

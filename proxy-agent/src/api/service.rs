@@ -7,11 +7,11 @@ use std::{
 };
 
 use ipnetwork::IpNetwork;
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Forwarding};
 
 use super::{
-    ALGORITHM, Decoded, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut, object_name,
-    plain,
+    ALGORITHM, Decoded, FORWARDING, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut,
+    object_name, plain,
     raw::{Raw, ServicePort as RawPort, ServiceSpec, ServiceStatus},
     usable_ip,
 };
@@ -63,6 +63,7 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         ports,
         affinity_secs: affinity(&spec)?,
         algorithm: algorithm(raw.metadata.annotation(ALGORITHM))?,
+        forwarding: forwarding(raw.metadata.annotation(FORWARDING))?,
         internal_policy: policy(
             "internalTrafficPolicy",
             spec.internal_traffic_policy.as_deref(),
@@ -96,6 +97,16 @@ fn algorithm(name: Option<&str>) -> Result<Algorithm, String> {
     Algorithm::named(name).ok_or_else(|| {
         let known = Algorithm::ALL.map(Algorithm::label).join(", ");
         format!("annotation {ALGORITHM} {:?} is none of {known}", cut(name))
+    })
+}
+
+fn forwarding(name: Option<&str>) -> Result<Forwarding, String> {
+    let Some(name) = name else {
+        return Ok(Forwarding::default());
+    };
+    Forwarding::named(name).ok_or_else(|| {
+        let known = Forwarding::ALL.map(Forwarding::label).join(", ");
+        format!("annotation {FORWARDING} {:?} is none of {known}", cut(name))
     })
 }
 

@@ -179,6 +179,9 @@ fn words(flags: u16) -> Vec<&'static str> {
         (FlowFlags::HAIRPIN, "hairpin"),
         (FlowFlags::MASQUERADE, "masquerade"),
         (FlowFlags::EXTERNAL, "external"),
+        (FlowFlags::TUNNEL, "tunnel"),
+        (FlowFlags::DSR, "dsr"),
+        (FlowFlags::GOES_BACK, "goes-back"),
     ]
     .into_iter()
     .filter_map(|(flag, word)| (flags & flag != 0).then_some(word))

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Display};
 
-use penstock_common::{Addr, Algorithm, Be16, ServiceId};
+use penstock_common::{Addr, Algorithm, Be16, Forwarding, ServiceId};
 
 use crate::{
     dataplane::{FamilyState, MapState},
@@ -33,6 +33,8 @@ fn family<A: Addr + Ord + Display>(
             frontends: Vec::new(),
             affinity_secs: frontend.affinity_secs,
             algorithm: Algorithm::of(frontend.flags).label().to_owned(),
+            forwarding: String::new(),
+            forwarding_obstacle: None,
             policies: Policies::default(),
             backends: Vec::new(),
             stats: None,
@@ -41,7 +43,9 @@ fn family<A: Addr + Ord + Display>(
         *flags.entry(frontend.service).or_default() |= frontend.flags;
     }
     for (service, port) in &mut ports {
-        port.policies = Policies::of(flags.get(service).copied().unwrap_or_default());
+        let flags = flags.get(service).copied().unwrap_or_default();
+        port.policies = Policies::of(flags);
+        port.forwarding = Forwarding::of(flags).label().to_owned();
     }
     for (id, backend) in &state.backends {
         let state = report::state(backend.flags);

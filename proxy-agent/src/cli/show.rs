@@ -4,7 +4,7 @@ use std::{io::ErrorKind, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use aya::maps::{Map, PerCpuArray};
-use penstock_common::{Algorithm, Counter};
+use penstock_common::{Algorithm, Counter, Forwarding};
 use serde::Serialize;
 
 use super::{Counting, Look, Output, pinned};
@@ -346,6 +346,13 @@ pub(super) async fn services(args: &Counting) -> Result<()> {
             _ => internal_policy.clone(),
         }
     };
+    let has_ways = ports
+        .iter()
+        .any(|port| port.forwarding != Forwarding::default().label());
+    let way = |port: &report::Port| match port.forwarding_obstacle {
+        Some(_) => format!("{} for {}", Forwarding::Snat.label(), port.forwarding),
+        None => port.forwarding.clone(),
+    };
     let has_policies = ports.iter().any(|port| policy(port).contains("Local"));
     let row = |port: &report::Port| {
         let active = port
@@ -374,6 +381,9 @@ pub(super) async fn services(args: &Counting) -> Result<()> {
             affinity,
             backends,
         ];
+        if has_ways {
+            cells.insert(UNUSUAL_COLUMNS, way(port));
+        }
         if has_algorithms {
             cells.insert(UNUSUAL_COLUMNS, port.algorithm.clone());
         }
@@ -397,6 +407,9 @@ pub(super) async fn services(args: &Counting) -> Result<()> {
             "AFFINITY",
             "BACKENDS",
         ];
+        if has_ways {
+            head.insert(UNUSUAL_COLUMNS, "FORWARDING");
+        }
         if has_algorithms {
             head.insert(UNUSUAL_COLUMNS, "ALGORITHM");
         }

@@ -7,7 +7,7 @@
 use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnetwork::IpNetwork;
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Forwarding};
 
 /// A namespaced object's name. Cluster-wide objects have an empty namespace.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -111,6 +111,8 @@ pub struct Service {
     pub affinity_secs: Option<u32>,
     /// Who gets a new connection that no affinity binds.
     pub algorithm: Algorithm,
+    /// How clients outside reach backends on other nodes.
+    pub forwarding: Forwarding,
     /// `internalTrafficPolicy`.
     pub internal_policy: TrafficPolicy,
     /// `externalTrafficPolicy`.

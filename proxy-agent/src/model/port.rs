@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnetwork::IpNetwork;
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Forwarding};
 
 use super::object::{Family, ObjectName, Protocol, TrafficPolicy};
 
@@ -144,6 +144,8 @@ pub struct Port {
     pub affinity_secs: u32,
     /// Who gets a new connection that no affinity binds.
     pub algorithm: Algorithm,
+    /// How clients outside reach backends on other nodes.
+    pub forwarding: Forwarding,
     /// Whether there are endpoints, wherever they are: without, clients are refused; with, those of
     /// an empty [`Scope::Local`] meet silence.
     pub has_endpoints: bool,

@@ -1,4 +1,4 @@
-//! `ROUTES` and `ENDPOINTS` as they should be: what differs is written, and nothing else.
+//! `ROUTES`, `ENDPOINTS` and what else the network needs as they should be: what differs is written, and nothing else.
 
 use std::{
     collections::{BTreeMap, HashMap as Known},
@@ -14,7 +14,7 @@ use aya::{
     },
 };
 use ipnetwork::IpNetwork;
-use penstock_common::{Addr, Endpoint, Route, RouteKind, Uplink, V4, V6, XdpUplink};
+use penstock_common::{Addr, Endpoint, Route, RouteKind, Uplink, V4, V6, Vtep, XdpUplink};
 
 use super::plan::{Hop, Plan};
 use crate::dataplane::{
@@ -208,6 +208,31 @@ impl Routes {
             }
         }
         written(&self.changed, || Ok(self.v4.set(&v4)? + self.v6.set(&v6)?))
+    }
+}
+
+/// `VTEPS`.
+pub struct Vteps(Mirror<Vtep, u32, HashMap<MapData, Vtep, u32>>);
+
+impl Vteps {
+    /// The pinned map, with what is in it.
+    pub fn open(pins: &Pins) -> Result<Self, MapsError> {
+        Mirror::open(pins, "VTEPS").map(Self)
+    }
+
+    /// Makes the map hold these addresses of other nodes.
+    pub fn set(&mut self, wanted: impl Iterator<Item = IpAddr>) -> Result<usize, MapsError> {
+        let vteps = wanted.map(|ip| match ip {
+            IpAddr::V4(ip) => Vtep {
+                v4: V4::from(ip),
+                ..Vtep::default()
+            },
+            IpAddr::V6(ip) => Vtep {
+                v6: V6::from(ip),
+                ..Vtep::default()
+            },
+        });
+        self.0.set(&vteps.map(|vtep| (vtep, 1)).collect())
     }
 }
 

@@ -3,6 +3,7 @@
 //! A task of its own: it is told of nodes, compares what is there with what there should be, and
 //! looks again once in a while, so that what somebody removed by mistake comes back.
 
+mod handover;
 pub mod install;
 mod kernel;
 mod maps;
@@ -16,9 +17,10 @@ use penstock_cni::{network, pool::Pool};
 use rtnetlink::Handle;
 use tokio::sync::watch;
 
+pub use handover::Obstacles;
 pub use kernel::DEVICE;
-use maps::Routes;
 pub use maps::{Endpoints, MapsError, Uplinks, XdpUplinks};
+use maps::{Routes, Vteps};
 use plan::{Plan, Routing};
 
 use crate::{
@@ -124,12 +126,14 @@ enum NetworkError {
 /// The maps that the network writes.
 struct Maps {
     routes: Routes,
+    vteps: Vteps,
 }
 
 impl Maps {
     fn open(pins: &Pins) -> Result<Self, MapsError> {
         Ok(Self {
             routes: Routes::open(pins)?,
+            vteps: Vteps::open(pins)?,
         })
     }
 }
@@ -291,6 +295,9 @@ impl Network {
                 source,
             },
         )?;
+        let others = nodes.iter().filter(|node| *node.name != *self.node_name);
+        maps.vteps
+            .set(others.flat_map(|node| node.internal_ips.iter().copied()))?;
         maps.routes
             .set(&maps::wanted(&plan, &self.options.non_masquerade))?;
         if known.is_serving {

@@ -10,8 +10,8 @@ use std::{
 };
 
 use penstock_common::{
-    AddressKind, Algorithm, BackendFlags, BackendId, FrontendFlags, FrontendKey, SlotRange,
-    SourceRange,
+    AddressKind, Algorithm, BackendFlags, BackendId, Forwarding, FrontendFlags, FrontendKey,
+    SlotRange, SourceRange,
 };
 
 use super::side::PlannedAddr;
@@ -84,6 +84,10 @@ fn write_family<A: PlannedAddr>(
         let is = |flag| frontend.flags & flag != 0;
         if is(FrontendFlags::EXTERNAL) {
             text.push_str(" external");
+        }
+        let forwarding = Forwarding::of(frontend.flags);
+        if forwarding != Forwarding::default() {
+            let _ = write!(text, " {}", forwarding.label());
         }
         // Nothing where it has slots.
         let when_empty = |slots: SlotRange, local| match slots.count {

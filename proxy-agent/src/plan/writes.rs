@@ -348,6 +348,10 @@ fn flags_of(port: &Port, frontend: &PortFrontend, nobody_is_local: bool) -> u32 
             is_balancer && !port.source_ranges.is_empty(),
             FrontendFlags::SOURCE_RANGES,
         ),
+        (
+            frontend.kind != FrontendKind::Cluster && frontend.external == Scope::Cluster,
+            port.forwarding.flags(),
+        ),
     ]
     .into_iter()
     .filter(|(is_set, _)| *is_set)

@@ -16,7 +16,7 @@ use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
     PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6,
-    XdpUplink, limits,
+    Vtep, XdpUplink, limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Way};
 
@@ -118,6 +118,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     #[inline(always)]
     fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink> {
         XDP_UPLINKS.get_ptr(ifindex).map(copy)
+    }
+
+    #[inline(always)]
+    fn is_vtep(&self, vtep: &Vtep) -> bool {
+        VTEPS.get_ptr(vtep).is_some()
     }
 
     #[inline(always)]
@@ -287,8 +292,8 @@ static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
     ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident) => {
+        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
         fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
@@ -404,6 +409,13 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn overlay_addr(&self) -> $family {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                let field = |config: *const Config| unsafe { addr_of!((*config).$overlay) };
+                CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+            }
+
+            #[inline(always)]
             fn address(&self, addr: &$family) -> Option<Address> {
                 $addresses.get_ptr(addr).map(copy)
             }
@@ -456,6 +468,24 @@ macro_rules! family {
             #[inline(always)]
             fn record(&self, id: FlowId) -> Option<Self::Record> {
                 $flows.get_ptr_mut(id.0).map(RecordPtr)
+            }
+
+            #[inline(always)]
+            fn flow_vtep(&self, id: FlowId) -> Vtep {
+                $vteps.get_ptr(id.0).map(copy).unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_flow_vtep(&self, id: FlowId, vtep: &Vtep) {
+                let Some(element) = $vteps.get_ptr_mut(id.0) else {
+                    return;
+                };
+                // Another node's packets of the same flow are rare, and writing for each is not free.
+                if copy(element) != *vtep {
+                    // SAFETY: a mapped array element; one that is read while two write to it names no
+                    // node, and one reply is lost.
+                    unsafe { element.write_volatile(*vtep) };
+                }
             }
 
             #[inline(always)]
@@ -644,7 +674,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4);
-family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6);
+family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4, overlay4);
+family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6, overlay6);

@@ -11,13 +11,14 @@ use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId,
     FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, PortChunk, Route, ServiceId,
-    Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, XdpUplink, limits,
+    Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, Vtep, XdpUplink,
+    limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
@@ -36,6 +37,8 @@ macro_rules! family_maps {
         #[map]
         pub(crate) static $flows: Array<Flow<$family>> =
             Array::pinned(limits::FLOWS, BPF_F_MMAPABLE);
+        #[map]
+        pub(crate) static $vteps: Array<Vtep> = Array::pinned(limits::FLOWS, 0);
         #[map]
         pub(crate) static $counts: Array<FlowCounts> = Array::pinned(limits::FLOWS, BPF_F_MMAPABLE);
         #[map]
@@ -70,9 +73,9 @@ macro_rules! family_maps {
     };
 }
 
-family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4);
-family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6);
 
 #[map]
@@ -88,6 +91,8 @@ pub(crate) static SERVICE_COUNTS: LruHashMap<ServiceId, BackendCounts> =
     LruHashMap::pinned(limits::SERVICE_COUNTS, 0);
 #[map]
 pub(crate) static TURNS: LruHashMap<u32, u32> = LruHashMap::pinned(limits::TURNS, 0);
+#[map]
+pub(crate) static VTEPS: HashMap<Vtep, u32> = HashMap::pinned(limits::VTEPS, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static UPLINKS: HashMap<u32, Uplink> =
     HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);

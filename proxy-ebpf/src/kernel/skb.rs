@@ -10,17 +10,20 @@ use core::mem::offset_of;
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
+        BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
+        BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS,
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6,
+        BPF_F_ZERO_CSUM_TX, bpf_adj_room_mode, bpf_tunnel_key,
     },
     helpers::generated::{
-        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
-        bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
+        bpf_check_mtu, bpf_csum_level, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
+        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_tail,
+        bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
         bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use penstock_common::{Addr, Plain, Proto, Route, V4, V6};
+use penstock_common::{Addr, Plain, Proto, Route, V4, V6, Vtep};
 use penstock_ebpf::{
     checksum::Delta,
     family::{ETHERNET, Family},
@@ -36,8 +39,12 @@ const LOOKED_AT: u32 = 256;
 /// is yet to be cut.
 const BPF_MTU_CHK_SEGS: u64 = 1;
 
-/// From the kernel's uapi/linux/if_packet.h.
+/// From the kernel's uapi/linux/if_packet.h, as the one below.
+const PACKET_HOST: u32 = 0;
 const PACKET_OTHERHOST: u32 = 3;
+
+/// The part of a tunnel's key that all kernels know; later ones added a local address.
+const TUNNEL_KEY: usize = offset_of!(bpf_tunnel_key, __bindgen_anon_2);
 
 /// A socket buffer.
 pub(crate) struct Skb<'a>(&'a TcContext);
@@ -101,8 +108,6 @@ impl<'a> Skb<'a> {
     /// Gives the packet a tunnel.
     #[inline(always)]
     pub(crate) fn tunnel(&self, route: &Route, vni: u32) -> Result<(), Refused> {
-        // The part of the structure that all kernels know; later ones added a local address.
-        const KNOWN: usize = offset_of!(bpf_tunnel_key, __bindgen_anon_2);
         // SAFETY: the structure is plain numbers.
         let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
         key.tunnel_id = vni;
@@ -115,9 +120,14 @@ impl<'a> Skb<'a> {
             // The inner packet has a checksum of its own (RFC 7348, 5).
             BPF_F_ZERO_CSUM_TX
         };
-        // SAFETY: the helper reads `KNOWN` bytes of the structure within this call.
+        // SAFETY: the helper reads `TUNNEL_KEY` bytes of the structure within this call.
         done(unsafe {
-            bpf_skb_set_tunnel_key(self.0.skb.skb, &mut key, KNOWN as u32, u64::from(flags))
+            bpf_skb_set_tunnel_key(
+                self.0.skb.skb,
+                &mut key,
+                TUNNEL_KEY as u32,
+                u64::from(flags),
+            )
         })
     }
 
@@ -283,8 +293,82 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn reach(&mut self, length: usize) {
+        if self.0.data() + length > self.0.data_end() {
+            // Where it fails what is there is not found.
+            // SAFETY: the context is the one that the kernel called this program with.
+            unsafe { bpf_skb_pull_data(self.0.skb.skb, length as u32) };
+        }
+    }
+
+    #[inline(always)]
+    fn unwrap(&mut self, length: usize, ethertype: u16) -> Result<(), Refused> {
+        let is_other = u32::from(ethertype.to_be()) != self.0.skb.protocol();
+        // Before Linux 6.3 a packet of the other family is refused.
+        let becomes = match ethertype {
+            V4::ETHERTYPE if is_other => BPF_F_ADJ_ROOM_DECAP_L3_IPV4,
+            V6::ETHERTYPE if is_other => BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
+            _ => 0,
+        };
+        // Segments stay as long as they are, and what was found out about checksums inside holds.
+        let flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET | becomes;
+        // SAFETY: the helper checks the lengths.
+        done(unsafe {
+            bpf_skb_adjust_room(
+                self.0.skb.skb,
+                -(length as i32),
+                bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+                u64::from(flags),
+            )
+        })?;
+        if is_other {
+            // What was just moved there is the packet's own to write to.
+            let _ = self.write(ETHERNET - 2, &ethertype.to_be(), 0);
+        }
+        // The tunnel's checksum, zero included, was the first that the interface may have looked at.
+        // SAFETY: the helper takes plain numbers.
+        unsafe { bpf_csum_level(self.0.skb.skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
+        Ok(())
+    }
+
+    #[inline(always)]
     fn resize(&mut self, length: u32) -> Result<(), Refused> {
         // SAFETY: the helper checks the length.
         done(unsafe { bpf_skb_change_tail(self.0.skb.skb, length, 0) })
+    }
+
+    #[inline(always)]
+    fn tunnel_source(&self) -> Option<Vtep> {
+        // SAFETY: the structure is plain numbers.
+        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        let skb = self.0.skb.skb;
+        let mut ask = |flags: u32| {
+            // SAFETY: the helper writes `TUNNEL_KEY` bytes of the structure within this call.
+            done(unsafe {
+                bpf_skb_get_tunnel_key(skb, &mut key, TUNNEL_KEY as u32, u64::from(flags))
+            })
+            .map(|()| key.__bindgen_anon_1)
+        };
+        if let Ok(remote) = ask(0) {
+            // SAFETY: any bits are an address; the helper says that it is this one.
+            let raw = unsafe { remote.remote_ipv4 }.to_be();
+            return Some(Vtep {
+                v4: V4::from_raw(raw),
+                ..Vtep::default()
+            });
+        }
+        let remote = ask(BPF_F_TUNINFO_IPV6).ok()?;
+        // SAFETY: as above.
+        let raw = unsafe { remote.remote_ipv6 };
+        Some(Vtep {
+            v6: V6::from_raw(raw),
+            ..Vtep::default()
+        })
+    }
+
+    #[inline(always)]
+    fn take_in(&mut self) -> Result<(), Refused> {
+        // SAFETY: the helper takes plain numbers.
+        done(unsafe { bpf_skb_change_type(self.0.skb.skb, PACKET_HOST) })
     }
 }

@@ -10,6 +10,7 @@
 )]
 
 mod flood;
+mod forwarding;
 mod health;
 mod inside;
 mod live;

@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod handover;
 mod node;
 
 use std::{

@@ -19,8 +19,8 @@ use penstock_agent::{
 };
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
-    FlowKey, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Plain, Proto, Route, RouteKind,
-    ServiceId, SlotRange, Timeouts, V4, V6, limits,
+    FlowKey, Forwarding, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Plain, Proto, Route,
+    RouteKind, ServiceId, SlotRange, Timeouts, V4, V6, limits,
 };
 
 pub const TCP: u8 = 6;
@@ -36,7 +36,7 @@ pub mod tcp {
 
 /// The kernel's verdicts (uapi/linux/pkt_cls.h).
 pub const SHOT: i32 = 2;
-const REDIRECT: i32 = 7;
+pub const REDIRECT: i32 = 7;
 
 pub type End = (IpAddr, u16);
 
@@ -125,7 +125,7 @@ pub fn frame(from: End, to: End, proto: u8, flags: u8) -> Vec<u8> {
 }
 
 /// Source and destination of a frame of [`frame`]'s.
-fn ends(frame: &[u8]) -> (End, End) {
+pub fn ends(frame: &[u8]) -> (End, End) {
     let port = |at: usize| u16::from_be_bytes([frame[at], frame[at + 1]]);
     if frame[12] == 0x08 {
         let ip = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).unwrap());
@@ -140,6 +140,7 @@ fn ends(frame: &[u8]) -> (End, End) {
 pub struct Node {
     ebpf: Ebpf,
     pins: PathBuf,
+    forwarding: Forwarding,
 }
 
 impl Drop for Node {
@@ -151,6 +152,11 @@ impl Drop for Node {
 impl Node {
     /// With frontends for so many backends of each family, each over TCP and UDP.
     pub fn new(name: &str, backends: u16) -> Option<Self> {
+        Self::forwarding(name, backends, Forwarding::Snat)
+    }
+
+    /// The same, with a way to its backends.
+    pub fn forwarding(name: &str, backends: u16, forwarding: Forwarding) -> Option<Self> {
         penstock_testbed::require_kernel()?;
         let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-{name}", std::process::id()));
         std::fs::create_dir_all(&pins).expect("bpffs is writable");
@@ -159,17 +165,23 @@ impl Node {
             .override_global("AYA_LOG_LEVEL", &0_u8, false)
             .load(penstock_agent::dataplane::OBJECT)
             .expect("the object loads");
-        let program: &mut SchedClassifier = ebpf
-            .program_mut("from_uplink")
-            .expect("from_uplink")
-            .try_into()
-            .expect("a classifier");
-        program.load().expect("the verifier accepts the program");
-        // Other kernels count other numbers, none of which may be more than a million.
-        let info = program.info().expect("its info");
-        let checked = info.verified_instruction_count().expect("a number");
-        assert!(checked < 500_000, "{checked} instructions");
-        let mut node = Self { ebpf, pins };
+        for name in ["from_uplink", "from_overlay"] {
+            let program: &mut SchedClassifier = ebpf
+                .program_mut(name)
+                .expect(name)
+                .try_into()
+                .expect("a classifier");
+            program.load().expect("the verifier accepts the program");
+            // Other kernels count other numbers, none of which may be more than a million.
+            let info = program.info().expect("its info");
+            let checked = info.verified_instruction_count().expect("a number");
+            assert!(checked < 500_000, "{name}: {checked} instructions");
+        }
+        let mut node = Self {
+            ebpf,
+            pins,
+            forwarding,
+        };
         node.fill(backends);
         Some(node)
     }
@@ -220,7 +232,7 @@ impl Node {
     pub fn configure(&mut self, timeouts: Timeouts) {
         let mut config = Config {
             timeouts,
-            network: NetworkFlags::FORWARD,
+            network: NetworkFlags::FORWARD | NetworkFlags::HANDOVER4 | NetworkFlags::HANDOVER6,
             overlay_ifindex: 1,
             overlay_mtu: 1_450,
             ..Config::default()
@@ -259,7 +271,7 @@ impl Node {
             let key = FrontendKey::new(ip, Be16::from_host(port), Proto(proto));
             let frontend = Frontend {
                 service,
-                flags: FrontendFlags::EXTERNAL,
+                flags: FrontendFlags::EXTERNAL | self.forwarding.flags(),
                 slots,
                 external: slots,
                 affinity_secs: 0,
@@ -293,6 +305,12 @@ impl Node {
     /// Its program.
     pub fn uplink(&self) -> Uplink<'_> {
         let program = self.ebpf.program("from_uplink").expect("from_uplink");
+        Uplink(program.try_into().expect("a classifier"))
+    }
+
+    /// Its program for what comes out of the overlay.
+    pub fn overlay(&self) -> Uplink<'_> {
+        let program = self.ebpf.program("from_overlay").expect("from_overlay");
         Uplink(program.try_into().expect("a classifier"))
     }
 
@@ -340,7 +358,7 @@ impl Node {
     }
 }
 
-/// The program that meets what comes in by the node's uplink.
+/// A program that meets what comes in, by the node's uplink if not said otherwise.
 #[derive(Clone, Copy)]
 pub struct Uplink<'a>(&'a SchedClassifier);
 

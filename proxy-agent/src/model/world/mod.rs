@@ -13,6 +13,8 @@ use std::{
     sync::Arc,
 };
 
+use penstock_common::Forwarding;
+
 use super::{
     node_ports::NodePorts,
     object::{
@@ -39,6 +41,8 @@ pub struct World {
     node_port_ips: BTreeSet<IpAddr>,
     /// Services that load balancers ask this node about.
     checked: BTreeSet<ObjectName>,
+    /// Services whose way to backends of other nodes is not the usual one.
+    forwarded: BTreeSet<ObjectName>,
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
     /// What pods of this node asked for.
@@ -66,6 +70,7 @@ impl World {
             node_ports: NodePorts::default(),
             node_port_ips: BTreeSet::new(),
             checked: BTreeSet::new(),
+            forwarded: BTreeSet::new(),
             node_port_services: BTreeSet::new(),
             host_ports: BTreeMap::new(),
             excluded: BTreeMap::new(),
@@ -329,6 +334,9 @@ impl World {
         if service.health_check_port.is_some() && service.external_policy == TrafficPolicy::Local {
             self.checked.insert(service.name.clone());
         }
+        if service.forwarding != Forwarding::default() {
+            self.forwarded.insert(service.name.clone());
+        }
         self.dirty.insert(service.name.clone());
         self.services.insert(service.name.clone(), service);
     }
@@ -339,6 +347,7 @@ impl World {
         }
         self.node_port_services.remove(&service.name);
         self.checked.remove(&service.name);
+        self.forwarded.remove(&service.name);
     }
 
     fn claim(&mut self, claimed: Claimed, claim: Claim) {

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use penstock_common::Algorithm;
+use penstock_common::{Algorithm, Forwarding};
 
 use super::{
     World,
@@ -55,6 +55,7 @@ impl World {
                         .collect(),
                     affinity_secs: service.affinity_secs.unwrap_or(0),
                     algorithm: service.algorithm,
+                    forwarding: service.forwarding,
                     has_endpoints: choice.has_endpoints,
                     backends: choice.backends,
                 });
@@ -187,6 +188,7 @@ impl World {
                     source_ranges: Vec::new(),
                     affinity_secs: 0,
                     algorithm: Algorithm::default(),
+                    forwarding: Forwarding::default(),
                     has_endpoints: true,
                     backends: vec![PortBackend {
                         address: *backend,
@@ -233,6 +235,12 @@ impl World {
                 .len()
         };
         count(Family::V4).max(count(Family::V6))
+    }
+
+    /// Services with a way to backends of other nodes that is not the usual one.
+    pub fn forwarded(&self) -> impl Iterator<Item = &Service> {
+        let names = self.forwarded.iter();
+        names.filter_map(|name| self.services.get(name))
     }
 
     /// Every frontend that a service wants and does not get, with the reason.

@@ -6,7 +6,7 @@ mod crowd;
 mod survey;
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     path::PathBuf,
@@ -112,12 +112,15 @@ enum Command {
         #[arg(long, default_value_t = 1_000)]
         count: usize,
     },
-    /// Takes what comes by TCP on a port, and says how much it was once the sender is done.
+    /// Takes what comes by TCP on a port, and says how much it was once the sender is done; then it
+    /// gives as much as it was told to.
     Drain {
         #[arg(long)]
         port: u16,
+        #[arg(long, default_value_t = 0)]
+        gives: u64,
     },
-    /// Sends bytes by TCP as fast as it goes; one line when all have arrived.
+    /// Sends bytes by TCP as fast as it goes, and takes what is given; one line when all have arrived.
     Pour {
         to: SocketAddr,
         #[arg(long, default_value_t = 1_000_000)]
@@ -185,7 +188,7 @@ fn main() -> Result<()> {
         }
         Command::Trail { to, for_ms } => trail(&to, Duration::from_millis(for_ms)),
         Command::Times { to, count } => times(&to, count),
-        Command::Drain { port } => drain(port),
+        Command::Drain { port, gives } => drain(port, gives),
         Command::Pour { to, bytes } => pour(to, bytes),
         Command::Pause => loop {
             nix::unistd::pause();
@@ -392,7 +395,7 @@ fn ask_icmp(to: SocketAddr, size: usize, timeout: Duration) -> std::io::Result<s
     Ok(json!({ "peer": from.ip().to_string(), "reached": length.saturating_sub(HEADER) }))
 }
 
-fn drain(port: u16) -> Result<()> {
+fn drain(port: u16, gives: u64) -> Result<()> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).context("listening")?;
     println!("ready");
     for stream in listener.incoming() {
@@ -407,6 +410,7 @@ fn drain(port: u16) -> Result<()> {
                 bytes += length as u64;
             }
             let _ = stream.write_all(format!("{bytes}\n").as_bytes());
+            let _ = std::io::copy(&mut std::io::repeat(b'.').take(gives), &mut stream);
         });
     }
     Ok(())
@@ -426,9 +430,16 @@ fn pour(to: SocketAddr, bytes: u64) -> Result<()> {
         left -= length as u64;
     }
     stream.shutdown(std::net::Shutdown::Write)?;
-    let arrived: u64 = read_line(&mut stream)?.parse().context("a number")?;
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    stream.read_line(&mut line)?;
+    let arrived: u64 = line.trim_end().parse().context("a number")?;
     let seconds = started.elapsed().as_secs_f64();
-    println!("{}", json!({ "arrived": arrived, "seconds": seconds }));
+    let given = std::io::copy(&mut stream, &mut std::io::sink())?;
+    println!(
+        "{}",
+        json!({ "arrived": arrived, "seconds": seconds, "given": given })
+    );
     Ok(())
 }
 
