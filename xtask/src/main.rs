@@ -2,6 +2,7 @@
 //!
 //! Every command first makes sure that what it needs is there, and says what it installs.
 
+mod emulation;
 mod kernels;
 mod lint;
 mod plugin;
