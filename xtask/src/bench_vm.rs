@@ -77,6 +77,9 @@ pub struct Arguments {
     /// With binaries that are not optimised: to try it, not for numbers.
     #[arg(long)]
     debug: bool,
+    /// With the binaries as they were built before.
+    #[arg(long)]
+    no_build: bool,
     /// Passed on to the benchmark in the machine [default: services --services 1,1000 --only "one
     /// processor" --rounds 7 --turn-ms 50 --warm-up-ms 10].
     #[arg(last = true)]
@@ -98,18 +101,16 @@ impl Binaries {
     }
 }
 
-/// Builds this workspace's programs that take part; which of cargo's folders they are in.
-fn build(is_debug: bool) -> Result<&'static str> {
+/// Builds this workspace's programs that take part.
+fn build(is_debug: bool) -> Result<()> {
     let mut command = cargo("build");
     for (package, program) in PROGRAMS {
         command.args(["--package", package, "--bin", program]);
     }
-    if is_debug {
-        in_root(&mut command)?;
-        return Ok("debug");
+    if !is_debug {
+        command.arg("--release");
     }
-    in_root(command.arg("--release"))?;
-    Ok("release")
+    in_root(&mut command)
 }
 
 /// Runs the benchmark there, and writes its results among the others.
@@ -117,9 +118,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     emulation::require_architecture()?;
     let assets = assets()?;
     let binaries = Binaries {
-        profile: build(arguments.debug)?,
+        profile: if arguments.debug { "debug" } else { "release" },
         assets,
     };
+    if !arguments.no_build {
+        build(arguments.debug)?;
+    }
     let image = Kernel::named(&arguments.kernel)?
         .image()
         .with_context(|| format!("fetching Linux {}", arguments.kernel))?;

@@ -69,8 +69,8 @@ const TOOLS: &[&str] = &[
 ];
 /// Where iptables finds what it knows of matches and targets.
 const EXTENSIONS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
-/// Without which openssl makes no certificate.
-const OPENSSL: &str = "/usr/lib/ssl/openssl.cnf";
+/// Without which openssl makes no certificate, and ipset knows no protocol by its name.
+const FILES: &[&str] = &["/usr/lib/ssl/openssl.cnf", "/etc/protocols"];
 
 /// Builds the initrd.
 pub fn build(
@@ -87,7 +87,9 @@ pub fn build(
     for extension in fetch::entries(Path::new(EXTENSIONS)) {
         tree.copy(&extension, &below(&extension))?;
     }
-    tree.copy(Path::new(OPENSSL), &below(Path::new(OPENSSL)))?;
+    for file in FILES {
+        tree.copy(Path::new(file), &below(Path::new(file)))?;
+    }
     // A folder that cargo's would be, where programs of this workspace look for each other.
     let programs = format!("target/{}", binaries.profile);
     for (_, program) in PROGRAMS {
