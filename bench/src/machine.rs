@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 /// A machine on which this much of the processors is in use before anything was started, or that has
 /// as many processes waiting, is not idle.
 const IDLE: f64 = 0.05;
+/// Says how this machine is emulated, by whoever made it.
+const EMULATION: &str = "PENSTOCK_EMULATION";
+/// Says which commit was built, where there is no git to say so.
+const COMMIT: &str = "PENSTOCK_COMMIT";
 /// How long the processors are watched.
 const WATCHED: Duration = Duration::from_secs(1);
 
@@ -29,6 +33,9 @@ pub struct Machine {
     pub memory_mib: u64,
     /// Whether it is a virtual one.
     pub is_virtual: bool,
+    /// How it is emulated, if it is: then times are not any machine's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub emulation: Option<String>,
     /// The programs that were compared, and their versions.
     pub programs: Vec<(String, String)>,
     /// Whether Penstock was built with optimisation.
@@ -104,6 +111,7 @@ impl Machine {
             processors: models.len(),
             memory_mib: memory.unwrap_or_default() / 1_024,
             is_virtual: flags.is_some_and(|flags| flags.split(' ').any(|one| one == "hypervisor")),
+            emulation: std::env::var(EMULATION).ok(),
             programs: programs(),
             is_release: penstock_testbed::binary("penstock")
                 .is_ok_and(|path| path.components().any(|part| part.as_os_str() == "release")),
@@ -124,10 +132,10 @@ impl Machine {
 
     /// In a line.
     pub fn line(&self) -> String {
-        let kind = if self.is_virtual {
-            ", a virtual machine"
-        } else {
-            ""
+        let kind = match (&self.emulation, self.is_virtual) {
+            (Some(how), _) => format!(", an emulated machine ({how})"),
+            (None, true) => ", a virtual machine".to_owned(),
+            (None, false) => String::new(),
         };
         format!(
             "Linux {} on {} x {}, {} MiB{kind}",
@@ -154,6 +162,13 @@ impl Machine {
         if !self.is_release {
             reasons.push("Penstock was built without optimisation".to_owned());
         }
+        if self.emulation.is_some() {
+            reasons.push(
+                "the machine is emulated: times are no machine's, and ratios are of what is done, not of \
+                 how fast a processor does it"
+                    .to_owned(),
+            );
+        }
         if self.processors < 3 {
             reasons.push(format!(
                 "{} processors: client and server share them with everything else",
@@ -171,15 +186,19 @@ fn programs() -> Vec<(String, String)> {
         format!("{}{}", env!("CARGO_PKG_VERSION"), commit()),
     )];
     let packages = [
-        "containernetworking-plugins",
-        "iptables",
-        "nftables",
-        "wrk",
-        "iperf3",
+        ("containernetworking-plugins", None),
+        ("iptables", Some("iptables")),
+        ("nftables", Some("nft")),
+        ("ipset", Some("ipset")),
+        ("wrk", None),
+        ("iperf3", None),
     ];
-    for package in packages {
+    for (package, program) in packages {
         let query = ["-W", "-f", "${Version}", package];
-        if let Some(version) = said("dpkg-query", &query) {
+        let version = said("dpkg-query", &query);
+        // Where nothing knows of packages.
+        let version = version.or_else(|| said(program?, &["--version"]));
+        if let Some(version) = version {
             found.push((package.to_owned(), version));
         }
     }
@@ -192,6 +211,9 @@ fn programs() -> Vec<(String, String)> {
 }
 
 fn commit() -> String {
+    if let Ok(commit) = std::env::var(COMMIT) {
+        return format!(" ({commit})");
+    }
     let folder = env!("CARGO_MANIFEST_DIR");
     let described = said("git", &["-C", folder, "describe", "--always", "--dirty"]);
     described.map_or_else(String::new, |commit| format!(" ({commit})"))

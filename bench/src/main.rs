@@ -56,6 +56,9 @@ struct TurnArgs {
     /// How long a turn is [default: 300, or 2,000 with --full].
     #[arg(long, value_name = "MILLISECONDS", global = true)]
     turn_ms: Option<u64>,
+    /// How long it goes on before, unmeasured [default: 100, or 500 with --full].
+    #[arg(long, global = true, value_name = "MILLISECONDS")]
+    warm_up_ms: Option<u64>,
     /// Only what has this in its name, such as "connect" or "one processor".
     #[arg(long, global = true, value_name = "TEXT")]
     only: Option<String>,
@@ -162,7 +165,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Results> {
     let effort = Effort {
         rounds: cli.turns.rounds.unwrap_or(rounds),
         turn_ms: cli.turns.turn_ms.unwrap_or(turn_ms),
-        warm_up_ms,
+        warm_up_ms: cli.turns.warm_up_ms.unwrap_or(warm_up_ms),
         only: cli.turns.only.clone(),
         contenders: cli.turns.contenders.clone(),
     };

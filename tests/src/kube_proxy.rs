@@ -1,4 +1,4 @@
-//! The real kube-proxy in its iptables mode, on a node of the testbed.
+//! The real kube-proxy, in its iptables or its ipvs mode, on a node of the testbed.
 
 use std::{
     fs,
@@ -27,6 +27,25 @@ COMMIT
 COMMIT
 ";
 
+/// What kube-proxy makes of services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyMode {
+    /// Rules of iptables.
+    Iptables,
+    /// Virtual servers of IPVS, for a kernel with `ip_vs`, its schedulers rr, wrr and sh, and `dummy`.
+    Ipvs,
+}
+
+impl ProxyMode {
+    /// Its name in kube-proxy's configuration.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
+        }
+    }
+}
+
 /// A node's kube-proxy.
 pub struct KubeProxy {
     process: Process,
@@ -36,7 +55,7 @@ pub struct KubeProxy {
 
 impl KubeProxy {
     /// Starts it with the program in `assets`, and does not wait.
-    pub fn start(assets: &Path, node: &Node, api: &ApiServer) -> Result<Self> {
+    pub fn start(assets: &Path, node: &Node, api: &ApiServer, mode: ProxyMode) -> Result<Self> {
         let folder = node.manifests.with_file_name("kube-proxy");
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         let marked = folder.join("marked");
@@ -46,7 +65,7 @@ impl KubeProxy {
             node.host.run(program, &["--noflush", file])?;
         }
         let config = folder.join("config.json");
-        let text = configuration(node, &api.kubeconfig()).to_string();
+        let text = configuration(node, &api.kubeconfig(), mode).to_string();
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
         let config = config.to_str().context("a folder's name is no text")?;
         let log = folder.join("log");
@@ -63,11 +82,7 @@ impl KubeProxy {
 
     /// Its rules in the nat table, for IPv4 or IPv6.
     pub fn rules(&mut self, is_v4: bool) -> Result<String> {
-        ensure!(
-            self.process.is_running(),
-            "kube-proxy ended: {}",
-            self.log()
-        );
+        self.is_alive()?;
         let program = if is_v4 {
             "iptables-save"
         } else {
@@ -76,18 +91,33 @@ impl KubeProxy {
         self.node.run(program, &["-t", "nat"])
     }
 
+    /// The kernel's virtual servers on its node (`/proc/net/ip_vs`), both families.
+    pub fn virtual_servers(&mut self) -> Result<String> {
+        self.is_alive()?;
+        self.node.run("cat", &["/proc/thread-self/net/ip_vs"])
+    }
+
+    fn is_alive(&mut self) -> Result<()> {
+        ensure!(
+            self.process.is_running(),
+            "kube-proxy ended: {}",
+            self.log()
+        );
+        Ok(())
+    }
+
     /// What it logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
 
-fn configuration(node: &Node, kubeconfig: &Path) -> Value {
+fn configuration(node: &Node, kubeconfig: &Path, mode: ProxyMode) -> Value {
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "featureGates": { "IPv6DualStack": true },
-        "mode": "iptables",
+        "mode": mode.name(),
         "hostnameOverride": node.name(),
         // Said, so that it does not look for the node's object.
         "bindAddress": node.host.ip4.to_string(),

@@ -34,7 +34,7 @@ pub use apiserver::ApiServer;
 pub use cluster::Cluster;
 pub use containerd::Cni;
 pub use host::Host;
-pub use kube_proxy::KubeProxy;
+pub use kube_proxy::{KubeProxy, ProxyMode};
 pub use kubernetes::KubernetesNode;
 pub use lease::Lease;
 pub use manifest::{PodObject, Service, Slice};

@@ -5,40 +5,17 @@
 //! is an order of magnitude slower than the machine, hence a choice of tests: each way into the
 //! kernel once.
 
-mod fetch;
 mod initrd;
 mod machine;
 
-use std::{path::PathBuf, process::Command, time::Instant};
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::run::{cargo, in_root, root};
-
-/// A kernel of the matrix.
-struct Kernel {
-    /// What it is called on the command line.
-    name: &'static str,
-    /// The Debian suite whose cloud kernel it is.
-    suite: &'static str,
-}
-
-/// The oldest that Debian supports (filters of a clsact qdisc, `bpf_set_retval` just there), the
-/// long-term one with TCX, and whatever is newest.
-const KERNELS: &[Kernel] = &[
-    Kernel {
-        name: "6.1",
-        suite: "bookworm",
-    },
-    Kernel {
-        name: "6.12",
-        suite: "trixie",
-    },
-    Kernel {
-        name: "newest",
-        suite: "sid",
-    },
-];
+use crate::{
+    emulation::{self, KERNELS, Kernel},
+    run::{cargo, in_root, root},
+};
 
 /// A file of `tests/tests` and the tests of it that are run.
 type Group = (&'static str, &'static [&'static str]);
@@ -92,15 +69,13 @@ fn count(tests: &[Group]) -> usize {
 
 /// Runs the tests on the kernels named, or on all.
 pub fn all(names: &[String], may_be_missing: bool) -> Result<()> {
-    if std::env::consts::ARCH != "x86_64" {
-        bail!("the kernels are emulated for x86-64, and only its binaries are at hand here");
-    }
+    emulation::require_architecture()?;
     let kernels = chosen(names)?;
     let binaries = binaries()?;
     let mut failures = Vec::new();
     for kernel in kernels {
         let started = Instant::now();
-        let image = match fetch::kernel(kernel.name, kernel.suite) {
+        let image = match kernel.image() {
             Ok(image) => image,
             Err(error) if may_be_missing => {
                 println!("{:7} NOT RUN: it can't be fetched: {error:#}", kernel.name);
@@ -137,14 +112,7 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Kernel>> {
     if names.is_empty() {
         return Ok(KERNELS.iter().collect());
     }
-    let find = |name: &String| {
-        let known: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
-        KERNELS
-            .iter()
-            .find(|kernel| kernel.name == name)
-            .with_context(|| format!("no kernel {name} is known; there are {}", known.join(", ")))
-    };
-    names.iter().map(find).collect()
+    names.iter().map(|name| Kernel::named(name)).collect()
 }
 
 /// What runs in the machine.
@@ -206,21 +174,6 @@ fn executable(message: &str, name: &str) -> Option<PathBuf> {
     is_it.then(|| PathBuf::from(executable))
 }
 
-/// Runs a command to its end; what it printed.
-fn output_of(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .with_context(|| format!("starting {command:?}"))?;
-    if !output.status.success() {
-        bail!(
-            "{command:?} ended with {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_kernel_is_named() {
+    fn all_kernels_are_chosen_where_none_is_named() {
         assert!(chosen(&["2.4".to_owned()]).is_err());
         assert_eq!(chosen(&[]).map_or(0, |all| all.len()), KERNELS.len());
     }

@@ -151,7 +151,6 @@ fn house_rules() -> Result<()> {
         "proxy-common",
         "proxy-ebpf",
         "proxy-agent",
-        "ebpf-build",
         "tests",
         "bench",
         "xtask",

@@ -2,6 +2,8 @@
 //!
 //! Every command first makes sure that what it needs is there, and says what it installs.
 
+mod bench_vm;
+mod emulation;
 mod kernels;
 mod lint;
 mod plugin;
@@ -59,6 +61,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// The same in an emulated machine whose kernel has IPVS (docs/benchmarks.md).
+    BenchVm(bench_vm::Arguments),
 }
 
 fn main() -> Result<()> {
@@ -113,6 +117,12 @@ fn main() -> Result<()> {
                     .args(["--quiet", "--release", "--package", "penstock-bench", "--"])
                     .args(arguments),
             )
+        }
+        Command::BenchVm(arguments) => {
+            setup::all()?;
+            setup::emulation()?;
+            setup::contenders()?;
+            bench_vm::run(&arguments)
         }
     }
 }

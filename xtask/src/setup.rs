@@ -52,6 +52,7 @@ const EMULATION: &[(&str, &str)] = &[
 
 /// What the benchmark compares with.
 const CONTENDERS: &[(&str, &str)] = &[
+    ("/usr/sbin/ipset", "ipset"),
     ("/usr/sbin/iptables", "iptables"),
     ("/usr/sbin/nft", "nftables"),
 ];

@@ -1,12 +1,13 @@
-//! The real kube-proxy in its iptables mode, on a node of the testbed, with a real API server.
+//! The real kube-proxy in its iptables and its ipvs mode, on a node of the testbed, with a real API
+//! server.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use penstock_testbed::{self as testbed, ApiServer, Host, Node, Testbed, patiently};
+use penstock_testbed::{self as testbed, ApiServer, Host, Node, ProxyMode, Testbed, patiently};
 
 use super::{
-    Places,
+    Places, ipvs,
     objects::{self, Kind, SERVICE_PORT},
 };
 use crate::contender::{Counts, Witness};
@@ -16,7 +17,9 @@ pub fn assets() -> Option<PathBuf> {
     let assets = testbed::require_api_server();
     let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
     if assets.is_none() {
-        println!("WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables mode is left out");
+        println!(
+            "WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables and ipvs modes are left out"
+        );
     }
     assets
 }
@@ -40,19 +43,12 @@ impl KubeProxy {
         kind: Kind,
         server: &Host,
     ) -> Result<Self> {
-        let host = testbed.client()?;
-        let api = ApiServer::start(assets, &host, testbed.folder())?;
-        for list in objects::lists(count, kind, server) {
-            api.create(&list)?;
-        }
-        let mut process = testbed::KubeProxy::start(assets, node, &api)?;
+        let mode = ProxyMode::Iptables;
+        let (api, mut process) = begin(testbed, assets, node, count, kind, server, mode)?;
+        let expected = ports_of(count);
         let first_and_last = patiently("kube-proxy has written its rules", || {
             let rules = process.rules(true)?;
             let ports = ports(&rules);
-            // One of the API server's own besides.
-            let expected: usize = (0..count)
-                .map(|number| objects::protocols(number).len())
-                .sum();
             anyhow::ensure!(
                 ports.len() >= expected,
                 "{} of {expected} ports have rules",
@@ -66,6 +62,63 @@ impl KubeProxy {
             first_and_last: first_and_last.context("no service has rules")?,
         })
     }
+
+    /// The same in its ipvs mode, until so many services have virtual servers. They have no order, so
+    /// any two are first and last.
+    pub fn start_ipvs(
+        testbed: &mut Testbed,
+        assets: &Path,
+        node: &Node,
+        count: usize,
+        kind: Kind,
+        server: &Host,
+    ) -> Result<Self> {
+        let mode = ProxyMode::Ipvs;
+        let (api, mut process) = begin(testbed, assets, node, count, kind, server, mode)?;
+        let expected = ports_of(count);
+        patiently("kube-proxy has made its virtual servers", || {
+            let served = ipvs::served(&process.virtual_servers()?);
+            anyhow::ensure!(
+                served >= expected,
+                "{served} of {expected} ports have virtual servers: {}",
+                process.log()
+            );
+            Ok(())
+        })?;
+        Ok(Self {
+            _process: process,
+            _api: api,
+            first_and_last: objects::ends(count)?,
+        })
+    }
+}
+
+/// Starts it, told of so many services, and does not wait.
+fn begin(
+    testbed: &mut Testbed,
+    assets: &Path,
+    node: &Node,
+    count: usize,
+    kind: Kind,
+    server: &Host,
+    mode: ProxyMode,
+) -> Result<(ApiServer, testbed::KubeProxy)> {
+    let host = testbed.client()?;
+    // Each has an API server of its own, as each lane's services have endpoints of their own.
+    let folder = testbed.folder().join(node.name());
+    let api = ApiServer::start(assets, &host, &folder)?;
+    for list in objects::lists(count, kind, server) {
+        api.create(&list)?;
+    }
+    let process = testbed::KubeProxy::start(assets, node, &api, mode)?;
+    Ok((api, process))
+}
+
+/// The ports of so many services. The API server has one of its own besides.
+fn ports_of(count: usize) -> usize {
+    (0..count)
+        .map(|number| objects::protocols(number).len())
+        .sum()
 }
 
 /// A port that has a rule: its protocol and the service's address.

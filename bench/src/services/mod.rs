@@ -3,6 +3,7 @@
 //! Every contender has a node of its own with a client and a server, and the same services, whose
 //! one endpoint is that server.
 
+mod ipvs;
 pub mod kube_proxy;
 pub mod nftables;
 pub mod objects;
@@ -66,18 +67,21 @@ pub enum Way {
     Packet,
     /// kube-proxy in iptables mode.
     Iptables,
+    /// kube-proxy in ipvs mode, where the kernel has IPVS.
+    Ipvs,
     /// The rules of kube-proxy's nftables mode.
     Nftables,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Direct,
         Self::Pod,
         Self::Socket,
         Self::Packet,
         Self::Iptables,
+        Self::Ipvs,
         Self::Nftables,
     ];
 
@@ -86,7 +90,7 @@ impl Way {
     const fn most(self) -> usize {
         match self {
             Self::Direct | Self::Pod | Self::Socket | Self::Packet => usize::MAX,
-            Self::Iptables | Self::Nftables => 10_000,
+            Self::Iptables | Self::Ipvs | Self::Nftables => 10_000,
         }
     }
 
@@ -97,6 +101,7 @@ impl Way {
             Self::Socket => "Penstock, at the socket",
             Self::Packet => "Penstock, packet by packet",
             Self::Iptables => "kube-proxy, iptables",
+            Self::Ipvs => "kube-proxy, ipvs",
             Self::Nftables => "kube-proxy's rules, nftables",
         }
     }
@@ -166,6 +171,13 @@ impl Lane {
                 self._kube_proxy = Some(proxy);
                 return Ok(Some(order));
             }
+            Way::Ipvs => {
+                let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
+                let kind = Kind::ClusterIp;
+                let proxy =
+                    KubeProxy::start_ipvs(testbed, assets, &self.node, count, kind, server)?;
+                self._kube_proxy = Some(proxy);
+            }
             Way::Nftables => {
                 let folder = testbed.folder();
                 nftables::load(count, Kind::ClusterIp, server, &self.node, folder)?;
@@ -204,6 +216,7 @@ impl Lane {
                 all.extend(ours(IN_PACKETS, Counts::Packets));
             }
             Way::Iptables => all.push(kube_proxy::witness(&node)),
+            Way::Ipvs => all.extend(ipvs::witnesses(&node)),
             Way::Nftables => all.push(nftables::witness(&node)),
         }
         all
@@ -228,7 +241,13 @@ impl Lane {
 pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort) -> Result<Vec<Outcome>> {
     let mut ways = ways.to_vec();
     let assets = kube_proxy::assets();
-    ways.retain(|way| *way != Way::Iptables || assets.is_some());
+    ways.retain(|way| !matches!(way, Way::Iptables | Way::Ipvs) || assets.is_some());
+    if ways.contains(&Way::Ipvs)
+        && let Some(reason) = ipvs::missing()
+    {
+        println!("WARNING: kube-proxy's ipvs mode is left out: {reason}");
+        ways.retain(|way| *way != Way::Ipvs);
+    }
     let mut outcomes = Vec::new();
     for count in counts {
         let (admitted, others): (Vec<Way>, Vec<Way>) =
