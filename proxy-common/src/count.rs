@@ -37,7 +37,10 @@ impl Traffic {
 pub struct FlowCounts {
     /// From the client.
     pub request: Traffic,
-    pad: [u64; 6],
+    /// The timestamp (RFC 7323) of the client's FIN, 0 without one: here, since it is the same
+    /// direction's cache line.
+    pub last_stamp: u32,
+    pad: [u32; 11],
     /// From the backend.
     pub reply: Traffic,
     pad_after: [u64; 6],
@@ -48,7 +51,8 @@ impl FlowCounts {
     pub const fn new(request: Traffic, reply: Traffic) -> Self {
         Self {
             request,
-            pad: [0; 6],
+            last_stamp: 0,
+            pad: [0; 11],
             reply,
             pad_after: [0; 6],
         }

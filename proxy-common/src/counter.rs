@@ -85,7 +85,8 @@ counters! {
     FragmentUnmatched = "fragment_unmatched", DROP;
     /// Dropped: no flow record is free, and those looked at are all of established flows.
     FlowTableFull = "flow_table_full", DROP;
-    /// Dropped: the flow of a packet was gone again before the packet went on in it.
+    /// Dropped: the flow of a packet was gone, or had left its port to another, before the packet
+    /// went on in it.
     FlowRace = "flow_race", DROP;
     /// Dropped: a pod reached itself, and this node's address in that family is not known.
     HairpinNoAddress = "hairpin_no_address", DROP;

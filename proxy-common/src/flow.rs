@@ -163,9 +163,12 @@ impl FlowFlags {
     /// From the outside: packets of this flow go on as they are, without the kernel's routing where
     /// their source is this node's.
     pub const EXTERNAL: u16 = 4;
+    /// It has its source port from a flow that was over: what comes late is that one's.
+    pub const SUCCESSOR: u16 = 8;
 }
 
-/// Bits of [`Flow::fins`]: who has sent a FIN in a flow that is established yet.
+/// Bits of [`Flow::fins`]: who has sent a FIN in a flow while it was established, which is who was
+/// first in one that is closing.
 pub struct Fins;
 
 impl Fins {
@@ -173,6 +176,9 @@ impl Fins {
     pub const CLIENT: u8 = 1;
     /// The backend.
     pub const BACKEND: u8 = 2;
+    /// The backend has nothing to remember: the client has broken the connection off or, having ended
+    /// it first, has acknowledged the backend's FIN.
+    pub const OVER: u8 = 4;
 }
 
 /// A flow from a client through a service to a backend.

@@ -65,6 +65,10 @@ pub trait Env {
     fn count_port_end(&self, index: u32);
     /// Sets [`PortChunk::full`].
     fn set_full(&self, index: u32, full: u64);
+    /// The timestamp of the segment that begins a flow, 0 if it has none; for the next stages.
+    fn stamp(&self) -> u32;
+    /// Sets [`Self::stamp`].
+    fn set_stamp(&self, stamp: u32);
     /// Whether one more ICMP error may be sent within this second (RFC 4443, 2.4 (f)).
     fn may_send_error(&self) -> bool;
     /// Tells whoever traces what happened to a packet or socket of a service.
@@ -146,6 +150,10 @@ pub trait Maps<F: Family>: Env {
     fn opening(&self) -> Option<Self::Record>;
     /// Counts a packet of a flow; whether it is the first in its direction.
     fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool;
+    /// The timestamp of the FIN of a flow's client, 0 if it had none.
+    fn last_stamp(&self, id: FlowId) -> u32;
+    /// Sets [`Self::last_stamp`].
+    fn set_last_stamp(&self, id: FlowId, stamp: u32);
     /// Counts a connection to a backend.
     fn count_connection(&self, id: BackendId, generation: u32, service: ServiceId);
     /// Adds what was counted of a flow that this program ended to its backend's counts.

@@ -13,7 +13,8 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::{ETHERNET, Family},
-    flow, forward,
+    flow::{self, succession},
+    forward,
     packet::Packet,
     parse::{self, Segment},
     pod::{self, Back, Verdict},
@@ -88,6 +89,7 @@ pub fn answer<F: Family, M: Maps<F>>(
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let segment = pod::segment::<F, M>(packet, maps)?;
+    maps.set_stamp(succession::stamp(packet, &segment));
     let result = open_flow::<F, M>(packet.ifindex(), maps, &segment);
     pod::opened::<F, M>(maps, &segment, result)
 }

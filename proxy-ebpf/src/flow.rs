@@ -5,6 +5,8 @@
 //! index alone says which source ports are taken: a key is inserted if it is not there, by one
 //! program of all that try.
 
+pub mod succession;
+
 use penstock_common::{
     Addr, BackendFlags, Be16, Counter, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, Proto, REMAPPED_PORTS,
@@ -13,9 +15,11 @@ use penstock_common::{
 use crate::{
     env::{Maps, Record},
     family::Family,
+    packet::Packet,
     parse::{Segment, tcp},
     pod::Verdict,
 };
+use succession::{inherit, succeed};
 
 /// A flow that was found.
 #[derive(Clone, Copy)]
@@ -125,17 +129,24 @@ fn finish<A: Addr, R: Record<A>>(known: &Known<A, R>, is_reply: bool) -> u32 {
 /// Notes a packet of a flow.
 #[inline(always)]
 pub fn follow<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
     maps: &M,
     known: &Known<F::Addr, M::Record>,
     segment: &Segment<F::Addr>,
     is_reply: bool,
 ) {
     let state = known.state;
+    if !is_reply {
+        succession::note_request::<F, M>(packet, maps, known, segment);
+    }
     let next = if segment.tcp_flags & tcp::RST != 0 {
         FlowState::CLOSING
     } else if segment.tcp_flags & tcp::FIN != 0 {
         finish(known, is_reply)
-    } else if state == FlowState::EMBRYONIC && is_reply {
+    } else if state == FlowState::EMBRYONIC
+        && is_reply
+        && succession::agrees::<F, M>(known, segment)
+    {
         FlowState::ESTABLISHED
     } else {
         state
@@ -294,7 +305,8 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
     let record = maps.record(id).ok_or(Counter::FlowRace)?;
     let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
     let keeps_port = record.key(FlowKey::<F::Addr>::REQUEST).src == reply.dst;
-    if keeps_port && link(maps, &reply, id) {
+    let timeouts = maps.config().timeouts;
+    if keeps_port && (link(maps, &reply, id) || succeed::<F, M>(maps, id, &reply, &timeouts)) {
         return Ok(Verdict::Placed);
     }
     if is_refusing(maps, reply.port_place()) {
@@ -307,6 +319,10 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
         reply.dst_port = Be16::from_host(any_port(maps, ports));
         if maps.link(&reply, id) {
             record.set_source_port(reply.dst_port);
+            return Ok(Verdict::Placed);
+        }
+        // Free ones first, as long as there are many of them.
+        if tries > maps.attempts() / 2 && succeed::<F, M>(maps, id, &reply, &timeouts) {
             return Ok(Verdict::Placed);
         }
     }
@@ -413,15 +429,7 @@ pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict,
             continue;
         }
         // Of a key that is left from an earlier life of the record, the flow may go too.
-        if state != FlowState::FREE {
-            unlink::<F, M>(maps, &other.key(FlowKey::<F::Addr>::REQUEST), other_id);
-            maps.settle(other_id);
-        }
-        // In one step: nobody else gets the port between the two.
-        maps.relink(&reply, id);
-        record.set_source_port(reply.dst_port);
-        free::<F, M>(maps, other_id, other);
-        maps.count(Counter::FlowEvicted);
+        inherit::<F, M>(maps, id, &reply, other_id, other);
         return Ok(Verdict::Placed);
     }
     maps.set_full(place.index(0), refusal(maps, place));
@@ -511,16 +519,32 @@ fn may_evict<A: Addr>(
         FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
         FlowState::ESTABLISHED => {
             let (proto, seen_secs) = record.last_seen();
-            let timeout = if proto == Proto::TCP && record.fins() != 0 {
-                timeouts.tcp_closing_secs
-            } else if proto == Proto::TCP {
-                timeouts.tcp_established_secs
-            } else {
-                timeouts.udp_stream_secs
-            };
-            now.wrapping_sub(seen_secs) >= timeout
+            idle_for(now, seen_secs) >= lasts(state, proto, record.fins(), timeouts)
         }
         _ => false,
+    }
+}
+
+/// For how many seconds nothing was seen of a flow, by a clock that may be a little behind that of
+/// who saw it.
+#[inline(always)]
+fn idle_for(now: u32, seen_secs: u32) -> u32 {
+    let idle = now.wrapping_sub(seen_secs);
+    if idle as i32 >= 0 { idle } else { 0 }
+}
+
+/// After how many idle seconds a flow is over.
+#[inline(always)]
+fn lasts(state: u32, proto: Proto, fins: u8, timeouts: &penstock_common::Timeouts) -> u32 {
+    let is_tcp = proto == Proto::TCP;
+    match state {
+        FlowState::CLOSING => timeouts.tcp_closing_secs,
+        FlowState::EMBRYONIC if is_tcp => timeouts.tcp_syn_secs,
+        FlowState::EMBRYONIC => timeouts.udp_secs,
+        FlowState::ESTABLISHED if is_tcp && fins != 0 => timeouts.tcp_closing_secs,
+        FlowState::ESTABLISHED if is_tcp => timeouts.tcp_established_secs,
+        FlowState::ESTABLISHED => timeouts.udp_stream_secs,
+        _ => u32::MAX,
     }
 }
 

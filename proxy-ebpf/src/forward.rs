@@ -140,6 +140,7 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     // That it leaves the cluster is known: `leaving` has looked.
     let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
     let source = source.ok_or(Counter::MasqueradeNoAddress)?;
+    maps.set_stamp(flow::succession::stamp(packet, &segment));
     flow::begin::<F, M>(maps, &flow::masquerading(maps, &segment, source))
 }
 

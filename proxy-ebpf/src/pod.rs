@@ -13,7 +13,7 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::{ETHERNET, Family, Network},
-    flow,
+    flow::{self, succession},
     packet::Packet,
     parse::{self, Segment},
     quoted, reject, rewrite,
@@ -178,7 +178,7 @@ pub fn request<F: Family, M: Maps<F>>(
         return Ok(Verdict::Open);
     }
     parse::remember_ports::<F>(maps, &header, &segment);
-    flow::follow(maps, &known, &segment, false);
+    flow::follow(packet, maps, &known, &segment, false);
     let (src, dst) = known.ends();
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     if known.flags & FlowFlags::MASQUERADE != 0 {
@@ -207,6 +207,7 @@ fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let segment = segment::<F, M>(packet, maps)?;
+    maps.set_stamp(succession::stamp(packet, &segment));
     opened::<F, M>(maps, &segment, open_flow::<F, M>(maps, &segment))
 }
 
@@ -289,7 +290,9 @@ pub fn to_node<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     Ok(match back::<F, M>(packet, maps)? {
-        Back::Reply(flags) if flags & FlowFlags::HAIRPIN != 0 => return deliver(packet, flags),
+        Back::Reply(flags) if flags & u32::from(FlowFlags::HAIRPIN) != 0 => {
+            return deliver(packet, flags as u16);
+        }
         Back::Request => Verdict::Request,
         Back::Error => Verdict::Icmp,
         Back::Reply(_) | Back::Foreign => Verdict::Pass,
@@ -319,7 +322,7 @@ fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Back {
     /// A reply or an error about a request, now translated; its flow's flags.
-    Reply(u16),
+    Reply(u32),
     /// No reply, but what may be a request.
     Request,
     /// An ICMP error about no request; perhaps about a reply.
@@ -342,7 +345,7 @@ pub(crate) fn back<F: Family, M: Maps<F>>(
     };
     if is_error::<F>(packet, &header) {
         let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-        return Ok(flags.map_or(Back::Error, Back::Reply));
+        return Ok(flags.map_or(Back::Error, |flags| Back::Reply(flags.into())));
     }
     reply::<F, M>(packet, maps, &header, addrs)
 }
@@ -378,8 +381,11 @@ fn reply<F: Family, M: Maps<F>>(
         flow::retire(maps, &known);
         return Ok(Back::Foreign);
     }
+    if succession::is_late::<F, M>(packet, &known, &segment) {
+        return Err(Counter::FlowRace);
+    }
     parse::remember_ports::<F>(maps, header, &segment);
-    flow::follow(maps, &known, &segment, true);
+    flow::follow(packet, maps, &known, &segment, true);
     let (src, dst) = known.ends();
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     maps.count(if known.flags & FlowFlags::EXTERNAL != 0 {
@@ -387,7 +393,7 @@ fn reply<F: Family, M: Maps<F>>(
     } else {
         Counter::PacketReply
     });
-    Ok(Back::Reply(known.flags))
+    Ok(Back::Reply(known.flags.into()))
 }
 
 /// Where a translated packet goes: back, where client and backend are the same pod.

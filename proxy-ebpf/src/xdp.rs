@@ -11,7 +11,8 @@ use crate::{
     env::{Maps, Record},
     external,
     family::{ETHERNET, Family, Fragment},
-    flow, forward,
+    flow::{self, succession},
+    forward,
     packet::Packet,
     parse::{self, Segment, tcp},
     pod::{self, Verdict},
@@ -98,9 +99,11 @@ pub fn carry<F: Family, M: Maps<F>>(
     } else {
         !flow::may_continue(maps, &known, &segment)
     };
+    let is_late = is_reply && succession::is_late::<F, M>(packet, &known, &segment);
     let (_, seen) = known.record.last_seen();
     let is_due = (seen ^ maps.now_secs()) >> PERIOD != 0;
-    if known.flags != FlowFlags::EXTERNAL || is_over || is_due {
+    let kind = known.flags & !FlowFlags::SUCCESSOR;
+    if kind != FlowFlags::EXTERNAL || is_over || is_late || is_due {
         return Ok(Verdict::Pass);
     }
     let (src, dst) = known.ends();
@@ -118,7 +121,7 @@ pub fn carry<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     }
 
-    flow::follow(maps, &known, &segment, is_reply);
+    flow::follow(packet, maps, &known, &segment, is_reply);
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     forward::take_hop::<F>(packet, hops).map_err(forward::refused)?;
     forward::frame(packet, hop.to, hop.from).map_err(forward::refused)?;
@@ -146,6 +149,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };
+    maps.set_stamp(succession::stamp(packet, &segment));
     Ok(
         match external::open_flow::<F, M>(packet.ifindex(), maps, &segment) {
             Ok(verdict) => verdict,

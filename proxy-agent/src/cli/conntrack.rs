@@ -178,6 +178,7 @@ fn words(flags: u16) -> Vec<&'static str> {
         (FlowFlags::HAIRPIN, "hairpin"),
         (FlowFlags::MASQUERADE, "masquerade"),
         (FlowFlags::EXTERNAL, "external"),
+        (FlowFlags::SUCCESSOR, "successor"),
     ]
     .into_iter()
     .filter_map(|(flag, word)| (flags & flag != 0).then_some(word))

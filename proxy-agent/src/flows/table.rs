@@ -157,8 +157,11 @@ where
             unsafe { AtomicU64::from_ptr(number) }.swap(0, Ordering::Relaxed)
         };
         let counts = self.counts.at(id);
-        // SAFETY: fields' addresses inside the element; nothing is read.
-        let (request, reply) = unsafe { (&raw mut (*counts).request, &raw mut (*counts).reply) };
+        // SAFETY: fields' addresses inside the element, and one that only who ends a flow clears.
+        let (request, reply) = unsafe {
+            (&raw mut (*counts).last_stamp).write_volatile(0);
+            (&raw mut (*counts).request, &raw mut (*counts).reply)
+        };
         let traffic = |way: *mut Traffic| {
             // SAFETY: as above.
             let (packets, bytes) = unsafe { (&raw mut (*way).packets, &raw mut (*way).bytes) };

@@ -14,8 +14,9 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
-    PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, XdpUplink, limits,
+    Counter, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
+    FrontendKey, Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6,
+    XdpUplink, limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
 
@@ -176,6 +177,19 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
         if let Some(chunk) = PORT_CHUNKS.get_ptr_mut(index) {
             // SAFETY: a mapped array element; an aligned word is written whole.
             unsafe { addr_of_mut!((*chunk).full).write_volatile(full) };
+        }
+    }
+
+    #[inline(always)]
+    fn stamp(&self) -> u32 {
+        OPENING_STAMP.get_ptr(0).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn set_stamp(&self, stamp: u32) {
+        if let Some(element) = OPENING_STAMP.get_ptr_mut(0) {
+            // SAFETY: this CPU's element, see `count`; an aligned word is written whole.
+            unsafe { element.write_volatile(stamp) };
         }
     }
 
@@ -353,8 +367,10 @@ macro_rules! family {
             let Some(ended) = $counts.get_ptr_mut(id) else {
                 return;
             };
-            // SAFETY: fields' addresses inside mapped elements; nothing is read.
+            // SAFETY: fields' addresses inside mapped elements, and one that only who ends a flow
+            // clears.
             unsafe {
+                addr_of_mut!((*ended).last_stamp).write_volatile(0);
                 move_traffic(
                     counts.map(|counts| addr_of_mut!((*counts).request)),
                     addr_of_mut!((*ended).request),
@@ -446,6 +462,25 @@ macro_rules! family {
                     let sum = addr_of!((*way).bytes).read_volatile() + u64::from(bytes);
                     addr_of_mut!((*way).bytes).write_volatile(sum);
                     before == 0
+                }
+            }
+
+            #[inline(always)]
+            fn last_stamp(&self, id: FlowId) -> u32 {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                let field = |counts: *const FlowCounts| unsafe { addr_of!((*counts).last_stamp) };
+                $counts
+                    .get_ptr(id.0)
+                    .map(field)
+                    .map(copy)
+                    .unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_last_stamp(&self, id: FlowId, stamp: u32) {
+                if let Some(counts) = $counts.get_ptr_mut(id.0) {
+                    // SAFETY: an aligned field of a mapped element (see `copy`), written whole.
+                    unsafe { addr_of_mut!((*counts).last_stamp).write_volatile(stamp) };
                 }
             }
 

@@ -96,6 +96,10 @@ pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::ALL.
 #[map]
 pub(crate) static ERRORS_SENT: PerCpuArray<[u32; 2]> = PerCpuArray::pinned(1, 0);
 
+/// The timestamp of the segment that begins a flow, between two stages.
+#[map]
+pub(crate) static OPENING_STAMP: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
 /// Room for a question to the kernel's routes, for which stacks have none.
 #[map]
 pub(crate) static WAYS: PerCpuArray<[u32; 16]> = PerCpuArray::with_max_entries(1, 0);

@@ -318,6 +318,7 @@ fn a_connection_stays_until_both_ends_have_closed_it() {
             (false, fin, FlowState::ESTABLISHED, Fins::CLIENT),
             (true, ack, FlowState::ESTABLISHED, Fins::CLIENT),
             (true, fin, FlowState::CLOSING, Fins::CLIENT),
+            (false, ack, FlowState::CLOSING, Fins::CLIENT | Fins::OVER),
         ],
         vec![
             (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
@@ -326,7 +327,7 @@ fn a_connection_stays_until_both_ends_have_closed_it() {
         ],
         vec![
             (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
-            (false, rst, FlowState::CLOSING, Fins::BACKEND),
+            (false, rst, FlowState::CLOSING, Fins::BACKEND | Fins::OVER),
         ],
         vec![(true, rst, FlowState::CLOSING, 0)],
     ];

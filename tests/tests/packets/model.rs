@@ -42,12 +42,26 @@ pub struct Flow {
     pub backend: Endpoint,
     pub source: Endpoint,
     pub is_established: bool,
+    /// One end at least is done.
     pub is_closing: bool,
+    /// Both are.
+    pub is_closed: bool,
+    /// Who has sent a FIN: 1 is the client, 2 the backend; the first of the two once both have.
+    pub fins: u8,
+    /// The backend has nothing to remember.
+    pub is_over: bool,
+    /// Its port was that of a flow that was over.
+    pub is_successor: bool,
 }
 
 impl Flow {
     pub fn is_hairpin(&self) -> bool {
         self.client.0 == self.backend.0
+    }
+
+    /// Whether its backend has yet to agree to it, at another flow's port.
+    fn is_unanswered(&self) -> bool {
+        self.proto == TCP && self.is_successor && !self.is_established && !self.is_closed
     }
 }
 
@@ -264,8 +278,11 @@ impl Model {
         };
         let wish = (source_addr, segment.src.1);
         let proto = segment.header.proto;
-        let is_free =
-            |model: &Self, source| !model.by_reply.contains_key(&(proto, backend, source));
+        let holder = |model: &Self, source| model.by_reply.get(&(proto, backend, source)).copied();
+        let is_free = |model: &Self, source| {
+            let flow = holder(model, source).and_then(|id| model.flows[id].as_ref());
+            flow.is_none_or(|flow| flow.is_over)
+        };
         let source = (source_addr, source);
         let keeps = !is_hairpin && is_free(self, wish);
         if keeps && source != wish {
@@ -291,6 +308,12 @@ impl Model {
                 return Err(format!("client is bound to {bound:?}, got {backend:?}"));
             }
         }
+        let predecessor = holder(self, source);
+        let is_successor = predecessor.is_some();
+        if let Some(over) = predecessor {
+            self.remove(over);
+            self.counted(Counter::FlowEvicted);
+        }
         let id = self.flows.len();
         self.by_request
             .insert((proto, segment.src, segment.dst), id);
@@ -307,6 +330,10 @@ impl Model {
             source,
             is_established: false,
             is_closing: false,
+            is_closed: false,
+            fins: 0,
+            is_over: false,
+            is_successor,
         }));
         self.counted(Counter::FlowCreated);
         self.follow(id, segment, false);
@@ -324,12 +351,25 @@ impl Model {
 
     fn follow(&mut self, id: usize, segment: &Segment, is_reply: bool) {
         let flow = self.flows[id].as_mut().expect("indexed flows exist");
-        if segment.tcp_flags & 5 != 0 {
-            flow.is_closing = true;
-            flow.is_established = false;
-        } else if is_reply && !flow.is_closing {
+        let (fin, syn, rst, ack) = (1, 2, 4, 16);
+        let has = |flag| segment.tcp_flags & flag != 0;
+        let own = if is_reply { 2 } else { 1 };
+        let acknowledges = !has(fin) && has(ack) && flow.is_closed && flow.fins == 1;
+        if !is_reply && (has(rst) || acknowledges) {
+            flow.is_over = true;
+        }
+        if has(rst) {
+            flow.is_closed = true;
+        } else if has(fin) {
+            if flow.is_closed || !flow.is_established || flow.fins | own == 3 {
+                flow.is_closed = true;
+            } else {
+                flow.fins = own;
+            }
+        } else if is_reply && (!flow.is_unanswered() || has(syn)) {
             flow.is_established = true;
         }
+        flow.is_closing = flow.is_closed || flow.fins != 0;
         let tally = self
             .tallies
             .entry((flow.service, flow.backend))
@@ -378,6 +418,15 @@ impl Model {
             // Of a connection past the service, from the port that this one had.
             self.remove(id);
             return same(done, NEXT, input);
+        }
+        if flow.is_unanswered() && segment.tcp_flags & 6 == 0 {
+            let header = &segment.header;
+            let offset = input.get(header.transport + 12).copied().unwrap_or(0) >> 4;
+            let is_bare = header.length == usize::from(offset) * 4;
+            if header.is_later || !is_bare || segment.tcp_flags & 1 != 0 {
+                // What the port's last flow left.
+                return self.drops(input, done, Counter::FlowRace);
+            }
         }
         self.remember(&segment);
         self.follow(id, &segment, true);

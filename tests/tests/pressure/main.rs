@@ -11,6 +11,7 @@
 )]
 
 mod node;
+mod succession;
 
 use std::{
     collections::HashSet,
