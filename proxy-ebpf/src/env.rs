@@ -132,6 +132,9 @@ pub trait Maps<F: Family>: Env {
     fn slot(&self, slot: u32) -> Option<BackendId>;
     /// A backend.
     fn backend(&self, id: BackendId) -> Option<Backend<F::Addr>>;
+    /// The one of two slots whose backend has fewer connections for its weight; the first where
+    /// neither has.
+    fn lighter(&self, first: u32, second: u32) -> u32;
     /// The backend that a client is bound to.
     fn affinity(&self, key: &AffinityKey<F::Addr>) -> Option<Affinity>;
     /// Binds a client to a backend.

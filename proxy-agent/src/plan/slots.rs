@@ -33,7 +33,7 @@ pub(super) fn fill<A: Addr>(algorithm: Algorithm, members: &[Member<A>]) -> Vec<
             (0..members.len()).collect()
         }
         Algorithm::Maglev => maglev(members),
-        Algorithm::Weighted => weighted(members),
+        Algorithm::Weighted | Algorithm::LeastConnections => weighted(members),
     }
 }
 

@@ -15,8 +15,8 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6,
-    XdpUplink, limits,
+    FrontendKey, Load, Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4,
+    V6, XdpUplink, limits,
 };
 use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
 
@@ -273,8 +273,8 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
-    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+        $index:ident, $flows:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $node:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
@@ -336,6 +336,31 @@ macro_rules! family {
             {
                 // SAFETY: a field's address inside the mapped element; nothing is read.
                 add(unsafe { addr_of_mut!((*counts).connections) }, last);
+            }
+        }
+
+        /// How many connections a slot's backend has, and its weight.
+        #[inline(always)]
+        fn $load_of(slot: u32) -> Option<(u32, u32)> {
+            let id = SLOTS.get_ptr(slot).map(copy)?;
+            let backend = $backends.get_ptr(id.0).map(copy)?;
+            let connections = $connections.get_ptr(id.0).map(copy)?;
+            let given = if connections.generation == backend.generation {
+                connections.count
+            } else {
+                0
+            };
+            let seen = $loads.get_ptr(id).map(copy);
+            let load = Load::now(seen, backend.generation, given);
+            Some((load, backend.weight()))
+        }
+
+        /// [`Maps::lighter`], a function of its own, see [`take_turn`].
+        #[inline(never)]
+        fn $lighter(first: u32, second: u32) -> u32 {
+            match ($load_of(first), $load_of(second)) {
+                (Some(load), Some(other)) if Load::is_second_lighter(load, other) => second,
+                _ => first,
             }
         }
 
@@ -411,6 +436,11 @@ macro_rules! family {
             #[inline(always)]
             fn backend(&self, id: BackendId) -> Option<Backend<$family>> {
                 $backends.get_ptr(id.0).map(copy)
+            }
+
+            #[inline(always)]
+            fn lighter(&self, first: u32, second: u32) -> u32 {
+                $lighter(first, second)
             }
 
             #[inline(always)]
@@ -620,7 +650,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, node4);
-family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, node6);

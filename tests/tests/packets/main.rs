@@ -48,6 +48,7 @@ fn algorithm_of(host: u8, proto: u8) -> Algorithm {
         // Affinity comes first.
         (3, TCP) => Algorithm::RoundRobin,
         (3, UDP) => Algorithm::SourceHash,
+        (4, TCP) | (7, _) => Algorithm::LeastConnections,
         _ => Algorithm::Random,
     }
 }
@@ -104,6 +105,22 @@ fn model() -> Model {
         add(4, 80, UDP, vec![own(0), own(1)], false, false);
         add(5, 80, TCP, vec![], false, false);
         add(5, 80, UDP, vec![], false, false);
+        add(
+            7,
+            80,
+            TCP,
+            (5..=8).map(|host| pod(host, 8080)).collect(),
+            false,
+            false,
+        );
+        add(
+            7,
+            80,
+            UDP,
+            (5..=8).map(|host| pod(host, 8080)).collect(),
+            false,
+            false,
+        );
         add(6, 80, TCP, vec![], true, false);
         add(6, 80, UDP, vec![], true, false);
     }

@@ -104,6 +104,16 @@ pub fn service_id(index: usize) -> ServiceId {
     ServiceId(1 + index as u32)
 }
 
+/// How many connections a backend, by its place among its service's, had before; as `LOADS` say.
+pub fn load_before(place: usize) -> u64 {
+    [300, 0, 2_000, 40][place % 4]
+}
+
+/// The weight of a backend, by its place, where that counts.
+pub fn weight(place: usize) -> u16 {
+    [1, 2, 10, 1][place % 4]
+}
+
 /// What a program did.
 pub struct Done<'a> {
     pub verdict: i32,
@@ -220,7 +230,7 @@ impl Model {
         }
         let count = service.backends.len();
         let place = match service.algorithm {
-            Algorithm::Random | Algorithm::Weighted => return None,
+            Algorithm::Random | Algorithm::Weighted | Algorithm::LeastConnections => return None,
             // Who is first is left to chance.
             Algorithm::RoundRobin => self.turns.get(&(service.frontend, service.proto))? % count,
             Algorithm::SourceHash | Algorithm::Maglev => {
@@ -295,6 +305,27 @@ impl Model {
             && due != backend
         {
             return Err(format!("{due:?} was due, got {backend:?} of {service:?}"));
+        }
+        if service.algorithm == Algorithm::LeastConnections {
+            let load = |at: usize| {
+                let backend = service.backends[at];
+                let tally = self.tallies.get(&(service_id(index), backend));
+                load_before(at) + tally.map_or(0, |tally| tally.connections)
+            };
+            let is_heavier = |at: usize, than: usize| {
+                load(at) * u64::from(weight(than)) >= load(than) * u64::from(weight(at))
+            };
+            let places = 0..service.backends.len();
+            let mut chosen = places.clone().filter(|at| service.backends[*at] == backend);
+            let chosen = chosen.next().ok_or("no such backend")?;
+            // Who is chosen was compared with some other one.
+            if !places
+                .clone()
+                .any(|at| at != chosen && is_heavier(at, chosen))
+            {
+                let loads: Vec<u64> = places.map(load).collect();
+                return Err(format!("{chosen} is the heaviest of {loads:?}"));
+            }
         }
         let mut backends = service.backends.iter();
         if let Some(place) = backends.position(|other| *other == backend) {
