@@ -133,6 +133,10 @@ impl PortPlace {
     }
 }
 
+/// After how many idle seconds an established SCTP association is over, whose ends send heartbeats
+/// every 30 seconds (RFC 9260, 16); the kernel's own (nf_conntrack_sctp_timeout_established).
+pub const SCTP_ESTABLISHED_SECS: u32 = 210;
+
 /// Values of [`Flow::state`].
 pub struct FlowState;
 

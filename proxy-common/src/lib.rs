@@ -57,7 +57,7 @@ pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Load, Traff
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
-    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, SCTP_ESTABLISHED_SECS,
 };
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{

@@ -10,6 +10,7 @@ pub mod succession;
 use penstock_common::{
     Addr, BackendFlags, Be16, Counter, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, Proto, REMAPPED_PORTS,
+    SCTP_ESTABLISHED_SECS,
 };
 
 use crate::{
@@ -75,7 +76,7 @@ pub fn may_continue<F: Family, M: Maps<F>>(
     segment: &Segment<F::Addr>,
 ) -> bool {
     let is_opening =
-        segment.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+        segment.proto.has_connections() && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     if is_opening && is_ending(known) {
         return false;
     }
@@ -97,7 +98,7 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 #[inline(always)]
 pub fn is_anothers<A: Addr, R: Record<A>>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
     let agrees = tcp::SYN | tcp::ACK;
-    segment.proto == Proto::TCP && segment.tcp_flags & agrees == agrees && is_ending(known)
+    segment.proto.has_connections() && segment.tcp_flags & agrees == agrees && is_ending(known)
 }
 
 /// Whether one end at least has said that it is done.
@@ -536,13 +537,14 @@ fn idle_for(now: u32, seen_secs: u32) -> u32 {
 /// After how many idle seconds a flow is over.
 #[inline(always)]
 fn lasts(state: u32, proto: Proto, fins: u8, timeouts: &penstock_common::Timeouts) -> u32 {
-    let is_tcp = proto == Proto::TCP;
+    let has_connections = proto.has_connections();
     match state {
         FlowState::CLOSING => timeouts.tcp_closing_secs,
-        FlowState::EMBRYONIC if is_tcp => timeouts.tcp_syn_secs,
+        FlowState::EMBRYONIC if has_connections => timeouts.tcp_syn_secs,
         FlowState::EMBRYONIC => timeouts.udp_secs,
-        FlowState::ESTABLISHED if is_tcp && fins != 0 => timeouts.tcp_closing_secs,
-        FlowState::ESTABLISHED if is_tcp => timeouts.tcp_established_secs,
+        FlowState::ESTABLISHED if has_connections && fins != 0 => timeouts.tcp_closing_secs,
+        FlowState::ESTABLISHED if proto == Proto::TCP => timeouts.tcp_established_secs,
+        FlowState::ESTABLISHED if has_connections => SCTP_ESTABLISHED_SECS,
         FlowState::ESTABLISHED => timeouts.udp_stream_secs,
         _ => u32::MAX,
     }

@@ -64,7 +64,7 @@ fn leaving<F: Family, M: Maps<F>>(
     }
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
     Ok(match header.proto {
-        Proto::TCP | Proto::UDP => Verdict::Outside,
+        Proto::TCP | Proto::UDP | Proto::SCTP => Verdict::Outside,
         proto if proto == F::ICMP => {
             let [request, _] = F::ECHO;
             let is_request = || packet.load(header.transport) == Some(request);

@@ -87,7 +87,7 @@ pub enum Path {
     Forward,
     /// The kernel goes on with it.
     Pass,
-    /// TCP or UDP to a service: [`request`].
+    /// TCP, UDP or SCTP to a service: [`request`].
     Request,
     /// ICMP to a service: [`error_about_reply`].
     Icmp,
@@ -138,7 +138,7 @@ pub fn destination<F: Family>(packet: &impl Packet) -> (Proto, Be16) {
 /// Whether flows of a protocol are translated.
 #[inline(always)]
 pub(crate) fn is_translated(proto: Proto) -> bool {
-    matches!(proto, Proto::TCP | Proto::UDP)
+    matches!(proto, Proto::TCP | Proto::UDP | Proto::SCTP)
 }
 
 /// Source and destination.
@@ -242,6 +242,9 @@ pub(crate) fn dialled<F: Family, M: Maps<F>>(
     if !segment.has_transport {
         // The flow that its first fragment began is over.
         return Err(Counter::FragmentUnmatched);
+    }
+    if segment.is_part && segment.proto == Proto::SCTP {
+        return Err(Counter::RewriteFailed);
     }
     Ok(frontend)
 }

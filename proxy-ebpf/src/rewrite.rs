@@ -7,9 +7,10 @@ use crate::{
     family::Family,
     packet::{Covers, Packet, Refused, Zero},
     parse::Segment,
+    sctp,
 };
 
-/// Where a transport's checksum lies, and what zero means in it.
+/// Where a transport's checksum lies, other than SCTP's, and what zero means in it.
 #[inline(always)]
 pub fn transport_checksum(proto: Proto) -> (usize, Zero) {
     match proto {
@@ -37,6 +38,15 @@ fn try_translate<F: Family>(
     src: (F::Addr, Be16),
     dst: (F::Addr, Be16),
 ) -> Result<(), Refused> {
+    let is_sctp = segment.proto == Proto::SCTP && segment.has_transport;
+    let ports = [src.1.raw(), dst.1.raw()].pair();
+    if is_sctp && segment.is_part {
+        let old = [segment.src_port.raw(), segment.dst_port.raw()].pair();
+        if ports != old {
+            // How much follows in other fragments, nobody knows.
+            return Err(Refused);
+        }
+    }
     let addresses = Delta::default()
         .addr(segment.src, src.0)
         .addr(segment.dst, dst.0);
@@ -48,6 +58,10 @@ fn try_translate<F: Family>(
     )?;
     if !segment.has_transport {
         return Ok(());
+    }
+    if is_sctp {
+        let (at, length) = (segment.transport, segment.transport_length);
+        return sctp::store_ports(packet, at, length, ports);
     }
     let (at, zero) = transport_checksum(segment.proto);
     let checksum = segment.transport + at;

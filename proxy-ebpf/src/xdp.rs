@@ -16,7 +16,7 @@ use crate::{
     packet::Packet,
     parse::{self, Segment, tcp},
     pod::{self, Verdict},
-    reject, rewrite, tunnel,
+    reject, rewrite, sctp, tunnel,
 };
 
 /// A flow's first packet in each period of as many seconds, as a power of two, is the TC hook's:
@@ -27,7 +27,7 @@ const PERIOD: u32 = 4;
 /// One in so many new flows begins at the TC hook, for the same reason.
 const OPENED_BELOW: u32 = 16;
 
-/// A TCP or UDP packet without anything out of the ordinary: options, extensions, parts, or a checksum that its
+/// A TCP, UDP or SCTP packet without anything out of the ordinary: options, extensions, parts, or a checksum that its
 /// sender left to an interface to complete, which veth passes on as it is.
 #[inline(always)]
 fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segment<F::Addr>> {
@@ -43,9 +43,14 @@ fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segmen
     header.transport = ETHERNET + F::HEADER;
     header.fragment = Fragment::NONE;
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs).ok()?;
-    let (checksum, _) = rewrite::transport_checksum(segment.proto);
-    let at = segment.transport + checksum;
-    match reject::has_partial_checksum(packet, &segment, at) {
+    let is_left_open = if segment.proto == Proto::SCTP {
+        sctp::is_left_open(packet, segment.transport)
+    } else {
+        let (checksum, _) = rewrite::transport_checksum(segment.proto);
+        let at = segment.transport + checksum;
+        reject::has_partial_checksum(packet, &segment, at)
+    };
+    match is_left_open {
         Ok(false) => Some(segment),
         _ => None,
     }

@@ -62,6 +62,7 @@ pub(super) struct ConntrackArgs {
 enum ProtoName {
     Tcp,
     Udp,
+    Sctp,
     Icmp,
 }
 
@@ -70,6 +71,7 @@ impl ProtoName {
         match self {
             Self::Tcp => proto == Proto::TCP,
             Self::Udp => proto == Proto::UDP,
+            Self::Sctp => proto == Proto::SCTP,
             Self::Icmp => matches!(proto, Proto::ICMP | Proto::ICMPV6),
         }
     }

@@ -18,7 +18,7 @@ mod xdp;
 
 use std::net::IpAddr;
 
-use frame::{Spec, TCP, UDP};
+use frame::{CHUNKS, SCTP, Spec, TCP, UDP};
 use kernel::Kernel;
 use model::{Done, Hook, Model, Service};
 use penstock_common::{Algorithm, Fins, FlowState};
@@ -121,6 +121,18 @@ fn model() -> Model {
             false,
             false,
         );
+        // One of them without another port, so that fragments may pass.
+        add(
+            1,
+            80,
+            SCTP,
+            vec![pod(1, 3868), pod(2, 3868), pod(3, 80)],
+            false,
+            false,
+        );
+        add(2, 80, SCTP, vec![pod(1, 3868), pod(2, 3868)], false, false);
+        add(4, 80, SCTP, vec![own(0), own(1)], false, false);
+        add(5, 80, SCTP, vec![], false, false);
         add(6, 80, TCP, vec![], true, false);
         add(6, 80, UDP, vec![], true, false);
     }
@@ -129,7 +141,7 @@ fn model() -> Model {
 
 /// A random packet and the hook that meets it.
 fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
-    let proto = if random.chance(60) { TCP } else { UDP };
+    let proto = random.pick(&[TCP, TCP, TCP, UDP, UDP, SCTP]);
     let (src, dst, hook) = match random.below(100) {
         0..55 => request(random, model),
         55..80 => reply(random, model).unwrap_or_else(|| request(random, model)),
@@ -152,7 +164,11 @@ fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
         1..4 => random.below(64),
         _ => 1 + random.below(8),
     };
-    let tcp_flags = random.pick(&[2, 0x10, 0x18, 0x10, 0x12, 0x11, 4, 0x14, 0x02, 0x18]);
+    let tcp_flags = if proto == SCTP {
+        random.pick(&CHUNKS)
+    } else {
+        random.pick(&[2, 0x10, 0x18, 0x10, 0x12, 0x11, 4, 0x14, 0x02, 0x18])
+    };
     let mut spec = Spec {
         src,
         dst,
@@ -165,7 +181,7 @@ fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
             0
         },
         fragment: None,
-        without_checksum: src.0.is_ipv4() && random.chance(5),
+        without_checksum: (src.0.is_ipv4() || proto == SCTP) && random.chance(5),
     };
     if random.chance(8) {
         let offset = if random.chance(50) {
@@ -248,7 +264,12 @@ fn error(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
     let mut inner = plain(from, to, flow.proto, vec![7; random.below(64)]);
     inner.options = if random.chance(20) { 1 } else { 0 };
     let mut quoted = frame::build(&inner).split_off(14);
-    let header = quoted.len() - inner.payload.len() - if flow.proto == TCP { 20 } else { 8 };
+    let own = match flow.proto {
+        TCP => 20,
+        SCTP => 16,
+        _ => 8,
+    };
+    let header = quoted.len() - inner.payload.len() - own;
     if random.chance(50) {
         quoted.truncate(header + 8);
     } else if random.chance(10) {

@@ -11,7 +11,7 @@ use std::{
 
 use penstock_common::{Algorithm, Counter, ServiceId, Traffic, V4, V6, client_hash, slot_at};
 
-use crate::frame::{self, Header, TCP, UDP};
+use crate::frame::{self, Header, SCTP, TCP, UDP};
 
 pub type Endpoint = (IpAddr, u16);
 
@@ -163,7 +163,7 @@ impl Model {
         if header.proto == frame::icmp_number(header.src) {
             return self.error_to_service(input, &header, done);
         }
-        if header.proto != TCP && header.proto != UDP {
+        if ![TCP, UDP, SCTP].contains(&header.proto) {
             return same(done, NEXT, input);
         }
         let segment = match self.segment(input, header) {
@@ -174,7 +174,7 @@ impl Model {
         let known = self.by_request.get(&key).copied();
         if let Some(id) = known {
             let flow = self.flows[id].as_ref().expect("indexed flows exist");
-            let opens = key.0 == TCP && segment.tcp_flags & 0x12 == 2;
+            let opens = key.0 != UDP && segment.tcp_flags & 0x12 == 2;
             if opens && flow.is_closing {
                 self.remove(id);
             } else {
@@ -198,18 +198,31 @@ impl Model {
             });
         }
         let at = header.transport;
-        let needed = if header.proto == TCP { 20 } else { 8 };
+        let needed = match header.proto {
+            TCP => 20,
+            SCTP => 14,
+            _ => 8,
+        };
         let ports = frame::ports(input, at).ok_or(Counter::Truncated)?;
         if input.len() < at + needed {
+            return Err(Counter::Truncated);
+        }
+        if header.proto == SCTP && header.length < 16 {
             return Err(Counter::Truncated);
         }
         Ok(Segment {
             src: (header.src, ports.0),
             dst: (header.dst, ports.1),
-            tcp_flags: if header.proto == TCP {
-                input[at + 13]
-            } else {
-                0
+            tcp_flags: match header.proto {
+                TCP => input[at + 13],
+                SCTP => match input[at + 12] {
+                    1 => 2,
+                    2 => 0x12,
+                    6 => 4,
+                    7 | 8 => 0x11,
+                    _ => 0x10,
+                },
+                _ => 0,
             },
             header,
         })
@@ -254,6 +267,9 @@ impl Model {
         let service = self.services[index].clone();
         if segment.header.is_later {
             return self.drops(input, done, Counter::FragmentUnmatched);
+        }
+        if segment.header.is_part && segment.header.proto == SCTP {
+            return self.drops(input, done, Counter::RewriteFailed);
         }
         if service.backends.is_empty() {
             if service.drops_when_empty {
@@ -423,6 +439,9 @@ impl Model {
     ) -> Check {
         self.remember(segment);
         let flow = self.flows[id].clone().expect("indexed flows exist");
+        if is_split(segment, flow.source, flow.backend) {
+            return self.drops(input, done, Counter::RewriteFailed);
+        }
         let out = replaced(input, segment, flow.source, flow.backend);
         self.counted(Counter::PacketRequest);
         delivered(input, done, out, flow.is_hairpin())
@@ -434,7 +453,7 @@ impl Model {
         if header.proto == frame::icmp_number(header.src) {
             return self.error_to_client(input, header, done);
         }
-        if header.proto != TCP && header.proto != UDP {
+        if ![TCP, UDP, SCTP].contains(&header.proto) {
             return same(done, NEXT, input);
         }
         let Ok(segment) = self.segment(input, header.clone()) else {
@@ -445,7 +464,7 @@ impl Model {
             return same(done, NEXT, input);
         };
         let flow = self.flows[id].as_ref().expect("indexed flows exist");
-        if flow.proto == TCP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
+        if flow.proto != UDP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
             // Of a connection past the service, from the port that this one had.
             self.remove(id);
             return same(done, NEXT, input);
@@ -461,8 +480,11 @@ impl Model {
         }
         self.remember(&segment);
         self.follow(id, &segment, true);
-        self.counted(Counter::PacketReply);
         let flow = self.flows[id].clone().expect("indexed flows exist");
+        if is_split(&segment, flow.frontend, flow.client) {
+            return self.drops(input, done, Counter::RewriteFailed);
+        }
+        self.counted(Counter::PacketReply);
         let out = replaced(input, &segment, flow.frontend, flow.client);
         delivered(input, done, out, flow.is_hairpin())
     }
@@ -577,8 +599,18 @@ impl Model {
             let Some((inner, src, dst)) = quote(out, &answer) else {
                 return Err("the error quotes nothing".into());
             };
-            if (inner.proto, src, dst) != (UDP, segment.src, segment.dst) {
+            if (inner.proto, src, dst) != (segment.header.proto, segment.src, segment.dst) {
                 return Err("the error quotes another packet".into());
+            }
+            // As much as shows the tag of an association that is to begin.
+            let from = &input[segment.header.transport..];
+            let most = if inner.proto == SCTP && from.len() >= 20 {
+                20
+            } else {
+                8
+            };
+            if out[inner.transport..] != from[..most] {
+                return Err("the error quotes too little or too much".into());
             }
             return Ok(());
         }
@@ -628,12 +660,21 @@ fn quote(input: &[u8], header: &Header) -> Option<(Header, Endpoint, Endpoint)> 
         kind < 128
     };
     let inner = frame::header(input, header.transport + 8, is_v4).filter(|_| is_error)?;
-    if inner.is_later || (inner.proto != TCP && inner.proto != UDP) {
+    if inner.is_later || ![TCP, UDP, SCTP].contains(&inner.proto) {
         return None;
     }
     let (src, dst) = frame::ports(input, inner.transport)?;
     let (from, to) = ((inner.src, src), (inner.dst, dst));
     Some((inner, from, to))
+}
+
+/// Whether a packet's checksum covers fragments that are not there, and its ports change.
+fn is_split(segment: &Segment, src: Endpoint, dst: Endpoint) -> bool {
+    let header = &segment.header;
+    header.proto == SCTP
+        && header.is_part
+        && !header.is_later
+        && (src.1, dst.1) != (segment.src.1, segment.dst.1)
 }
 
 fn put_addrs(out: &mut [u8], at: usize, src: IpAddr, dst: IpAddr) {
@@ -706,6 +747,14 @@ fn without_checksums(frame: &[u8]) -> Vec<u8> {
     match header.proto {
         TCP => clear(header.transport + 16),
         UDP => clear(header.transport + 6),
+        SCTP => {
+            let at = header.transport + 8;
+            if let Some(field) = out.get_mut(at..at + 4)
+                && field != [0; 4]
+            {
+                field.fill(0xff);
+            }
+        }
         1 => {
             clear(header.transport + 2);
             clear(header.transport + 18);
