@@ -122,17 +122,11 @@ fn model() -> Model {
             false,
         );
         // One of them without another port, so that fragments may pass.
-        add(
-            1,
-            80,
-            SCTP,
-            vec![pod(1, 3868), pod(2, 3868), pod(3, 80)],
-            false,
-            false,
-        );
-        add(2, 80, SCTP, vec![pod(1, 3868), pod(2, 3868)], false, false);
-        add(4, 80, SCTP, vec![own(0), own(1)], false, false);
-        add(5, 80, SCTP, vec![], false, false);
+        let three = vec![pod(1, 2905), pod(2, 2905), pod(3, 3868)];
+        add(1, 3868, SCTP, three, false, false);
+        add(2, 3868, SCTP, vec![pod(1, 2905), pod(2, 2905)], false, true);
+        add(4, 3868, SCTP, vec![own(0), own(1)], false, false);
+        add(5, 3868, SCTP, vec![], false, false);
         add(6, 80, TCP, vec![], true, false);
         add(6, 80, UDP, vec![], true, false);
     }
@@ -422,5 +416,10 @@ fn programs_do_to_random_packets_what_the_model_says() {
     assert_eq!(kernel.all_tallies(), model.tallies);
     let both_ways = model.tallies.values().filter(|tally| tally.reply.bytes > 0);
     assert!(both_ways.count() > 10, "backends answered");
-    eprintln!("{packets} packets: {:?}", model.counts);
+    let sctp = model.sctp.as_flattened();
+    assert!(
+        sctp.iter().all(|count| *count > packets / 5_000),
+        "{sctp:?}"
+    );
+    eprintln!("{packets} packets: {:?}, SCTP {sctp:?}", model.counts);
 }

@@ -79,6 +79,8 @@ pub struct Model {
     fragments: HashMap<(IpAddr, IpAddr, u32, u8), (u16, u16)>,
     pub counts: BTreeMap<Counter, u64>,
     pub tallies: BTreeMap<(ServiceId, Endpoint), Tally>,
+    /// SCTP packets that got other ports, each way: with a checksum, and with one left open.
+    pub sctp: [[u64; 2]; 2],
     errors_sent: u64,
 }
 
@@ -430,6 +432,18 @@ impl Model {
         way.bytes += (segment.header.transport - 14 + segment.header.length) as u64;
     }
 
+    /// Notes an SCTP packet whose ports change.
+    fn count_sctp(&mut self, input: &[u8], segment: &Segment, src: Endpoint, dst: Endpoint) {
+        let header = &segment.header;
+        let is_changed = (src.1, dst.1) != (segment.src.1, segment.dst.1);
+        if header.proto == SCTP && is_changed && !header.is_later {
+            let at = header.transport + 8;
+            let is_open = input.get(at..at + 4) == Some(&[0; 4]);
+            let is_reply = self.service_addrs.contains(&src.0);
+            self.sctp[usize::from(is_reply)][usize::from(is_open)] += 1;
+        }
+    }
+
     fn translated_request(
         &mut self,
         input: &[u8],
@@ -443,6 +457,7 @@ impl Model {
             return self.drops(input, done, Counter::RewriteFailed);
         }
         let out = replaced(input, segment, flow.source, flow.backend);
+        self.count_sctp(input, segment, flow.source, flow.backend);
         self.counted(Counter::PacketRequest);
         delivered(input, done, out, flow.is_hairpin())
     }
@@ -484,6 +499,7 @@ impl Model {
         if is_split(&segment, flow.frontend, flow.client) {
             return self.drops(input, done, Counter::RewriteFailed);
         }
+        self.count_sctp(input, &segment, flow.frontend, flow.client);
         self.counted(Counter::PacketReply);
         let out = replaced(input, &segment, flow.frontend, flow.client);
         delivered(input, done, out, flow.is_hairpin())
