@@ -104,8 +104,8 @@ counters! {
     BackendMissing = "backend_missing", DROP;
     /// Dropped: a packet in the overlay to an address that is on no other node.
     OverlayNoRoute = "overlay_no_route", DROP;
-    /// Dropped: the kernel refused to change the packet, or it is the first fragment of an SCTP packet
-    /// that needs other ports, whose checksum covers all fragments.
+    /// Dropped: the kernel refused to change the packet, or it is the first fragment of an SCTP packet,
+    /// whose checksum covers all of them.
     RewriteFailed = "rewrite_failed", DROP;
 }
 

@@ -75,8 +75,8 @@ pub fn may_continue<F: Family, M: Maps<F>>(
     known: &Known<F::Addr, M::Record>,
     segment: &Segment<F::Addr>,
 ) -> bool {
-    let is_opening =
-        segment.proto.has_connections() && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    // Only TCP and SCTP have flags.
+    let is_opening = segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     if is_opening && is_ending(known) {
         return false;
     }

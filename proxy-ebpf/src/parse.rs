@@ -41,8 +41,6 @@ pub struct Segment<A> {
     pub tcp_flags: u8,
     /// Whether the transport header is in this packet; not so in later fragments.
     pub has_transport: bool,
-    /// Whether what follows the transport header is not all in this packet.
-    pub is_part: bool,
     /// Source address.
     pub src: A,
     /// Destination address.
@@ -100,7 +98,6 @@ pub fn segment<F: Family>(
         proto: header.proto,
         tcp_flags: 0,
         has_transport: !header.fragment.is_later,
-        is_part: header.fragment.is_part,
         src: addrs.0,
         dst: addrs.1,
         src_port: Be16::default(),
@@ -124,6 +121,10 @@ pub fn segment<F: Family>(
         segment.tcp_flags = packet.load(transport + 13).ok_or(Counter::Truncated)?;
         let _: u16 = packet.load(transport + 18).ok_or(Counter::Truncated)?;
     } else if header.proto == Proto::SCTP {
+        if header.fragment.is_part {
+            // The checksum covers what nobody has seen yet.
+            return Err(Counter::RewriteFailed);
+        }
         let chunk: u16 = packet
             .load(transport + sctp::HEADER)
             .ok_or(Counter::Truncated)?;

@@ -243,9 +243,6 @@ pub(crate) fn dialled<F: Family, M: Maps<F>>(
         // The flow that its first fragment began is over.
         return Err(Counter::FragmentUnmatched);
     }
-    if segment.is_part && segment.proto == Proto::SCTP {
-        return Err(Counter::RewriteFailed);
-    }
     Ok(frontend)
 }
 

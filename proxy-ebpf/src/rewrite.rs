@@ -38,15 +38,6 @@ fn try_translate<F: Family>(
     src: (F::Addr, Be16),
     dst: (F::Addr, Be16),
 ) -> Result<(), Refused> {
-    let is_sctp = segment.proto == Proto::SCTP && segment.has_transport;
-    let ports = [src.1.raw(), dst.1.raw()].pair();
-    if is_sctp && segment.is_part {
-        let old = [segment.src_port.raw(), segment.dst_port.raw()].pair();
-        if ports != old {
-            // How much follows in other fragments, nobody knows.
-            return Err(Refused);
-        }
-    }
     let addresses = Delta::default()
         .addr(segment.src, src.0)
         .addr(segment.dst, dst.0);
@@ -59,7 +50,8 @@ fn try_translate<F: Family>(
     if !segment.has_transport {
         return Ok(());
     }
-    if is_sctp {
+    if segment.proto == Proto::SCTP {
+        let ports = [src.1.raw(), dst.1.raw()].pair();
         let (at, length) = (segment.transport, segment.transport_length);
         return sctp::store_ports(packet, at, length, ports);
     }

@@ -20,25 +20,30 @@ const CHECKSUM: usize = 8;
 
 /// A chunk's types (RFC 9260, 3.2).
 mod chunk {
-    pub(super) const INIT: u8 = 1;
-    pub(super) const INIT_ACK: u8 = 2;
-    pub(super) const ABORT: u8 = 6;
-    pub(super) const SHUTDOWN: u8 = 7;
-    pub(super) const SHUTDOWN_ACK: u8 = 8;
+    pub(super) const INIT: usize = 1;
+    pub(super) const INIT_ACK: usize = 2;
+    pub(super) const ABORT: usize = 6;
+    pub(super) const SHUTDOWN: usize = 7;
+    pub(super) const SHUTDOWN_ACK: usize = 8;
 }
 
 /// What a packet's first chunk is to its association, in the flags by which a TCP segment would say
 /// it to its connection. A chunk that begins or ends an association is alone in its packet, or first.
 #[inline(always)]
 pub fn flags(chunk: u8) -> u8 {
-    match chunk {
-        chunk::INIT => tcp::SYN,
-        chunk::INIT_ACK => tcp::SYN | tcp::ACK,
-        chunk::ABORT => tcp::RST,
-        chunk::SHUTDOWN | chunk::SHUTDOWN_ACK => tcp::FIN | tcp::ACK,
-        _ => tcp::ACK,
-    }
+    // A table: of branches the verifier would follow each to the packet's end.
+    FLAGS.get(usize::from(chunk)).copied().unwrap_or(tcp::ACK)
 }
+
+static FLAGS: [u8; 256] = {
+    let mut flags = [tcp::ACK; 256];
+    flags[chunk::INIT] = tcp::SYN;
+    flags[chunk::INIT_ACK] = tcp::SYN | tcp::ACK;
+    flags[chunk::ABORT] = tcp::RST;
+    flags[chunk::SHUTDOWN] = tcp::FIN | tcp::ACK;
+    flags[chunk::SHUTDOWN_ACK] = tcp::FIN | tcp::ACK;
+    flags
+};
 
 /// The polynomial of CRC32c without its highest power, the lowest power in the highest bit.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
@@ -81,8 +86,8 @@ static POWERS: [[u32; 256]; 2] = [powers(1), powers(256)];
 
 /// What a checksum changes by, if this change is made to the first four bytes of `length`. Both as
 /// numbers whose first byte in the packet is the lowest.
-#[inline(never)]
-fn change(difference: u32, length: u32) -> u32 {
+#[inline(always)]
+pub fn change(difference: u32, length: u32) -> u32 {
     let [low, high] = &POWERS;
     let low = low.get((length & 0xff) as usize).copied().unwrap_or(ONE);
     let high = high
@@ -113,7 +118,8 @@ pub fn store_ports(
     if checksum == 0 {
         return Ok(());
     }
-    let changed = u32::from_le(checksum) ^ change(u32::from_le(old ^ new), length.into());
+    let changed =
+        u32::from_le(checksum) ^ packet.checksum_change(u32::from_le(old ^ new), length.into());
     packet.store_uncovered(at + CHECKSUM, &changed.to_le())
 }
 

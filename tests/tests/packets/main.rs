@@ -121,7 +121,7 @@ fn model() -> Model {
             false,
             false,
         );
-        // One of them without another port, so that fragments may pass.
+        // One of them without another port.
         let three = vec![pod(1, 2905), pod(2, 2905), pod(3, 3868)];
         add(1, 3868, SCTP, three, false, false);
         add(2, 3868, SCTP, vec![pod(1, 2905), pod(2, 2905)], false, true);

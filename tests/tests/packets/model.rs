@@ -200,6 +200,10 @@ impl Model {
             });
         }
         let at = header.transport;
+        if header.proto == SCTP && header.is_part {
+            // Its checksum covers what is not there.
+            return Err(Counter::RewriteFailed);
+        }
         let needed = match header.proto {
             TCP => 20,
             SCTP => 14,
@@ -269,9 +273,6 @@ impl Model {
         let service = self.services[index].clone();
         if segment.header.is_later {
             return self.drops(input, done, Counter::FragmentUnmatched);
-        }
-        if segment.header.is_part && segment.header.proto == SCTP {
-            return self.drops(input, done, Counter::RewriteFailed);
         }
         if service.backends.is_empty() {
             if service.drops_when_empty {
@@ -453,9 +454,6 @@ impl Model {
     ) -> Check {
         self.remember(segment);
         let flow = self.flows[id].clone().expect("indexed flows exist");
-        if is_split(segment, flow.source, flow.backend) {
-            return self.drops(input, done, Counter::RewriteFailed);
-        }
         let out = replaced(input, segment, flow.source, flow.backend);
         self.count_sctp(input, segment, flow.source, flow.backend);
         self.counted(Counter::PacketRequest);
@@ -496,9 +494,6 @@ impl Model {
         self.remember(&segment);
         self.follow(id, &segment, true);
         let flow = self.flows[id].clone().expect("indexed flows exist");
-        if is_split(&segment, flow.frontend, flow.client) {
-            return self.drops(input, done, Counter::RewriteFailed);
-        }
         self.count_sctp(input, &segment, flow.frontend, flow.client);
         self.counted(Counter::PacketReply);
         let out = replaced(input, &segment, flow.frontend, flow.client);
@@ -682,15 +677,6 @@ fn quote(input: &[u8], header: &Header) -> Option<(Header, Endpoint, Endpoint)> 
     let (src, dst) = frame::ports(input, inner.transport)?;
     let (from, to) = ((inner.src, src), (inner.dst, dst));
     Some((inner, from, to))
-}
-
-/// Whether a packet's checksum covers fragments that are not there, and its ports change.
-fn is_split(segment: &Segment, src: Endpoint, dst: Endpoint) -> bool {
-    let header = &segment.header;
-    header.proto == SCTP
-        && header.is_part
-        && !header.is_later
-        && (src.1, dst.1) != (segment.src.1, segment.dst.1)
 }
 
 fn put_addrs(out: &mut [u8], at: usize, src: IpAddr, dst: IpAddr) {
