@@ -9,7 +9,7 @@ use penstock_common::{
     ServiceId, SourceRange, Uplink, XdpUplink,
 };
 
-use crate::family::Family;
+use crate::{family::Family, pod::Back};
 
 /// Where the kernel's routes send a packet, and to which neighbour there.
 #[derive(Clone, Copy)]
@@ -114,6 +114,8 @@ pub trait Maps<F: Family>: Env {
     /// A flow's record.
     type Record: Record<F::Addr>;
 
+    /// [`crate::pod::back_itself`] of the packet that the program was called for.
+    fn back(&self) -> Result<Back, Counter>;
     /// This node's own address, unspecified if it has none of this family.
     fn node(&self) -> F::Addr;
     /// Whether an address is of interest.

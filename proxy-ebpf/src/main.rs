@@ -284,6 +284,22 @@ mod programs {
         from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
         claim6, place6, search6, take_over6, enter6, begin6);
 
+    /// [`pod::back_itself`] for one family; no stage, but what four of them have in common.
+    macro_rules! back {
+        ($name:ident, $family:ty) => {
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $name(skb: *mut __sk_buff) -> i32 {
+                let context = TcContext::new(skb);
+                let mut skb = Skb::new(&context);
+                let kernel = Kernel { context: &context };
+                pod::encode_back(pod::back_itself::<$family, _>(&mut skb, &kernel))
+            }
+        };
+    }
+    back!(back4, V4);
+    back!(back6, V6);
+
     /// XDP's functions for one family; their answers are as the other hooks'.
     macro_rules! xdp_family {
         ($family:ty: $before_stack:ident, $carry:ident, $admit:ident, $begin:ident) => {
@@ -522,8 +538,14 @@ mod programs {
     pub(crate) fn to_uplink(context: TcContext) -> i32 {
         by_family(
             &context,
-            || to_uplink4(context.skb.skb),
-            || to_uplink6(context.skb.skb),
+            || match to_uplink4(context.skb.skb) {
+                ARRIVED => returning4(context.skb.skb),
+                verdict => verdict,
+            },
+            || match to_uplink6(context.skb.skb) {
+                ARRIVED => returning6(context.skb.skb),
+                verdict => verdict,
+            },
         )
     }
 

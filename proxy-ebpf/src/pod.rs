@@ -320,7 +320,7 @@ fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> bool {
 
 /// What a packet that may be on its way back turned out to be.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Back {
+pub enum Back {
     /// A reply or an error about a request, now translated; its flow's flags.
     Reply(u32),
     /// No reply, but what may be a request.
@@ -331,9 +331,49 @@ pub(crate) enum Back {
     Foreign,
 }
 
-/// Translates a packet that is on its way back to whom began its flow, if it is one.
+/// Translates a packet that is on its way back to whom began its flow, if it is one: [`back_itself`],
+/// by a function of its own.
 #[inline(always)]
-pub(crate) fn back<F: Family, M: Maps<F>>(
+pub(crate) fn back<F: Family, M: Maps<F>>(_: &mut impl Packet, maps: &M) -> Result<Back, Counter> {
+    maps.back()
+}
+
+/// What [`back_itself`] did, as a number of at least 0, or why the packet goes no further, below 0.
+#[inline(always)]
+pub fn encode_back(result: Result<Back, Counter>) -> i32 {
+    match result {
+        Ok(Back::Foreign) => FOREIGN,
+        Ok(Back::Request) => REQUEST,
+        Ok(Back::Error) => ERROR,
+        Ok(Back::Reply(flags)) => REPLY + (flags & 0xffff) as i32,
+        Err(reason) => -1 - reason as i32,
+    }
+}
+
+/// What such a number says.
+#[inline(always)]
+pub fn decode_back(number: i32) -> Result<Back, Counter> {
+    match number {
+        i32::MIN..=-1 => {
+            let reason = Counter::ALL.get((-1 - number) as usize);
+            Err(reason.copied().unwrap_or(Counter::RewriteFailed))
+        }
+        FOREIGN => Ok(Back::Foreign),
+        REQUEST => Ok(Back::Request),
+        ERROR => Ok(Back::Error),
+        REPLY.. => Ok(Back::Reply((number - REPLY) as u32)),
+    }
+}
+
+const FOREIGN: i32 = 0;
+const REQUEST: i32 = 1;
+const ERROR: i32 = 2;
+const REPLY: i32 = 3;
+
+/// [`back`], for whoever makes it a function of its own: four of a hook's stages need it, and the
+/// kernel is to check it once.
+#[inline(always)]
+pub fn back_itself<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Back, Counter> {

@@ -18,7 +18,12 @@ use penstock_common::{
     FrontendKey, Load, Plain, PortChunk, Proto, Route, ServiceId, SourceRange, Traffic, Uplink, V4,
     V6, XdpUplink, limits,
 };
-use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
+use penstock_ebpf::{
+    env::{Env, Maps, NextHop, Overlay},
+    pod::{Back, decode_back},
+};
+
+use crate::programs::{back4, back6};
 
 use super::{
     maps::*,
@@ -273,7 +278,7 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
-    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $node:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
@@ -409,6 +414,11 @@ macro_rules! family {
 
         impl<C: Hook> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
+
+            #[inline(always)]
+            fn back(&self) -> Result<Back, Counter> {
+                decode_back($back(self.context.as_ptr().cast()))
+            }
 
             #[inline(always)]
             fn node(&self) -> $family {
@@ -650,7 +660,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, node4);
-family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, node6);

@@ -200,16 +200,16 @@ impl Model {
             });
         }
         let at = header.transport;
-        if header.proto == SCTP && header.is_part {
-            // Its checksum covers what is not there.
-            return Err(Counter::RewriteFailed);
-        }
         let needed = match header.proto {
             TCP => 20,
             SCTP => 14,
             _ => 8,
         };
         let ports = frame::ports(input, at).ok_or(Counter::Truncated)?;
+        if header.proto == SCTP && header.is_part {
+            // Its checksum covers what is not there.
+            return Err(Counter::RewriteFailed);
+        }
         if input.len() < at + needed {
             return Err(Counter::Truncated);
         }
