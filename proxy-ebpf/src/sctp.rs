@@ -73,10 +73,12 @@ const fn powers(bytes: u32) -> [u32; 256] {
         bit += 1;
     }
     let mut powers = [ONE; 256];
-    let mut at = 1;
-    while at < 256 {
-        powers[at] = product(powers[at - 1], step);
-        at += 1;
+    let mut next = ONE;
+    let mut rest: &mut [u32] = &mut powers;
+    while let Some((first, others)) = rest.split_first_mut() {
+        *first = next;
+        next = product(next, step);
+        rest = others;
     }
     powers
 }
