@@ -12,7 +12,7 @@ use std::{
 use crate::{
     dataplane::{Dataplane, MapError},
     model::{object::ObjectName, world::World},
-    plan::planner::{Planner, PortView},
+    plan::planner::{Planner, PortView, Watched},
 };
 
 /// The wait before a failed service is tried again, the first time; doubled each time.
@@ -271,6 +271,11 @@ impl<D: Dataplane> Reconciler<D> {
     /// Every port that the kernel holds.
     pub fn ports(&self) -> Vec<PortView> {
         self.planner.view()
+    }
+
+    /// Every port that the kernel holds whose backends are chosen by their loads.
+    pub fn by_load(&mut self) -> Vec<Watched> {
+        self.planner.by_load()
     }
 
     /// Why what an earlier agent left is not removed yet, if it is not.

@@ -200,7 +200,7 @@ fn read_connections(
 }
 
 /// An address as sockets name it.
-fn address(endpoint: &SockEndpoint) -> SocketAddr {
+pub(crate) fn address(endpoint: &SockEndpoint) -> SocketAddr {
     let ip = match endpoint.addr.to_mapped_v4() {
         Some(ip) => IpAddr::V4(ip.into()),
         None => IpAddr::V6(endpoint.addr.into()),

@@ -128,8 +128,8 @@ fn annotations_that_say_nothing_known_are_refused() {
     let weights = |text: &str| annotated("", &format!("penstock.io/weights: '{text}'"));
     for (text, reason) in [
         (
-            algorithm("least-connections"),
-            "annotation penstock.io/algorithm \"least-connections\" is none of random, round-robin, \
+            algorithm("fewest"),
+            "annotation penstock.io/algorithm \"fewest\" is none of random, round-robin, \
              source-hash, maglev, weighted",
         ),
         (

@@ -1,7 +1,7 @@
 //! How a service spreads new connections over its backends.
 //!
-//! Every algorithm is an index into the block of slots that a frontend covers. Programs know three
-//! indexes (by chance, by turn, by client); the rest is what the agent writes into the block.
+//! Every algorithm is an index into the block of slots that a frontend covers. Programs know four
+//! indexes (by chance, by turn, by client, by load); the rest is what the agent writes into the block.
 
 use crate::{net::Addr, service::FrontendFlags};
 
@@ -20,16 +20,20 @@ pub enum Algorithm {
     Maglev,
     /// By chance, in the proportion of the backends' weights: the block repeats them.
     Weighted,
+    /// The one of two by such chance that has fewer connections for its weight (Mitzenmacher, IEEE
+    /// TPDS 12(10), 2001).
+    LeastConnections,
 }
 
 impl Algorithm {
     /// All algorithms.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Random,
         Self::RoundRobin,
         Self::SourceHash,
         Self::Maglev,
         Self::Weighted,
+        Self::LeastConnections,
     ];
 
     /// Its name.
@@ -40,6 +44,7 @@ impl Algorithm {
             Self::SourceHash => "source-hash",
             Self::Maglev => "maglev",
             Self::Weighted => "weighted",
+            Self::LeastConnections => "least-connections",
         }
     }
 
@@ -50,6 +55,11 @@ impl Algorithm {
             .find(|algorithm| algorithm.label() == name)
     }
 
+    /// Whether it heeds backends' weights.
+    pub const fn is_weighted(self) -> bool {
+        matches!(self, Self::Weighted | Self::LeastConnections)
+    }
+
     /// What it is in a frontend's flags.
     pub const fn flags(self) -> u32 {
         match self {
@@ -58,6 +68,7 @@ impl Algorithm {
             Self::SourceHash => FrontendFlags::BY_CLIENT,
             Self::Maglev => FrontendFlags::BY_CLIENT | FrontendFlags::REPEATS,
             Self::Weighted => FrontendFlags::REPEATS,
+            Self::LeastConnections => FrontendFlags::BY_LOAD | FrontendFlags::REPEATS,
         }
     }
 
@@ -67,6 +78,7 @@ impl Algorithm {
         let repeats = flags & FrontendFlags::REPEATS != 0;
         match (by_client, repeats) {
             _ if flags & FrontendFlags::BY_TURN != 0 => Self::RoundRobin,
+            _ if flags & FrontendFlags::BY_LOAD != 0 => Self::LeastConnections,
             (true, true) => Self::Maglev,
             (true, false) => Self::SourceHash,
             (false, true) => Self::Weighted,
@@ -102,7 +114,7 @@ mod tests {
             assert_eq!(Algorithm::of(algorithm.flags()), algorithm);
             assert_eq!(Algorithm::named(algorithm.label()), Some(algorithm));
         }
-        assert_eq!(Algorithm::named("least-connections"), None);
+        assert_eq!(Algorithm::named("fewest"), None);
     }
 
     #[test]

@@ -37,7 +37,10 @@ impl Traffic {
 pub struct FlowCounts {
     /// From the client.
     pub request: Traffic,
-    pad: [u64; 6],
+    /// The timestamp (RFC 7323) of the client's FIN, 0 without one: here, since it is the same
+    /// direction's cache line.
+    pub last_stamp: u32,
+    pad: [u32; 11],
     /// From the backend.
     pub reply: Traffic,
     pad_after: [u64; 6],
@@ -48,7 +51,8 @@ impl FlowCounts {
     pub const fn new(request: Traffic, reply: Traffic) -> Self {
         Self {
             request,
-            pad: [0; 6],
+            last_stamp: 0,
+            pad: [0; 11],
             reply,
             pad_after: [0; 6],
         }
@@ -76,6 +80,46 @@ pub struct Connections {
     pub service: ServiceId,
     /// How many.
     pub count: u64,
+}
+
+/// How many connections a backend had when the agent last counted those that were there, and how many
+/// it had been given until then: what it was given since counts as there, too, until the agent looks
+/// again. Only backends of services with the algorithm `least-connections` are counted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// The id's generation.
+    pub generation: u32,
+    /// Flows and connected sockets.
+    pub live: u32,
+    /// [`Connections::count`] at that time.
+    pub given: u64,
+}
+
+impl Load {
+    /// How many connections a backend has, by what it was given in the present life of its id.
+    #[inline(always)]
+    pub fn now(seen: Option<Self>, generation: u32, given: u64) -> u32 {
+        let all = match seen {
+            Some(seen) if seen.generation == generation => {
+                u64::from(seen.live) + given.saturating_sub(seen.given)
+            }
+            // Nobody has looked yet.
+            _ => given,
+        };
+        if all > u64::from(u32::MAX) {
+            u32::MAX
+        } else {
+            all as u32
+        }
+    }
+
+    /// Whether the second of two backends, each with its connections and its weight, has fewer for its
+    /// weight than the first.
+    #[inline(always)]
+    pub const fn is_second_lighter(first: (u32, u32), second: (u32, u32)) -> bool {
+        (second.0 as u64) * (first.1 as u64) < (first.0 as u64) * (second.1 as u64)
+    }
 }
 
 /// One life of a backend's id, as one of those see it who add to its counts.
@@ -151,5 +195,45 @@ impl BackendCounts {
 }
 
 map_types! {
-    Traffic = 16, FlowCounts = 128, Connections = 16, BackendLife = 12, BackendCounts = 48,
+    Traffic = 16, FlowCounts = 128, Connections = 16, Load = 16, BackendLife = 12, BackendCounts = 48,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Load;
+
+    #[test]
+    fn a_load_is_what_was_seen_and_what_came_since() {
+        let seen = |generation, live, given| {
+            Some(Load {
+                generation,
+                live,
+                given,
+            })
+        };
+        for (seen, given, load) in [
+            (None, 0, 0),
+            (None, 7, 7),
+            (seen(3, 5, 100), 100, 5),
+            (seen(3, 5, 100), 104, 9),
+            // Read one after the other, these may seem to go back.
+            (seen(3, 5, 100), 99, 5),
+            // Another life's.
+            (seen(2, 5, 100), 4, 4),
+            (seen(3, u32::MAX, 0), u64::MAX / 2, u32::MAX),
+        ] {
+            assert_eq!(Load::now(seen, 3, given), load, "{seen:?} {given}");
+        }
+    }
+
+    #[test]
+    fn loads_are_compared_by_weight() {
+        let lighter = Load::is_second_lighter;
+        assert!(lighter((2, 1), (1, 1)));
+        // The first stays where nothing speaks against it.
+        assert!(!lighter((1, 1), (1, 1)) && !lighter((0, 5), (0, 1)));
+        assert!(lighter((4, 1), (9, 3)) && !lighter((3, 1), (9, 3)));
+        let most = (u32::MAX, 65_535);
+        assert!(!lighter(most, most) && lighter((u32::MAX, 65_534), most));
+    }
 }

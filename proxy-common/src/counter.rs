@@ -89,7 +89,8 @@ counters! {
     FragmentUnmatched = "fragment_unmatched", DROP;
     /// Dropped: no flow record is free, and those looked at are all of established flows.
     FlowTableFull = "flow_table_full", DROP;
-    /// Dropped: the flow of a packet was gone again before the packet went on in it.
+    /// Dropped: the flow of a packet was gone, or had left its port to another, before the packet
+    /// went on in it.
     FlowRace = "flow_race", DROP;
     /// Dropped: a pod reached itself, and this node's address in that family is not known.
     HairpinNoAddress = "hairpin_no_address", DROP;
@@ -116,7 +117,8 @@ counters! {
     TunnelForged = "tunnel_forged", DROP;
     /// Dropped: a packet that may go no further, to or from a backend of another node.
     HopLimit = "hop_limit", DROP;
-    /// Dropped: the kernel refused to change the packet.
+    /// Dropped: the kernel refused to change the packet, or it is the first fragment of an SCTP packet,
+    /// whose checksum covers all of them.
     RewriteFailed = "rewrite_failed", DROP;
 }
 

@@ -147,6 +147,10 @@ impl PortPlace {
     }
 }
 
+/// After how many idle seconds an established SCTP association is over, whose ends send heartbeats
+/// every 30 seconds (RFC 9260, 16); the kernel's own (nf_conntrack_sctp_timeout_established).
+pub const SCTP_ESTABLISHED_SECS: u32 = 210;
+
 /// Values of [`Flow::state`].
 pub struct FlowState;
 
@@ -186,9 +190,12 @@ impl FlowFlags {
     pub const HANDED_OVER: u16 = Self::TUNNEL | Self::DSR;
     /// Another node handed it over, and gets the replies: `FLOW_VTEPS` says which.
     pub const GOES_BACK: u16 = 128;
+    /// It has its source port from a flow that was over: what comes late is that one's.
+    pub const SUCCESSOR: u16 = 8;
 }
 
-/// Bits of [`Flow::fins`]: who has sent a FIN in a flow that is established yet.
+/// Bits of [`Flow::fins`]: who has sent a FIN in a flow while it was established, which is who was
+/// first in one that is closing.
 pub struct Fins;
 
 impl Fins {
@@ -196,6 +203,9 @@ impl Fins {
     pub const CLIENT: u8 = 1;
     /// The backend.
     pub const BACKEND: u8 = 2;
+    /// The backend has nothing to remember: the client has broken the connection off or, having ended
+    /// it first, has acknowledged the backend's FIN.
+    pub const OVER: u8 = 4;
 }
 
 /// A flow from a client through a service to a backend.

@@ -23,6 +23,7 @@
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `RESPONDERS` | array, mmapable | [`Responder`] → how many replies' keys `FLOW_INDEX` has, or is about to have or has just had | both | responders share elements |
 //! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
+//! | `LOADS4/6` | hash | [`BackendId`] → [`Load`] | agent | a backend's load is all that it was given |
 //! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
 //! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
@@ -58,11 +59,12 @@ mod socket;
 
 pub use algorithm::{Algorithm, client_hash};
 pub use config::{Config, NetworkFlags, Timeouts};
-pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Traffic};
+pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Load, Traffic};
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
+    SCTP_ESTABLISHED_SECS,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
 pub use net::{Addr, Be16, Proto, V4, V6};
@@ -111,6 +113,9 @@ pub mod limits {
     pub const RESPONDERS: u32 = 65_536;
     /// Backends of one family that this node sent something to; what the agent counts of one is one more.
     pub const BACKEND_COUNTS: u32 = 131_072;
+    /// Backends of one family whose connections that are there are counted, of services with the
+    /// algorithm `least-connections`.
+    pub const LOADS: u32 = 131_072;
     /// Services that remember what backends did that are gone.
     pub const SERVICE_COUNTS: u32 = 16_384;
     /// Fragmented datagrams of one family whose ports are remembered.

@@ -306,6 +306,12 @@ impl Proto {
     pub const ICMPV6: Self = Self(58);
     /// Stream Control Transmission Protocol (RFC 9260).
     pub const SCTP: Self = Self(132);
+
+    /// Whether its packets begin and end connections, or associations, and say so.
+    #[inline(always)]
+    pub const fn has_connections(self) -> bool {
+        self.0 == Self::TCP.0 || self.0 == Self::SCTP.0
+    }
 }
 
 impl fmt::Display for Proto {

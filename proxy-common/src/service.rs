@@ -93,6 +93,8 @@ impl FrontendFlags {
     pub const BY_CLIENT: u32 = 1 << 17;
     /// A backend may be in several slots of a block.
     pub const REPEATS: u32 = 1 << 18;
+    /// Of two slots by chance, the one is taken whose backend has fewer connections for its weight.
+    pub const BY_LOAD: u32 = 1 << 19;
 }
 
 /// Where the traffic to a [`FrontendKey`] goes.
@@ -173,11 +175,12 @@ pub struct Backend<A> {
     pub addr: A,
     /// The port.
     pub port: Be16,
-    pad: [u8; 2],
+    /// Its weight beyond 1, for those who compare loads.
+    extra_weight: u16,
 }
 
 impl<A: Addr> Backend<A> {
-    /// A backend without stray bits.
+    /// A backend of weight 1.
     pub const fn new(generation: u32, flags: u32, service: ServiceId, addr: A, port: Be16) -> Self {
         Self {
             generation,
@@ -185,8 +188,23 @@ impl<A: Addr> Backend<A> {
             service,
             addr,
             port,
-            pad: [0; 2],
+            extra_weight: 0,
         }
+    }
+
+    /// The same with a weight; 0 is 1.
+    #[must_use]
+    pub const fn weighing(self, weight: u16) -> Self {
+        Self {
+            extra_weight: weight.saturating_sub(1),
+            ..self
+        }
+    }
+
+    /// How many connections it may have for each of one whose weight is 1.
+    #[inline(always)]
+    pub const fn weight(&self) -> u32 {
+        self.extra_weight as u32 + 1
     }
 
     /// Whether this is still life `generation` of the id, with all of `flags`.

@@ -9,7 +9,7 @@ use penstock_common::{
     Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
 };
 
-use crate::family::Family;
+use crate::{family::Family, pod::Back};
 
 /// Where the kernel's routes send a packet, and to which neighbour there.
 #[derive(Clone, Copy)]
@@ -85,6 +85,10 @@ pub trait Env {
     fn count_port_end(&self, index: u32);
     /// Sets [`PortChunk::full`].
     fn set_full(&self, index: u32, full: u64);
+    /// The timestamp of the segment that begins a flow, 0 if it has none; for the next stages.
+    fn stamp(&self) -> u32;
+    /// Sets [`Self::stamp`].
+    fn set_stamp(&self, stamp: u32);
     /// Whether one more ICMP error may be sent within this second (RFC 4443, 2.4 (f)).
     fn may_send_error(&self) -> bool;
     /// Tells whoever traces what happened to a packet or socket of a service.
@@ -130,6 +134,8 @@ pub trait Maps<F: Family>: Env {
     /// A flow's record.
     type Record: Record<F::Addr>;
 
+    /// [`crate::pod::back_itself`] of the packet that the program was called for.
+    fn back(&self) -> Result<Back, Counter>;
     /// This node's own address, unspecified if it has none of this family.
     fn node(&self) -> F::Addr;
     /// This node's address in the overlay, unspecified if it has none of this family.
@@ -150,6 +156,9 @@ pub trait Maps<F: Family>: Env {
     fn slot(&self, slot: u32) -> Option<BackendId>;
     /// A backend.
     fn backend(&self, id: BackendId) -> Option<Backend<F::Addr>>;
+    /// The one of two slots whose backend has fewer connections for its weight; the first where
+    /// neither has.
+    fn lighter(&self, first: u32, second: u32) -> u32;
     /// The backend that a client is bound to.
     fn affinity(&self, key: &AffinityKey<F::Addr>) -> Option<Affinity>;
     /// Binds a client to a backend.
@@ -172,6 +181,10 @@ pub trait Maps<F: Family>: Env {
     fn set_flow_vtep(&self, id: FlowId, vtep: &Vtep);
     /// Counts a packet of a flow; whether it is the first in its direction.
     fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool;
+    /// The timestamp of the FIN of a flow's client, 0 if it had none.
+    fn last_stamp(&self, id: FlowId) -> u32;
+    /// Sets [`Self::last_stamp`].
+    fn set_last_stamp(&self, id: FlowId, stamp: u32);
     /// Counts a connection to a backend.
     fn count_connection(&self, id: BackendId, generation: u32, service: ServiceId);
     /// Adds what was counted of a flow that this program ended to its backend's counts.

@@ -13,7 +13,8 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::{ETHERNET, Family},
-    flow, forward, handover,
+    flow::{self, succession},
+    forward, handover,
     packet::Packet,
     parse::{self, Segment},
     pod::{self, Back, Verdict},
@@ -76,7 +77,7 @@ pub fn answer<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     Ok(match pod::back::<F, M>(packet, maps)? {
-        Back::Reply(flags) if flags & FlowFlags::GOES_BACK != 0 => Verdict::HandBack,
+        Back::Reply(flags) if flags & u32::from(FlowFlags::GOES_BACK) != 0 => Verdict::HandBack,
         Back::Reply(_) => Verdict::Leave,
         _ => Verdict::Open,
     })
@@ -86,6 +87,7 @@ pub fn answer<F: Family, M: Maps<F>>(
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let segment = pod::segment::<F, M>(packet, maps)?;
+    maps.set_stamp(succession::stamp(packet, &segment));
     let result = open_flow::<F, M>(packet.ifindex(), maps, &segment);
     pod::opened::<F, M>(maps, &segment, result)
 }
@@ -105,7 +107,14 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     let chosen = select::backend(maps, &frontend, origin, segment.src)?;
     let mut opening = flow::opening(maps, segment, &chosen);
     let backend = &chosen.backend.addr;
-    let way = handover::way::<F, M>(maps, frontend.flags, origin, &segment.src, backend);
+    let way = handover::way::<F, M>(
+        maps,
+        frontend.flags,
+        origin,
+        segment.proto,
+        &segment.src,
+        backend,
+    );
     opening.flags = FlowFlags::EXTERNAL | way;
     if way == 0
         && let Some(stand_in) = source::<F, M>(ingress, maps, segment, backend)?

@@ -86,6 +86,10 @@ pub trait Family: Copy + 'static {
     /// Walks the header at `at`, or `None` where it is cut off or makes no sense.
     fn network(packet: &impl Packet, at: usize) -> Option<Network>;
 
+    /// What follows the header at `at` of a whole packet without options or extensions, as nearly all
+    /// are: told without walking.
+    fn plain(packet: &impl Packet, at: usize) -> Option<Proto>;
+
     /// This family's of a pair of addresses.
     fn of(v4: V4, v6: V6) -> Self::Addr;
 
@@ -186,6 +190,16 @@ impl Family for V4 {
                 id: u32::from(id),
             },
         })
+    }
+
+    #[inline(always)]
+    fn plain(packet: &impl Packet, at: usize) -> Option<Proto> {
+        let version_ihl: u8 = packet.load(at)?;
+        let offset = u16::from_be(packet.load(at + 6)?);
+        if version_ihl != 0x45 || offset & 0x3fff != 0 {
+            return None;
+        }
+        packet.load(at + 9)
     }
 
     #[inline(always)]
@@ -323,6 +337,13 @@ impl Family for V6 {
             transport_length: payload.checked_sub(extensions as u16)?,
             fragment,
         })
+    }
+
+    #[inline(always)]
+    fn plain(packet: &impl Packet, at: usize) -> Option<Proto> {
+        let version: u8 = packet.load(at)?;
+        let next: u8 = packet.load(at + 6)?;
+        (version >> 4 == 6 && !matches!(next, 0 | 43 | 44 | 60)).then_some(Proto(next))
     }
 
     #[inline(always)]

@@ -5,17 +5,22 @@
 //! index alone says which source ports are taken: a key is inserted if it is not there, by one
 //! program of all that try.
 
+pub mod succession;
+
 use penstock_common::{
     Addr, BackendFlags, Be16, Counter, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState,
     MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, Proto, REMAPPED_PORTS,
+    SCTP_ESTABLISHED_SECS,
 };
 
 use crate::{
     env::{Maps, Record},
     family::Family,
+    packet::Packet,
     parse::{Segment, tcp},
     pod::Verdict,
 };
+use succession::{inherit, succeed};
 
 /// A flow that was found.
 #[derive(Clone, Copy)]
@@ -70,8 +75,8 @@ pub fn may_continue<F: Family, M: Maps<F>>(
     known: &Known<F::Addr, M::Record>,
     segment: &Segment<F::Addr>,
 ) -> bool {
-    let is_opening =
-        segment.proto == Proto::TCP && segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    // Only TCP and SCTP have flags.
+    let is_opening = segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     if is_opening && is_ending(known) {
         return false;
     }
@@ -93,7 +98,7 @@ pub fn may_continue<F: Family, M: Maps<F>>(
 #[inline(always)]
 pub fn is_anothers<A: Addr, R: Record<A>>(known: &Known<A, R>, segment: &Segment<A>) -> bool {
     let agrees = tcp::SYN | tcp::ACK;
-    segment.proto == Proto::TCP && segment.tcp_flags & agrees == agrees && is_ending(known)
+    segment.proto.has_connections() && segment.tcp_flags & agrees == agrees && is_ending(known)
 }
 
 /// Whether one end at least has said that it is done.
@@ -125,17 +130,24 @@ fn finish<A: Addr, R: Record<A>>(known: &Known<A, R>, is_reply: bool) -> u32 {
 /// Notes a packet of a flow.
 #[inline(always)]
 pub fn follow<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
     maps: &M,
     known: &Known<F::Addr, M::Record>,
     segment: &Segment<F::Addr>,
     is_reply: bool,
 ) {
     let state = known.state;
+    if !is_reply {
+        succession::note_request::<F, M>(packet, maps, known, segment);
+    }
     let next = if segment.tcp_flags & tcp::RST != 0 {
         FlowState::CLOSING
     } else if segment.tcp_flags & tcp::FIN != 0 {
         finish(known, is_reply)
-    } else if state == FlowState::EMBRYONIC && is_reply {
+    } else if state == FlowState::EMBRYONIC
+        && is_reply
+        && succession::agrees::<F, M>(known, segment)
+    {
         FlowState::ESTABLISHED
     } else {
         state
@@ -294,7 +306,8 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
     let record = maps.record(id).ok_or(Counter::FlowRace)?;
     let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
     let keeps_port = record.key(FlowKey::<F::Addr>::REQUEST).src == reply.dst;
-    if keeps_port && link(maps, &reply, id) {
+    let timeouts = maps.config().timeouts;
+    if keeps_port && (link(maps, &reply, id) || succeed::<F, M>(maps, id, &reply, &timeouts)) {
         return Ok(Verdict::Placed);
     }
     if is_refusing(maps, reply.port_place()) {
@@ -307,6 +320,10 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
         reply.dst_port = Be16::from_host(any_port(maps, ports));
         if maps.link(&reply, id) {
             record.set_source_port(reply.dst_port);
+            return Ok(Verdict::Placed);
+        }
+        // Free ones first, as long as there are many of them.
+        if tries > maps.attempts() / 2 && succeed::<F, M>(maps, id, &reply, &timeouts) {
             return Ok(Verdict::Placed);
         }
     }
@@ -413,15 +430,7 @@ pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict,
             continue;
         }
         // Of a key that is left from an earlier life of the record, the flow may go too.
-        if state != FlowState::FREE {
-            unlink::<F, M>(maps, &other.key(FlowKey::<F::Addr>::REQUEST), other_id);
-            maps.settle(other_id);
-        }
-        // In one step: nobody else gets the port between the two.
-        maps.relink(&reply, id);
-        record.set_source_port(reply.dst_port);
-        free::<F, M>(maps, other_id, other);
-        maps.count(Counter::FlowEvicted);
+        inherit::<F, M>(maps, id, &reply, other_id, other);
         return Ok(Verdict::Placed);
     }
     maps.set_full(place.index(0), refusal(maps, place));
@@ -513,18 +522,38 @@ fn may_evict<A: Addr>(
             let (proto, seen_secs) = record.last_seen();
             // A client alone has said so: who floods can too.
             let is_one_way = record.flags() & FlowFlags::DSR != 0;
-            let timeout = if proto == Proto::TCP && (record.fins() != 0 || is_one_way) {
-                timeouts.tcp_closing_secs
-            } else if proto == Proto::TCP {
-                timeouts.tcp_established_secs
-            } else if is_one_way {
-                timeouts.udp_secs
-            } else {
-                timeouts.udp_stream_secs
+            let timeout = match (is_one_way, proto.has_connections()) {
+                (false, _) => lasts(state, proto, record.fins(), timeouts),
+                (true, true) => timeouts.tcp_closing_secs,
+                (true, false) => timeouts.udp_secs,
             };
-            now.wrapping_sub(seen_secs) >= timeout
+            idle_for(now, seen_secs) >= timeout
         }
         _ => false,
+    }
+}
+
+/// For how many seconds nothing was seen of a flow, by a clock that may be a little behind that of
+/// who saw it.
+#[inline(always)]
+fn idle_for(now: u32, seen_secs: u32) -> u32 {
+    let idle = now.wrapping_sub(seen_secs);
+    if idle as i32 >= 0 { idle } else { 0 }
+}
+
+/// After how many idle seconds a flow is over.
+#[inline(always)]
+fn lasts(state: u32, proto: Proto, fins: u8, timeouts: &penstock_common::Timeouts) -> u32 {
+    let has_connections = proto.has_connections();
+    match state {
+        FlowState::CLOSING => timeouts.tcp_closing_secs,
+        FlowState::EMBRYONIC if has_connections => timeouts.tcp_syn_secs,
+        FlowState::EMBRYONIC => timeouts.udp_secs,
+        FlowState::ESTABLISHED if has_connections && fins != 0 => timeouts.tcp_closing_secs,
+        FlowState::ESTABLISHED if proto == Proto::TCP => timeouts.tcp_established_secs,
+        FlowState::ESTABLISHED if has_connections => SCTP_ESTABLISHED_SECS,
+        FlowState::ESTABLISHED => timeouts.udp_stream_secs,
+        _ => u32::MAX,
     }
 }
 

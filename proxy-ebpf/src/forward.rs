@@ -126,7 +126,7 @@ fn leaving<F: Family, M: Maps<F>>(
         return Err(Counter::TunnelForged);
     }
     Ok(match header.proto {
-        Proto::TCP | Proto::UDP => Verdict::Outside,
+        Proto::TCP | Proto::UDP | Proto::SCTP => Verdict::Outside,
         proto if proto == F::ICMP => {
             let [request, _] = F::ECHO;
             let is_request = || packet.load(header.transport) == Some(request);
@@ -205,6 +205,7 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     // That it leaves the cluster is known: `leaving` has looked.
     let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
     let source = source.ok_or(Counter::MasqueradeNoAddress)?;
+    maps.set_stamp(flow::succession::stamp(packet, &segment));
     flow::begin::<F, M>(maps, &flow::masquerading(maps, &segment, source))
 }
 

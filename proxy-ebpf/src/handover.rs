@@ -21,7 +21,7 @@ use penstock_common::{
 use crate::{
     env::{Maps, Record},
     family::{ETHERNET, ETHERNET_SOURCE, Family, Network},
-    flow::{self, Known},
+    flow::{self, Known, succession},
     forward,
     packet::Packet,
     parse::{self, Segment, tcp},
@@ -37,6 +37,7 @@ pub(crate) fn way<F: Family, M: Maps<F>>(
     maps: &M,
     frontend_flags: u32,
     origin: Origin,
+    proto: Proto,
     client: &F::Addr,
     backend: &F::Addr,
 ) -> u16 {
@@ -47,6 +48,7 @@ pub(crate) fn way<F: Family, M: Maps<F>>(
     };
     let wanted = NetworkFlags::FORWARD | F::HANDOVER;
     if origin != Origin::Outside
+        || !may_be_handed(proto)
         || maps.network() & wanted != wanted
         || overlay_route(maps, backend).is_none()
         || maps.is_vtep(&F::vtep(*client))
@@ -54,6 +56,24 @@ pub(crate) fn way<F: Family, M: Maps<F>>(
         return 0;
     }
     way
+}
+
+/// Whether flows of a protocol may be handed over: not SCTP's, whose way through each of these stages
+/// would double what the kernel has to check.
+#[inline(always)]
+fn may_be_handed(proto: Proto) -> bool {
+    matches!(proto, Proto::TCP | Proto::UDP)
+}
+
+/// The headers of a packet that was, or is about to be, handed over.
+#[inline(always)]
+fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, (F::Addr, F::Addr)), Counter> {
+    let (header, addrs) = pod::headers::<F>(packet)?;
+    if may_be_handed(header.proto) || header.proto == F::ICMP {
+        Ok((header, addrs))
+    } else {
+        Err(Counter::HandoverUnknown)
+    }
 }
 
 /// The tunnel to the node that a backend is on.
@@ -113,7 +133,7 @@ pub fn hand_over<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = pod::headers::<F>(packet)?;
+    let (header, addrs) = headers::<F>(packet)?;
     let is_error = pod::is_error::<F>(packet, &header);
     let known = if is_error {
         let key = quoted::request_key::<F>(packet, &header, true).ok_or(Counter::Truncated)?;
@@ -124,7 +144,7 @@ pub fn hand_over<F: Family, M: Maps<F>>(
         let known = flow::find::<F, M>(maps, &key).ok_or(Counter::FlowRace)?;
         parse::remember_ports::<F>(maps, &header, &segment);
         presume(maps, &known, &segment);
-        flow::follow(maps, &known, &segment, false);
+        flow::follow(packet, maps, &known, &segment, false);
         known
     };
     let (_, backend) = known.ends();
@@ -175,7 +195,7 @@ pub fn split<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = pod::headers::<F>(packet)?;
+    let (header, addrs) = headers::<F>(packet)?;
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
     let key = pod::request_key(&segment);
     let known = flow::find::<F, M>(maps, &key).ok_or(Counter::FlowRace)?;
@@ -195,7 +215,7 @@ pub fn rejoin<F: Family, M: Maps<F>>(
     let (header, addrs) = pod::headers::<F>(packet)?;
     let route = overlay_route(maps, &addrs.1).ok_or(Counter::OverlayNoRoute)?;
     maps.count(Counter::OverlaySent);
-    if pod::is_translated(header.proto)
+    if may_be_handed(header.proto)
         && let Ok(segment) = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)
     {
         let key = FlowKey::new(
@@ -225,7 +245,8 @@ pub fn shorten<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let segment = pod::segment::<F, M>(packet, maps)?;
+    let (header, addrs) = headers::<F>(packet)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
     reject::too_long::<F, M>(packet, maps, &segment, maps.overlay().mtu)?;
     Ok(Verdict::TurnAround)
 }
@@ -290,7 +311,7 @@ pub fn accept<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let (backend, flags) = backend::<F, M>(packet, maps)?;
-    let (header, addrs) = pod::headers::<F>(packet)?;
+    let (header, addrs) = headers::<F>(packet)?;
     if pod::is_error::<F>(packet, &header) {
         return Ok(Verdict::Icmp);
     }
@@ -309,7 +330,7 @@ pub fn accept<F: Family, M: Maps<F>>(
         return Ok(Verdict::Open);
     }
     parse::remember_ports::<F>(maps, &header, &segment);
-    flow::follow(maps, &known, &segment, false);
+    flow::follow(packet, maps, &known, &segment, false);
     if flags != 0
         && let Some(vtep) = packet.tunnel_source()
     {
@@ -325,10 +346,12 @@ pub fn accept<F: Family, M: Maps<F>>(
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let (backend, flags) = backend::<F, M>(packet, maps)?;
-    let segment = pod::segment::<F, M>(packet, maps)?;
+    let (header, addrs) = headers::<F>(packet)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
     if !segment.has_transport {
         return Err(Counter::FragmentUnmatched);
     }
+    maps.set_stamp(succession::stamp(packet, &segment));
     flow::begin::<F, M>(
         maps,
         &Flow {
@@ -372,7 +395,7 @@ fn answered<F: Family, M: Maps<F>>(
     let known = flow::find::<F, M>(maps, &key).ok_or(Counter::HandoverUnknown)?;
     parse::remember_ports::<F>(maps, header, &segment);
     if follows {
-        flow::follow(maps, &known, &segment, true);
+        flow::follow(packet, maps, &known, &segment, true);
     }
     Ok(known)
 }
@@ -383,7 +406,7 @@ pub fn hand_back<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = pod::headers::<F>(packet)?;
+    let (header, addrs) = headers::<F>(packet)?;
     let known = answered::<F, M>(packet, maps, &header, addrs, false)?;
     let vtep = maps.flow_vtep(known.id);
     if vtep == Vtep::default() {
@@ -413,7 +436,7 @@ pub fn came_back<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = pod::headers::<F>(packet)?;
+    let (header, addrs) = headers::<F>(packet)?;
     let known = answered::<F, M>(packet, maps, &header, addrs, true)?;
     if known.flags & FlowFlags::TUNNEL == 0 {
         return Err(Counter::HandoverUnknown);

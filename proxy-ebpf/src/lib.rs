@@ -31,6 +31,7 @@ pub mod pod;
 pub mod quoted;
 pub mod reject;
 pub mod rewrite;
+pub mod sctp;
 pub mod select;
 pub mod socket;
 pub mod tunnel;

@@ -57,7 +57,7 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
+            $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident, $sent:ident,
             $hand_over:ident, $split:ident, $rejoin:ident, $shorten_as_it_came:ident, $accept:ident, $admit_handed:ident,
             $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident,
             $claim:ident, $place:ident, $search:ident, $take_over:ident, $enter:ident, $begin:ident) => {
@@ -83,6 +83,7 @@ mod programs {
             family!(stage $answer, external::answer, $family);
             family!(stage $shorten, external::shorten, $family);
             family!(stage $to_uplink, tunnel::to_uplink, $family);
+            family!(stage $sent, tunnel::sent, $family);
             family!(stage $hand_over, handover::hand_over, $family);
             family!(stage $split, handover::split, $family);
             family!(stage $rejoin, handover::rejoin, $family);
@@ -256,6 +257,9 @@ mod programs {
             #[inline(always)]
             fn $outbound(skb: *mut __sk_buff) -> i32 {
                 let mut verdict = $to_uplink(skb);
+                if verdict == ARRIVED {
+                    verdict = $sent(skb);
+                }
                 if verdict == HAND_BACK {
                     verdict = $hand_back(skb);
                 }
@@ -319,16 +323,32 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
+        from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4, sent4,
         hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
         hand_back4, came_back4, outbound4, into_overlay4,
         claim4, place4, search4, take_over4, enter4, begin4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
+        from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6, sent6,
         hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
         hand_back6, came_back6, outbound6, into_overlay6,
         claim6, place6, search6, take_over6, enter6, begin6);
+
+    /// [`pod::back_itself`] for one family; no stage, but what four of them have in common.
+    macro_rules! back {
+        ($name:ident, $family:ty) => {
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $name(skb: *mut __sk_buff) -> i32 {
+                let context = TcContext::new(skb);
+                let mut skb = Skb::new(&context);
+                let kernel = Kernel { context: &context };
+                pod::encode_back(pod::back_itself::<$family, _>(&mut skb, &kernel))
+            }
+        };
+    }
+    back!(back4, V4);
+    back!(back6, V6);
 
     /// XDP's functions for one family; their answers are as the other hooks'.
     macro_rules! xdp_family {

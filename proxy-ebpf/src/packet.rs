@@ -49,6 +49,9 @@ pub trait Packet {
         zero: Zero,
     ) -> Result<(), Refused>;
 
+    /// [`crate::sctp::change`], by a function of its own, so that the kernel checks it once.
+    fn checksum_change(&self, difference: u32, length: u32) -> u32;
+
     /// The index of the interface at whose hook the frame is.
     fn ifindex(&self) -> u32;
 

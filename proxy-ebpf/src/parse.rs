@@ -8,6 +8,7 @@ use crate::{
     env::Maps,
     family::{Family, Network},
     packet::Packet,
+    sctp,
 };
 
 /// TCP's flags and header (RFC 9293, 3.1).
@@ -24,7 +25,7 @@ pub mod tcp {
     pub const HEADER: usize = 20;
 }
 
-/// A TCP or UDP packet, or an ICMP echo.
+/// A TCP, UDP or SCTP packet, or an ICMP echo.
 #[derive(Clone, Copy)]
 pub struct Segment<A> {
     /// The network header's offset.
@@ -33,9 +34,10 @@ pub struct Segment<A> {
     pub transport: usize,
     /// Its length as the network header says.
     pub transport_length: u16,
-    /// TCP, UDP or ICMP.
+    /// TCP, UDP, SCTP or ICMP.
     pub proto: Proto,
-    /// TCP's flags, 0 for UDP and for later fragments.
+    /// TCP's flags, or what stands for them ([`crate::sctp::flags`]); 0 for UDP and for later
+    /// fragments.
     pub tcp_flags: u8,
     /// Whether the transport header is in this packet; not so in later fragments.
     pub has_transport: bool,
@@ -79,7 +81,7 @@ pub fn echo<F: Family>(packet: &impl Packet, at: usize) -> Option<(Be16, Be16)> 
     }
 }
 
-/// A TCP or UDP packet's fields, or an ICMP echo's; for a later fragment with the ports of its datagram.
+/// A TCP, UDP or SCTP packet's fields, or an ICMP echo's; for a later fragment with the ports of its datagram.
 #[inline(always)]
 pub fn segment<F: Family>(
     packet: &impl Packet,
@@ -118,6 +120,19 @@ pub fn segment<F: Family>(
     if header.proto == Proto::TCP {
         segment.tcp_flags = packet.load(transport + 13).ok_or(Counter::Truncated)?;
         let _: u16 = packet.load(transport + 18).ok_or(Counter::Truncated)?;
+    } else if header.proto == Proto::SCTP {
+        if header.fragment.is_part {
+            // The checksum covers what nobody has seen yet.
+            return Err(Counter::RewriteFailed);
+        }
+        let chunk: u16 = packet
+            .load(transport + sctp::HEADER)
+            .ok_or(Counter::Truncated)?;
+        if usize::from(header.transport_length) < sctp::LEAST {
+            return Err(Counter::Truncated);
+        }
+        let [chunk, _] = chunk.to_ne_bytes();
+        segment.tcp_flags = sctp::flags(chunk);
     } else {
         let _: u16 = packet.load(transport + 6).ok_or(Counter::Truncated)?;
     }

@@ -13,7 +13,8 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::{ETHERNET, Family, Network},
-    flow, forward, handover,
+    flow::{self, succession},
+    forward, handover,
     packet::Packet,
     parse::{self, Segment},
     quoted, reject, rewrite,
@@ -62,7 +63,7 @@ pub enum Verdict {
     Forward,
     /// It is for no service after all, and goes on as it came: `forward::from_pod`.
     Untouched,
-    /// TCP or UDP for a service, or for one of this node's ports, perhaps: [`request`].
+    /// TCP, UDP or SCTP for a service, or for one of this node's ports, perhaps: [`request`].
     Request,
     /// A pod sent it to this node: [`to_node`].
     Node,
@@ -165,7 +166,7 @@ pub fn destination<F: Family>(packet: &impl Packet) -> (Proto, Be16) {
 /// Whether flows of a protocol are translated.
 #[inline(always)]
 pub(crate) fn is_translated(proto: Proto) -> bool {
-    matches!(proto, Proto::TCP | Proto::UDP)
+    matches!(proto, Proto::TCP | Proto::UDP | Proto::SCTP)
 }
 
 /// Source and destination.
@@ -216,7 +217,7 @@ pub fn request<F: Family, M: Maps<F>>(
         maps.set_flow_vtep(known.id, &Vtep::default());
     }
     parse::remember_ports::<F>(maps, &header, &segment);
-    flow::follow(maps, &known, &segment, false);
+    flow::follow(packet, maps, &known, &segment, false);
     let (src, dst) = known.ends();
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     if known.flags & FlowFlags::MASQUERADE != 0 {
@@ -245,6 +246,7 @@ pub(crate) fn request_key<A: Addr>(segment: &Segment<A>) -> FlowKey<A> {
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     let segment = segment::<F, M>(packet, maps)?;
+    maps.set_stamp(succession::stamp(packet, &segment));
     opened::<F, M>(maps, &segment, open_flow::<F, M>(maps, &segment))
 }
 
@@ -331,7 +333,9 @@ pub fn to_node<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     Ok(match back::<F, M>(packet, maps)? {
-        Back::Reply(flags) if flags & FlowFlags::HAIRPIN != 0 => return deliver(packet, flags),
+        Back::Reply(flags) if flags & u32::from(FlowFlags::HAIRPIN) != 0 => {
+            return deliver(packet, flags as u16);
+        }
         Back::Request => Verdict::Request,
         Back::Error => Verdict::Icmp,
         Back::Reply(_) | Back::Foreign => Verdict::Pass,
@@ -359,9 +363,9 @@ pub(crate) fn is_error<F: Family>(packet: &impl Packet, header: &Network) -> boo
 
 /// What a packet that may be on its way back turned out to be.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Back {
+pub enum Back {
     /// A reply or an error about a request, now translated; its flow's flags.
-    Reply(u16),
+    Reply(u32),
     /// No reply, but what may be a request.
     Request,
     /// An ICMP error about no request; perhaps about a reply.
@@ -379,19 +383,56 @@ pub(crate) fn may_be_back<F: Family, M: Maps<F>>(
     at: usize,
     src: F::Addr,
 ) -> bool {
-    let Some(header) = F::network(packet, at) else {
+    let Some(proto) = F::plain(packet, at).filter(|proto| is_translated(*proto)) else {
         return true;
     };
-    if header.fragment.is_part || !is_translated(header.proto) {
-        return true;
-    }
-    let port = packet.load(header.transport);
-    port.is_none_or(|port| maps.may_respond(Responder::new(header.proto, src, port)))
+    let port = packet.load(at + F::HEADER);
+    port.is_none_or(|port| maps.may_respond(Responder::new(proto, src, port)))
 }
 
-/// Translates a packet that is on its way back to whom began its flow, if it is one.
+/// Translates a packet that is on its way back to whom began its flow, if it is one: [`back_itself`],
+/// by a function of its own.
 #[inline(always)]
-pub(crate) fn back<F: Family, M: Maps<F>>(
+pub(crate) fn back<F: Family, M: Maps<F>>(_: &mut impl Packet, maps: &M) -> Result<Back, Counter> {
+    maps.back()
+}
+
+/// What [`back_itself`] did, as a number of at least 0, or why the packet goes no further, below 0.
+#[inline(always)]
+pub fn encode_back(result: Result<Back, Counter>) -> i32 {
+    match result {
+        Ok(Back::Foreign) => FOREIGN,
+        Ok(Back::Request) => REQUEST,
+        Ok(Back::Error) => ERROR,
+        Ok(Back::Reply(flags)) => REPLY + (flags & 0xffff) as i32,
+        Err(reason) => -1 - reason as i32,
+    }
+}
+
+/// What such a number says.
+#[inline(always)]
+pub fn decode_back(number: i32) -> Result<Back, Counter> {
+    match number {
+        i32::MIN..=-1 => {
+            let reason = Counter::ALL.get((-1 - number) as usize);
+            Err(reason.copied().unwrap_or(Counter::RewriteFailed))
+        }
+        FOREIGN => Ok(Back::Foreign),
+        REQUEST => Ok(Back::Request),
+        ERROR => Ok(Back::Error),
+        REPLY.. => Ok(Back::Reply((number - REPLY) as u32)),
+    }
+}
+
+const FOREIGN: i32 = 0;
+const REQUEST: i32 = 1;
+const ERROR: i32 = 2;
+const REPLY: i32 = 3;
+
+/// [`back`], for whoever makes it a function of its own: four of a hook's stages need it, and the
+/// kernel is to check it once.
+#[inline(always)]
+pub fn back_itself<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Back, Counter> {
@@ -403,7 +444,7 @@ pub(crate) fn back<F: Family, M: Maps<F>>(
     };
     if is_error::<F>(packet, &header) {
         let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-        return Ok(flags.map_or(Back::Error, Back::Reply));
+        return Ok(flags.map_or(Back::Error, |flags| Back::Reply(flags.into())));
     }
     reply::<F, M>(packet, maps, &header, addrs)
 }
@@ -439,8 +480,11 @@ fn reply<F: Family, M: Maps<F>>(
         flow::retire(maps, &known);
         return Ok(Back::Foreign);
     }
+    if succession::is_late::<F, M>(packet, &known, &segment) {
+        return Err(Counter::FlowRace);
+    }
     parse::remember_ports::<F>(maps, header, &segment);
-    flow::follow(maps, &known, &segment, true);
+    flow::follow(packet, maps, &known, &segment, true);
     let (src, dst) = known.ends();
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     maps.count(if known.flags & FlowFlags::EXTERNAL != 0 {
@@ -448,7 +492,7 @@ fn reply<F: Family, M: Maps<F>>(
     } else {
         Counter::PacketReply
     });
-    Ok(Back::Reply(known.flags))
+    Ok(Back::Reply(known.flags.into()))
 }
 
 /// Where a translated packet goes: back, where client and backend are the same pod.

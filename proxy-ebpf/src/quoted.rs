@@ -27,7 +27,7 @@ struct Quote<A> {
 }
 
 /// The packet that the ICMP message at `header.transport` quotes, if it is an error that quotes a
-/// TCP or UDP packet with its ports, or an ICMP echo.
+/// TCP, UDP or SCTP packet with its ports, or an ICMP echo.
 #[inline(always)]
 fn quote<F: Family>(packet: &impl Packet, header: &Network) -> Option<Quote<F::Addr>> {
     if header.proto != F::ICMP || header.fragment.is_later {
@@ -45,7 +45,7 @@ fn quote<F: Family>(packet: &impl Packet, header: &Network) -> Option<Quote<F::A
         return None;
     }
     let (src_port, dst_port) = match inner.proto {
-        Proto::TCP | Proto::UDP => parse::ports(packet, inner.transport)?,
+        Proto::TCP | Proto::UDP | Proto::SCTP => parse::ports(packet, inner.transport)?,
         proto if proto == F::ICMP => parse::echo::<F>(packet, inner.transport)?,
         _ => return None,
     };

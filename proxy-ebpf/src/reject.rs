@@ -1,7 +1,8 @@
 //! Turns a packet that nobody will serve into the answer that its sender deserves: a TCP reset or
-//! an ICMP "port unreachable", from the address that it dialled.
+//! an ICMP "port unreachable", from the address that it dialled. What kube-proxy's rules say to UDP
+//! they say to SCTP too.
 
-use penstock_common::{Counter, Proto};
+use penstock_common::{Counter, Plain, Proto};
 
 use crate::{
     checksum::{fold, pseudo_header},
@@ -14,8 +15,11 @@ use crate::{
 
 /// Length of an ICMP error's own header.
 const ICMP_HEADER: usize = 8;
-/// How much of a transport header an error must quote (RFC 792).
-const QUOTED: usize = 8;
+/// How much of a transport header an error must quote (RFC 792), in words.
+const QUOTED: usize = 2;
+/// The same of SCTP's: as far as the tag of an association that is to begin, by which its sender
+/// knows the error for one about itself (RFC 9260, 10).
+const QUOTED_OF_SCTP: usize = 5;
 
 /// Replaces `packet` by the answer to it, addressed to where it came from.
 #[inline(always)]
@@ -38,8 +42,13 @@ pub fn answer<F: Family, M: Maps<F>>(
         if !maps.may_send_error() {
             return Err(Counter::RejectUnanswered);
         }
-        error::<F>(packet, segment, F::PORT_UNREACHABLE, 0)
-            .map_err(|Refused| Counter::RewriteFailed)?;
+        let has_tag = packet.load::<u32>(segment.transport + 16).is_some();
+        if segment.proto == Proto::SCTP && has_tag {
+            error::<F, QUOTED_OF_SCTP>(packet, segment, F::PORT_UNREACHABLE, 0)
+        } else {
+            error::<F, QUOTED>(packet, segment, F::PORT_UNREACHABLE, 0)
+        }
+        .map_err(|Refused| Counter::RewriteFailed)?;
     }
     turn_around(packet)
 }
@@ -93,22 +102,25 @@ pub fn too_long<F: Family, M: Maps<F>>(
     if !segment.has_transport || !maps.may_send_error() {
         return Err(Counter::TooLong);
     }
-    error::<F>(packet, segment, F::TOO_LONG, mtu.to_be())
+    error::<F, QUOTED>(packet, segment, F::TOO_LONG, mtu.to_be())
         .map_err(|Refused| Counter::RewriteFailed)?;
     turn_around(packet)
 }
 
 /// RFC 792 and RFC 4443, 2.4: an error of a type and code, with what stands in its second word.
 #[inline(always)]
-fn error<F: Family>(
+fn error<F: Family, const QUOTED: usize>(
     packet: &mut impl Packet,
     segment: &Segment<F::Addr>,
     [icmp_type, code]: [u8; 2],
     second: u32,
-) -> Result<(), Refused> {
+) -> Result<(), Refused>
+where
+    [u32; QUOTED]: Plain,
+{
     let quoted_header = F::quoted_header(packet, segment.network, segment.proto).ok_or(Refused)?;
-    let quoted: [u32; 2] = packet.load(segment.transport).ok_or(Refused)?;
-    let payload = (ICMP_HEADER + F::HEADER + QUOTED) as u16;
+    let quoted: [u32; QUOTED] = packet.load(segment.transport).ok_or(Refused)?;
+    let payload = (ICMP_HEADER + F::HEADER + size_of::<[u32; QUOTED]>()) as u16;
     let first = u32::from_ne_bytes([icmp_type, code, 0, 0]);
     let mut sum = u64::from(first) + u64::from(second);
     for word in quoted_header.as_ref() {

@@ -7,9 +7,10 @@ use crate::{
     family::Family,
     packet::{Covers, Packet, Refused, Zero},
     parse::Segment,
+    sctp,
 };
 
-/// Where a transport's checksum lies, and what zero means in it.
+/// Where a transport's checksum lies, other than SCTP's, and what zero means in it.
 #[inline(always)]
 pub fn transport_checksum(proto: Proto) -> (usize, Zero) {
     match proto {
@@ -48,6 +49,11 @@ fn try_translate<F: Family>(
     )?;
     if !segment.has_transport {
         return Ok(());
+    }
+    if segment.proto == Proto::SCTP {
+        let ports = [src.1.raw(), dst.1.raw()].pair();
+        let (at, length) = (segment.transport, segment.transport_length);
+        return sctp::store_ports(packet, at, length, ports);
     }
     let (at, zero) = transport_checksum(segment.proto);
     let checksum = segment.transport + at;

@@ -128,8 +128,8 @@ fn bound<F: Family>(
     })
 }
 
-/// The backend whose turn it is, by the service's algorithm (`Algorithm`): chance, order or the
-/// client's address names a slot.
+/// The backend whose turn it is, by the service's algorithm (`Algorithm`): chance, order, the
+/// client's address or the lesser load names a slot.
 #[inline(always)]
 fn by_algorithm<F: Family>(
     maps: &impl Maps<F>,
@@ -144,7 +144,13 @@ fn by_algorithm<F: Family>(
     } else {
         slot_at(maps.random(), slots.count)
     };
-    let slot = slots.base.wrapping_add(index);
+    let mut slot = slots.base.wrapping_add(index);
+    if frontend.flags & FrontendFlags::BY_LOAD != 0 && slots.count > 1 {
+        // Any other one.
+        let step = 1 + slot_at(maps.random(), slots.count - 1);
+        let other = index.wrapping_add(step).checked_rem(slots.count);
+        slot = maps.lighter(slot, slots.base.wrapping_add(other.unwrap_or(0)));
+    }
     let id = maps.slot(slot).ok_or(Counter::BackendMissing)?;
     let backend = maps.backend(id).ok_or(Counter::BackendMissing)?;
     // A slot that names another service's backend can only be met while its block is recycled.

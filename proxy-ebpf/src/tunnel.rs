@@ -24,27 +24,25 @@ const UDP_HEADER: usize = 8;
 /// A VXLAN header's first word: there is a network identifier (RFC 7348, 5).
 const VXLAN_FLAGS: u32 = u32::from_ne_bytes([8, 0, 0, 0]);
 
-/// Whether a packet is a tunnel's, of which `own` is this node's end.
+/// Whether a packet is a tunnel's, of which `own` is this node's end, and whole.
 ///
 /// It is told by its VXLAN header too: a client's port may be any, the tunnels' among them.
 #[inline(always)]
 pub(crate) fn is_own<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M, own: &F::Addr) -> bool {
-    let Some(header) = F::network(packet, ETHERNET) else {
-        return false;
-    };
-    if header.proto != Proto::UDP || header.fragment.is_later {
+    if F::plain(packet, ETHERNET) != Some(Proto::UDP) {
         return false;
     }
     let overlay = maps.overlay();
-    let to: Option<Be16> = packet.load(header.transport + 2);
-    let vxlan: Option<[u32; 2]> = packet.load(header.transport + UDP_HEADER);
+    let to: Option<Be16> = packet.load(ETHERNET + F::HEADER + 2);
+    let vxlan: Option<[u32; 2]> = packet.load(ETHERNET + F::HEADER + UDP_HEADER);
     overlay.ifindex != 0
         && to == Some(overlay.port)
         && vxlan == Some([VXLAN_FLAGS, (overlay.vni << 8).to_be()])
         && *own == maps.node()
 }
 
-/// A packet that the kernel sends to the outside.
+/// A packet that the kernel sends to the outside: [`Verdict::Arrived`], which is [`sent`]'s, where it may
+/// be a reply.
 #[inline(always)]
 pub fn to_uplink<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -52,11 +50,18 @@ pub fn to_uplink<F: Family, M: Maps<F>>(
 ) -> Result<Verdict, Counter> {
     match parse::addrs::<F>(packet, ETHERNET) {
         Some((src, _)) if is_own::<F, M>(packet, maps, &src) => Ok(Verdict::Pass),
-        _ => Ok(match pod::back::<F, M>(packet, maps)? {
-            Back::Reply(flags) if flags & FlowFlags::GOES_BACK != 0 => Verdict::HandBack,
-            _ => Verdict::Pass,
-        }),
+        _ => Ok(Verdict::Arrived),
     }
+}
+
+/// A packet that the kernel sends to the outside and that is no tunnel's: by a function of its own, since
+/// [`to_uplink`]'s stack has to be gone by then.
+#[inline(always)]
+pub fn sent<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
+    Ok(match pod::back::<F, M>(packet, maps)? {
+        Back::Reply(flags) if flags & u32::from(FlowFlags::GOES_BACK) != 0 => Verdict::HandBack,
+        _ => Verdict::Pass,
+    })
 }
 
 /// The length of a VXLAN header (RFC 7348, 5), in bytes.
@@ -64,7 +69,7 @@ const VXLAN_HEADER: usize = 8;
 /// The longest headers that are looked at inside, in bytes: IPv6's and as much of TCP's as has ports.
 const LOOKED_AT: usize = V6::HEADER + 8;
 
-/// Unwraps a tunnel's packet to this node and hands what is inside to its pod.
+/// Unwraps a tunnel's packet to this node ([`is_own`]) and hands what is inside to its pod.
 #[inline(always)]
 pub fn unwrap<F: Family, M: Maps<F> + Maps<V4> + Maps<V6>>(
     packet: &mut impl Packet,
@@ -72,15 +77,11 @@ pub fn unwrap<F: Family, M: Maps<F> + Maps<V4> + Maps<V6>>(
 ) -> Result<Verdict, Counter> {
     let at = ETHERNET + F::HEADER + UDP_HEADER + VXLAN_HEADER;
     packet.reach(at + ETHERNET + LOOKED_AT);
-    let (Some(header), Some(from)) = (
-        F::network(packet, ETHERNET),
-        packet.load::<F::Addr>(ETHERNET + F::ADDRS),
-    ) else {
+    let Some(from) = packet.load::<F::Addr>(ETHERNET + F::ADDRS) else {
         return Ok(Verdict::Pass);
     };
     // A checksum over all of it is the kernel's to check.
-    let checksum: Option<u16> = packet.load(ETHERNET + F::HEADER + 6);
-    if header.transport != ETHERNET + F::HEADER || header.fragment.is_part || checksum != Some(0) {
+    if packet.load::<u16>(ETHERNET + F::HEADER + 6) != Some(0) {
         return Ok(Verdict::Pass);
     }
     // Other addresses say that a flow is handed over.

@@ -11,11 +11,12 @@ use crate::{
     env::{Maps, Record},
     external,
     family::{ETHERNET, Family, Fragment},
-    flow, forward,
+    flow::{self, succession},
+    forward,
     packet::Packet,
     parse::{self, Segment, tcp},
     pod::{self, Verdict},
-    reject, rewrite, tunnel,
+    reject, rewrite, sctp, tunnel,
 };
 
 /// A flow's first packet in each period of as many seconds, as a power of two, is the TC hook's:
@@ -26,7 +27,7 @@ const PERIOD: u32 = 4;
 /// One in so many new flows begins at the TC hook, for the same reason.
 const OPENED_BELOW: u32 = 16;
 
-/// A TCP or UDP packet without anything out of the ordinary: options, extensions, parts, or a checksum that its
+/// A TCP, UDP or SCTP packet without anything out of the ordinary: options, extensions, parts, or a checksum that its
 /// sender left to an interface to complete, which veth passes on as it is.
 #[inline(always)]
 fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segment<F::Addr>> {
@@ -42,9 +43,14 @@ fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segmen
     header.transport = ETHERNET + F::HEADER;
     header.fragment = Fragment::NONE;
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs).ok()?;
-    let (checksum, _) = rewrite::transport_checksum(segment.proto);
-    let at = segment.transport + checksum;
-    match reject::has_partial_checksum(packet, &segment, at) {
+    let is_left_open = if segment.proto == Proto::SCTP {
+        sctp::is_left_open(packet, segment.transport)
+    } else {
+        let (checksum, _) = rewrite::transport_checksum(segment.proto);
+        let at = segment.transport + checksum;
+        reject::has_partial_checksum(packet, &segment, at)
+    };
+    match is_left_open {
         Ok(false) => Some(segment),
         _ => None,
     }
@@ -98,9 +104,11 @@ pub fn carry<F: Family, M: Maps<F>>(
     } else {
         !flow::may_continue(maps, &known, &segment)
     };
+    let is_late = is_reply && succession::is_late::<F, M>(packet, &known, &segment);
     let (_, seen) = known.record.last_seen();
     let is_due = (seen ^ maps.now_secs()) >> PERIOD != 0;
-    if known.flags != FlowFlags::EXTERNAL || is_over || is_due {
+    let kind = known.flags & !FlowFlags::SUCCESSOR;
+    if kind != FlowFlags::EXTERNAL || is_over || is_late || is_due {
         return Ok(Verdict::Pass);
     }
     let (src, dst) = known.ends();
@@ -118,7 +126,7 @@ pub fn carry<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     }
 
-    flow::follow(maps, &known, &segment, is_reply);
+    flow::follow(packet, maps, &known, &segment, is_reply);
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     forward::take_hop::<F>(packet, hops).map_err(forward::refused)?;
     forward::frame(packet, hop.to, hop.from).map_err(forward::refused)?;
@@ -146,6 +154,7 @@ pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };
+    maps.set_stamp(succession::stamp(packet, &segment));
     Ok(
         match external::open_flow::<F, M>(packet.ifindex(), maps, &segment) {
             Ok(verdict) => verdict,

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use penstock_agent::dataplane::{Dataplane, bpf::Bpf, pins::Pins};
-use penstock_common::{Algorithm, V4, V6, client_hash, slot_at};
+use penstock_common::{Algorithm, BackendId, Load, V4, V6, client_hash, slot_at};
 use penstock_testbed::{
     Agent, Host, PROTOCOLS, Pod, Process, Scene, Service, Slice, Source, eventually, frontends,
     list, require_kernel, text,
@@ -345,6 +345,143 @@ fn a_change_of_the_algorithm_loses_no_connection() -> Result<()> {
             }
             read += 1;
         }
+    }
+    Ok(())
+}
+
+/// Connections through a service that are held open, by who answers.
+#[derive(Default)]
+struct Held(BTreeMap<String, Vec<Process>>);
+
+impl Held {
+    /// Opens some more, by each of these ways in turns.
+    fn open(&mut self, ways: &[Host], to: SocketAddr, count: usize) -> Result<()> {
+        for number in 0..count {
+            let from = &ways[number % ways.len()];
+            let mut process = from.traffic(&["hold", &to.to_string(), "--interval-ms", "1000"])?;
+            let answer: Value = serde_json::from_str(&process.line()?)?;
+            let server = text(&answer, "server").to_owned();
+            self.0.entry(server).or_default().push(process);
+        }
+        Ok(())
+    }
+
+    fn counts(&self) -> BTreeMap<&str, usize> {
+        let held = self.0.iter();
+        held.map(|(name, held)| (name.as_str(), held.len()))
+            .collect()
+    }
+}
+
+#[test]
+fn who_has_fewer_connections_for_its_weight_gets_the_next() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut stage = Stage::new()?;
+    let [here, _] = stage.scene.nodes.clone();
+    let pods = [stage.backends[0].clone(), stage.backends[1].clone()];
+    let write = |weight: u16| {
+        let service = Service::new("even", 20).port("tcp", 80, "TCP");
+        let label = Algorithm::LeastConnections.label();
+        let service = service.annotation("penstock.io/algorithm", label);
+        let mut items = vec![service.json()];
+        for is_v4 in [true, false] {
+            let mut slice = Slice::new("even", is_v4).port("tcp", 8080, "TCP");
+            for pod in &pods {
+                slice = slice.pod(pod);
+            }
+            let ip = if is_v4 {
+                pods[1].host.ip4
+            } else {
+                pods[1].host.ip6
+            };
+            let weights = format!("{ip}={weight}");
+            items.push(slice.annotation("penstock.io/weights", &weights).json());
+        }
+        here.manifest("even.json", &list(&items))
+    };
+    /// What the agent has counted of all backends.
+    fn counted(bpffs: &std::path::Path, map: &str) -> Result<Vec<u32>> {
+        let map = aya::maps::Map::HashMap(Pins::at(bpffs).map(map)?);
+        let loads: aya::maps::HashMap<_, BackendId, Load> = map.try_into()?;
+        let loads: Result<Vec<_>, _> = loads.iter().collect();
+        let mut live: Vec<u32> = loads?.iter().map(|(_, load)| load.live).collect();
+        live.sort_unstable();
+        Ok(live)
+    }
+    write(1)?;
+    let ways = ways(&stage.clients[0]);
+    let names = pods.each_ref().map(|pod| pod.host.name.as_str());
+    let [first, second] = names;
+    for (to, map) in frontends(20, 80).into_iter().zip(["LOADS4", "LOADS6"]) {
+        eventually("the service is there", || {
+            ways[0].who_answers("tcp", &to.to_string()).map(drop)
+        })?;
+        let settled = |live: [u32; 2]| {
+            eventually("the agent counts what is there", || {
+                let found = counted(&here.bpffs, map)?;
+                ensure!(found == live, "{found:?}");
+                Ok(())
+            })
+        };
+        settled([0, 0])?;
+        // A connection that begins while the agent counts may count twice for a second.
+        let assert_even = |held: &Held, each: usize| {
+            let counts = held.counts();
+            let count = |name| counts.get(name).copied().unwrap_or_default();
+            assert!(count(first).abs_diff(each) <= 1, "{counts:?}");
+            assert_eq!(count(first) + count(second), 2 * each, "{counts:?}");
+            [count(first) as u32, count(second) as u32]
+        };
+        let sorted = |mut live: [u32; 2]| {
+            live.sort_unstable();
+            live
+        };
+        // Sockets and packets alike; each looks at both.
+        let mut held = Held::default();
+        held.open(&ways, to, 16)?;
+        let live = assert_even(&held, 8);
+        settled(sorted(live))?;
+        // One end of half of them is killed, and nobody says so.
+        held.0.remove(first);
+        settled([0, live[1]])?;
+        held.open(&ways, to, live[0] as usize)?;
+        let live = assert_even(&held, 8);
+        settled(sorted(live))?;
+        // While no agent is there, too; a new one counts by itself.
+        stage.agents[0].kill();
+        held.open(&ways, to, 4)?;
+        let live = assert_even(&held, 10);
+        held.0.remove(second);
+        stage.agents[0].restart()?;
+        stage.agents[0].wait_for_pods(4)?;
+        settled([0, live[0]])?;
+        held.open(&ways, to, live[1] as usize)?;
+        assert_even(&held, 10);
+        drop(held);
+    }
+    // With a weight of three, a backend gets three times as many.
+    write(3)?;
+    eventually("weights are there", || {
+        let services = stage.agents[0].show("services")?;
+        let text = stage.tables()?.remove(0);
+        ensure!(text.contains("3 of 4"), "{services}\n{text}");
+        Ok(())
+    })?;
+    for (to, map) in frontends(20, 80).into_iter().zip(["LOADS4", "LOADS6"]) {
+        eventually("the agent counts none", || {
+            let found = counted(&here.bpffs, map)?;
+            ensure!(found == [0, 0], "{found:?}");
+            Ok(())
+        })?;
+        let mut held = Held::default();
+        held.open(&ways, to, 24)?;
+        let counts = held.counts();
+        // Never more than its share and the one before; that it is half of it at least fails once
+        // in a hundred thousand times: it is one of two looked at every second time.
+        let count = counts.get(first).copied().unwrap_or_default();
+        assert!((3..=7).contains(&count), "{counts:?}");
     }
     Ok(())
 }

@@ -26,7 +26,7 @@ use crate::{
     },
     dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
     flows::Lifetimes,
-    health, ipc,
+    health, ipc, loads,
     metrics::Syncs,
     model::{node_ports::NodePorts, world::World},
     monitor,
@@ -177,6 +177,8 @@ pub async fn run(options: Options) -> Result<Ending> {
     sweep_flows(&pins, options.lifetimes, counted.clone())?;
     let steer = steer_udp(&pins)?;
 
+    let (by_load, watched) = tokio::sync::watch::channel(Arc::default());
+    tokio::spawn(loads::run(pins.clone(), watched));
     let (health_checks, checks) = tokio::sync::watch::channel(Arc::default());
     let unchecked = health::Problems::default();
     tokio::spawn(health::run(checks, unchecked.clone()));
@@ -205,6 +207,8 @@ pub async fn run(options: Options) -> Result<Ending> {
         network: network_state,
         wires,
         steer,
+        by_load,
+        has_news: false,
         health_checks,
         unchecked,
         unmonitored,
@@ -246,6 +250,7 @@ pub async fn run(options: Options) -> Result<Ending> {
             () = tokio::time::sleep(wait) => agent.step(),
             _ = cgroups.tick() => {
                 agent.look_for_cgroups();
+                agent.tell_loads();
                 if let Some(lost) = pinned.iter().find(|path| !path.exists()) {
                     return Ok(Ending::Lost(lost.clone()));
                 }

@@ -27,6 +27,7 @@ use crate::{
     metrics::{Syncs, Vitals},
     model::object::{Event, Family, Kind, ObjectName},
     monitor, network,
+    plan::planner::Watched,
     reconcile::Reconciler,
     report::{self, Report},
     usage::{self, Counted, Fill, Pressure},
@@ -63,6 +64,10 @@ pub(super) struct Agent {
     pub(super) network: Option<tokio::sync::watch::Receiver<network::State>>,
     pub(super) wires: mpsc::Sender<WireRequest>,
     pub(super) steer: Arc<Notify>,
+    /// Tells who counts connections for whom.
+    pub(super) by_load: tokio::sync::watch::Sender<Arc<Vec<Watched>>>,
+    /// Whether the maps were written since that was last told.
+    pub(super) has_news: bool,
     pub(super) health_checks: tokio::sync::watch::Sender<Arc<health::Checks>>,
     pub(super) unchecked: health::Problems,
     pub(super) unmonitored: monitor::Problems,
@@ -128,6 +133,7 @@ impl Agent {
         if outcome.writes > 0 {
             tracing::debug!("{} services, {} writes", outcome.services, outcome.writes);
         }
+        self.has_news |= outcome.writes > 0 || !self.was_settled;
         if outcome.has_udp_change {
             self.steer.notify_one();
         }
@@ -141,6 +147,21 @@ impl Agent {
             let (services, _, endpoints) = self.reconciler.world.sizes();
             tracing::info!("serving {services} services with {endpoints} endpoints");
         }
+    }
+
+    /// Tells for which ports connections are to be counted.
+    pub(super) fn tell_loads(&mut self) {
+        if !std::mem::take(&mut self.has_news) {
+            return;
+        }
+        let ports = self.reconciler.by_load();
+        self.by_load.send_if_modified(|known| {
+            let is_new = !ports.is_empty() || !known.is_empty();
+            if is_new {
+                *known = Arc::new(ports);
+            }
+            is_new
+        });
     }
 
     /// Tells the servers of health checks what to answer.

@@ -63,6 +63,7 @@ pub(super) struct ConntrackArgs {
 enum ProtoName {
     Tcp,
     Udp,
+    Sctp,
     Icmp,
 }
 
@@ -71,6 +72,7 @@ impl ProtoName {
         match self {
             Self::Tcp => proto == Proto::TCP,
             Self::Udp => proto == Proto::UDP,
+            Self::Sctp => proto == Proto::SCTP,
             Self::Icmp => matches!(proto, Proto::ICMP | Proto::ICMPV6),
         }
     }
@@ -182,6 +184,7 @@ fn words(flags: u16) -> Vec<&'static str> {
         (FlowFlags::TUNNEL, "tunnel"),
         (FlowFlags::DSR, "dsr"),
         (FlowFlags::GOES_BACK, "goes-back"),
+        (FlowFlags::SUCCESSOR, "successor"),
     ]
     .into_iter()
     .filter_map(|(flag, word)| (flags & flag != 0).then_some(word))

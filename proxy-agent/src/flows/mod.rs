@@ -16,8 +16,8 @@ use std::{
 
 use aya::maps::{HashMap, Map as AnyMap, MapData, MapError, Queue};
 use penstock_common::{
-    Addr, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, Plain, Proto, ServiceId, Timeouts,
-    V4, V6, limits,
+    Addr, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, Plain, Proto, SCTP_ESTABLISHED_SECS,
+    ServiceId, Timeouts, V4, V6, limits,
 };
 
 use ends::Ends;
@@ -136,11 +136,12 @@ impl Lifetimes {
         match (flow.state, flow.proto) {
             // A program died in the middle, which takes far less than this.
             (FlowState::CLAIMED | FlowState::RECLAIMING, _) => 60,
-            (FlowState::EMBRYONIC, Proto::TCP) => self.tcp_syn_secs,
-            (FlowState::ESTABLISHED, Proto::TCP) if is_half_closed(flow) => {
+            (FlowState::EMBRYONIC, proto) if proto.has_connections() => self.tcp_syn_secs,
+            (FlowState::ESTABLISHED, proto) if proto.has_connections() && is_half_closed(flow) => {
                 self.tcp_close_wait_secs
             }
             (FlowState::ESTABLISHED, Proto::TCP) => self.tcp_established_secs,
+            (FlowState::ESTABLISHED, Proto::SCTP) => SCTP_ESTABLISHED_SECS,
             (FlowState::CLOSING, _) => self.tcp_closing_secs,
             (FlowState::EMBRYONIC, _) => self.udp_secs,
             (FlowState::ESTABLISHED, _) => self.udp_stream_secs,
@@ -407,6 +408,15 @@ mod tests {
             (FlowState::ESTABLISHED, Proto::TCP, Fins::CLIENT, 3),
             (FlowState::ESTABLISHED, Proto::TCP, Fins::BACKEND, 3),
             (FlowState::CLOSING, Proto::TCP, Fins::BACKEND, 4),
+            (FlowState::EMBRYONIC, Proto::SCTP, 0, 1),
+            (
+                FlowState::ESTABLISHED,
+                Proto::SCTP,
+                0,
+                SCTP_ESTABLISHED_SECS,
+            ),
+            (FlowState::ESTABLISHED, Proto::SCTP, Fins::CLIENT, 3),
+            (FlowState::CLOSING, Proto::SCTP, Fins::CLIENT, 4),
             (FlowState::EMBRYONIC, Proto::UDP, 0, 5),
             (FlowState::ESTABLISHED, Proto::UDP, 0, 6),
         ] {

@@ -96,7 +96,7 @@ pub fn choose<'a>(
 
 /// Lets weights count where the algorithm asks for them: without one, a backend rests.
 pub fn weigh(backends: &mut [PortBackend], algorithm: Algorithm) {
-    let counts = algorithm == Algorithm::Weighted;
+    let counts = algorithm.is_weighted();
     for backend in backends {
         if counts && backend.weight == 0 {
             backend.in_cluster = false;

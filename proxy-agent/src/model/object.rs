@@ -177,7 +177,7 @@ pub struct Endpoint {
     pub serving: bool,
     /// It is being deleted.
     pub terminating: bool,
-    /// How much of new connections it gets under [`Algorithm::Weighted`], relative to others; 0 for
+    /// How much of new connections it gets under an algorithm that heeds it, relative to others; 0 for
     /// none.
     pub weight: u16,
     /// The node that it runs on.

@@ -117,7 +117,7 @@ pub struct PortBackend {
     pub in_cluster: bool,
     /// New connections of scope [`Scope::Local`] may go there.
     pub in_local: bool,
-    /// How much of them, relative to the others; not 0, and only [`Algorithm::Weighted`] asks.
+    /// How much of them, relative to the others; not 0, and 1 unless the algorithm heeds it.
     pub weight: u16,
 }
 

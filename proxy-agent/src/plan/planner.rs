@@ -5,12 +5,12 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
 use penstock_common::{
-    Addr, BackendId, Be16, Frontend, FrontendKey, ServiceId, SlotRange, V4, V6, limits,
+    Addr, BackendId, Be16, Frontend, FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
 };
 
 use super::{
@@ -30,6 +30,19 @@ use crate::{
 /// How long a block or an id rests before it is given out anew: far longer than any program run
 /// that may still hold it.
 pub const GRACE: Duration = Duration::from_secs(1);
+
+/// A port whose backends are chosen by their loads.
+#[derive(Clone, Debug, Default)]
+pub struct Watched {
+    /// Its family.
+    pub is_v4: bool,
+    /// Whether TCP sockets are connected to it.
+    pub is_tcp: bool,
+    /// Its frontends.
+    pub frontends: Vec<SocketAddr>,
+    /// Its backends, each with its id and the id's generation.
+    pub backends: Vec<(SocketAddr, (BackendId, u32))>,
+}
 
 /// A port as the command line shows it.
 #[derive(Clone, Debug)]
@@ -318,6 +331,14 @@ impl Planner {
         [of(&self.v4), of(&self.v6)]
     }
 
+    /// Every port that the kernel holds whose backends are chosen by their loads.
+    pub fn by_load(&mut self) -> Vec<Watched> {
+        let v4 = self.v4.ports_by_load().map(watched);
+        let all: Vec<Watched> = v4.collect();
+        let v6 = self.v6.ports_by_load().map(watched);
+        all.into_iter().chain(v6).collect()
+    }
+
     /// Every port that the kernel holds, by name.
     pub fn view(&self) -> Vec<PortView> {
         let mut views: Vec<PortView> = self
@@ -330,6 +351,22 @@ impl Planner {
             .collect();
         views.sort_by(|a, b| a.key.cmp(&b.key));
         views
+    }
+}
+
+fn watched<A: PlannedAddr>(state: &PortState<A>) -> Watched {
+    let frontends = state.frontends.keys();
+    let at = |addr: A, port: Be16| SocketAddr::new(addr.into_ip(), port.to_host());
+    Watched {
+        is_v4: size_of::<A>() == size_of::<V4>(),
+        is_tcp: frontends.clone().any(|key| key.proto == Proto::TCP),
+        frontends: frontends.map(|key| at(key.addr, key.port)).collect(),
+        backends: state
+            .backends
+            .iter()
+            .filter(|(_, held)| held.flags != 0)
+            .map(|((addr, port), held)| (at(*addr, *port), (held.id, held.generation)))
+            .collect(),
     }
 }
 

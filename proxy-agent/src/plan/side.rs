@@ -73,6 +73,8 @@ pub(super) struct Held {
     pub(super) id: BackendId,
     pub(super) generation: u32,
     pub(super) flags: u32,
+    /// At least 1.
+    pub(super) weight: u16,
 }
 
 /// What the kernel holds for one port.
@@ -144,6 +146,8 @@ pub(super) struct Side<A: Ord> {
     /// Services' addresses without a frontend: to be removed.
     pub(super) idle: BTreeSet<A>,
     pub(super) backend_ids: Ids,
+    /// Ports that choose backends by their loads, or did once.
+    pub(super) by_load: BTreeSet<ServiceId>,
 }
 
 impl<A: PlannedAddr> Side<A> {
@@ -155,6 +159,7 @@ impl<A: PlannedAddr> Side<A> {
             uses: HashMap::new(),
             idle: BTreeSet::new(),
             backend_ids: Ids::new(0, limits::BACKENDS),
+            by_load: BTreeSet::new(),
         }
     }
 
@@ -166,6 +171,7 @@ impl<A: PlannedAddr> Side<A> {
             .map(|(addr, kind)| (*addr, *kind))
             .collect();
         for (key, frontend) in &observed.frontends {
+            self.note_algorithm(frontend);
             let port = self.port(frontend.service);
             port.frontends.insert(*key, *frontend);
             self.owners.insert(*key, frontend.service);
@@ -181,6 +187,7 @@ impl<A: PlannedAddr> Side<A> {
                     id: *id,
                     generation: backend.generation,
                     flags: backend.flags,
+                    weight: backend.weight() as u16,
                 };
                 let key = (backend.addr, backend.port);
                 // Two ids for one backend can only come from elsewhere; one of them stays.
@@ -209,6 +216,7 @@ impl<A: PlannedAddr> Side<A> {
         match *change {
             FamilyChange::PutBackend(id, backend) => self.commit_backend(id, &backend),
             FamilyChange::PutFrontend(key, frontend) => {
+                self.note_algorithm(&frontend);
                 let new = Uses::of(frontend.flags);
                 let old = self.take_frontend(&key).unwrap_or_default();
                 self.use_address(key.addr, new, old);
@@ -237,6 +245,22 @@ impl<A: PlannedAddr> Side<A> {
                 self.idle.remove(&addr);
             }
         }
+    }
+
+    fn note_algorithm(&mut self, frontend: &Frontend) {
+        if frontend.flags & FrontendFlags::BY_LOAD != 0 {
+            self.by_load.insert(frontend.service);
+        }
+    }
+
+    /// Ports that choose backends by their loads.
+    pub(super) fn ports_by_load(&mut self) -> impl Iterator<Item = &PortState<A>> {
+        let ports = &self.ports;
+        self.by_load.retain(|id| {
+            let mut frontends = ports.get(id).into_iter().flat_map(|port| &port.frontends);
+            frontends.any(|(_, frontend)| frontend.flags & FrontendFlags::BY_LOAD != 0)
+        });
+        self.by_load.iter().filter_map(|id| ports.get(id))
     }
 
     /// Takes a frontend out of its port; how its address was used by it.
@@ -271,6 +295,7 @@ impl<A: PlannedAddr> Side<A> {
             id,
             generation: backend.generation,
             flags: backend.flags,
+            weight: backend.weight() as u16,
         };
         backends.insert(key, held);
     }

@@ -35,7 +35,7 @@ pub fn fill<A: Addr>(algorithm: Algorithm, members: &[Member<A>]) -> Vec<usize> 
             (0..members.len()).collect()
         }
         Algorithm::Maglev => maglev(members),
-        Algorithm::Weighted => weighted(members),
+        Algorithm::Weighted | Algorithm::LeastConnections => weighted(members),
     }
 }
 

@@ -158,7 +158,7 @@ fn write_slots<A: PlannedAddr>(
         Algorithm::Random | Algorithm::RoundRobin | Algorithm::SourceHash => {
             held.iter().for_each(|slot| line(text, *slot, ""));
         }
-        Algorithm::Maglev | Algorithm::Weighted => {
+        Algorithm::Maglev | Algorithm::Weighted | Algorithm::LeastConnections => {
             for (slot, share) in shares {
                 line(text, slot, &format!(" {share} of {}", held.len()));
             }

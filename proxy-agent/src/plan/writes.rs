@@ -168,14 +168,15 @@ pub(super) fn plan_port<A: PlannedAddr>(
                     id: BackendId(number),
                     generation,
                     flags: 0,
+                    weight: backend.weight,
                 }
             }
         };
         let put = |flags| {
             let value = Backend::new(held.generation, flags, id, key.0, key.1);
-            FamilyChange::PutBackend(held.id, value)
+            FamilyChange::PutBackend(held.id, value.weighing(backend.weight))
         };
-        if flags & !held.flags != 0 {
+        if flags & !held.flags != 0 || backend.weight != held.weight {
             own_steps.push(step(Phase::PutBackends, put(flags | held.flags)));
         }
         if held.flags & !flags != 0 {

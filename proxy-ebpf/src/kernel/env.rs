@@ -14,11 +14,14 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
-    PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6,
-    Vtep, XdpUplink, limits,
+    Counter, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
+    FrontendKey, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange,
+    Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
 };
-use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Way};
+use penstock_ebpf::{
+    env::{Env, Maps, NextHop, Overlay, Way},
+    pod::{Back, decode_back},
+};
 
 use super::{
     maps::*,
@@ -26,6 +29,7 @@ use super::{
     routes::{self, Hook},
     shortcuts,
 };
+use crate::programs::{back4, back6};
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
 /// (icmp_msgs_per_sec).
@@ -212,6 +216,19 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
     }
 
     #[inline(always)]
+    fn stamp(&self) -> u32 {
+        OPENING_STAMP.get_ptr(0).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn set_stamp(&self, stamp: u32) {
+        if let Some(element) = OPENING_STAMP.get_ptr_mut(0) {
+            // SAFETY: this CPU's element, see `count`; an aligned word is written whole.
+            unsafe { element.write_volatile(stamp) };
+        }
+    }
+
+    #[inline(always)]
     fn may_send_error(&self) -> bool {
         let now = self.now_secs();
         let Some(sent) = ERRORS_SENT.get_ptr_mut(0) else {
@@ -291,8 +308,8 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
-    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
@@ -357,6 +374,31 @@ macro_rules! family {
             }
         }
 
+        /// How many connections a slot's backend has, and its weight.
+        #[inline(always)]
+        fn $load_of(slot: u32) -> Option<(u32, u32)> {
+            let id = SLOTS.get_ptr(slot).map(copy)?;
+            let backend = $backends.get_ptr(id.0).map(copy)?;
+            let connections = $connections.get_ptr(id.0).map(copy)?;
+            let given = if connections.generation == backend.generation {
+                connections.count
+            } else {
+                0
+            };
+            let seen = $loads.get_ptr(id).map(copy);
+            let load = Load::now(seen, backend.generation, given);
+            Some((load, backend.weight()))
+        }
+
+        /// [`Maps::lighter`], a function of its own, see [`take_turn`].
+        #[inline(never)]
+        fn $lighter(first: u32, second: u32) -> u32 {
+            match ($load_of(first), $load_of(second)) {
+                (Some(load), Some(other)) if Load::is_second_lighter(load, other) => second,
+                _ => first,
+            }
+        }
+
         /// [`Maps::settle`], a function of its own, see [`take_turn`].
         #[inline(never)]
         fn $settle(id: u32) {
@@ -385,8 +427,10 @@ macro_rules! family {
             let Some(ended) = $counts.get_ptr_mut(id) else {
                 return;
             };
-            // SAFETY: fields' addresses inside mapped elements; nothing is read.
+            // SAFETY: fields' addresses inside mapped elements, and one that only who ends a flow
+            // clears.
             unsafe {
+                addr_of_mut!((*ended).last_stamp).write_volatile(0);
                 move_traffic(
                     counts.map(|counts| addr_of_mut!((*counts).request)),
                     addr_of_mut!((*ended).request),
@@ -400,6 +444,11 @@ macro_rules! family {
 
         impl<C: Hook> Maps<$family> for Kernel<'_, C> {
             type Record = RecordPtr<$family>;
+
+            #[inline(always)]
+            fn back(&self) -> Result<Back, Counter> {
+                decode_back($back(self.context.as_ptr().cast()))
+            }
 
             #[inline(always)]
             fn node(&self) -> $family {
@@ -434,6 +483,11 @@ macro_rules! family {
             #[inline(always)]
             fn backend(&self, id: BackendId) -> Option<Backend<$family>> {
                 $backends.get_ptr(id.0).map(copy)
+            }
+
+            #[inline(always)]
+            fn lighter(&self, first: u32, second: u32) -> u32 {
+                $lighter(first, second)
             }
 
             #[inline(always)]
@@ -507,6 +561,25 @@ macro_rules! family {
                     let sum = addr_of!((*way).bytes).read_volatile() + u64::from(bytes);
                     addr_of_mut!((*way).bytes).write_volatile(sum);
                     before == 0
+                }
+            }
+
+            #[inline(always)]
+            fn last_stamp(&self, id: FlowId) -> u32 {
+                // SAFETY: a field's address inside the mapped element; nothing is read.
+                let field = |counts: *const FlowCounts| unsafe { addr_of!((*counts).last_stamp) };
+                $counts
+                    .get_ptr(id.0)
+                    .map(field)
+                    .map(copy)
+                    .unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_last_stamp(&self, id: FlowId, stamp: u32) {
+                if let Some(counts) = $counts.get_ptr_mut(id.0) {
+                    // SAFETY: an aligned field of a mapped element (see `copy`), written whole.
+                    unsafe { addr_of_mut!((*counts).last_stamp).write_volatile(stamp) };
                 }
             }
 
@@ -674,7 +747,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4, overlay4);
-family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6, overlay6);

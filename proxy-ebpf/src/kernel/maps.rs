@@ -10,15 +10,15 @@ use aya_ebpf::{
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, PortChunk, Route, ServiceId,
-    Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, Vtep, XdpUplink,
-    limits,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Load, Netns, PortChunk, Route,
+    ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, Vtep,
+    XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
@@ -43,6 +43,9 @@ macro_rules! family_maps {
         pub(crate) static $counts: Array<FlowCounts> = Array::pinned(limits::FLOWS, BPF_F_MMAPABLE);
         #[map]
         pub(crate) static $connections: Array<Connections> = Array::pinned(limits::BACKENDS, 0);
+        #[map]
+        pub(crate) static $loads: HashMap<BackendId, Load> =
+            HashMap::pinned(limits::LOADS, BPF_F_NO_PREALLOC);
         #[map]
         pub(crate) static $backend_counts: HashMap<BackendLife, BackendCounts> =
             HashMap::pinned(limits::BACKEND_COUNTS, BPF_F_NO_PREALLOC);
@@ -73,9 +76,9 @@ macro_rules! family_maps {
     };
 }
 
-family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4);
-family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6);
 
 #[map]
@@ -108,6 +111,10 @@ pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::ALL.
 /// Second and count of the ICMP errors sent within it.
 #[map]
 pub(crate) static ERRORS_SENT: PerCpuArray<[u32; 2]> = PerCpuArray::pinned(1, 0);
+
+/// The timestamp of the segment that begins a flow, between two stages.
+#[map]
+pub(crate) static OPENING_STAMP: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 
 /// Room for a question to the kernel's routes, for which stacks have none.
 #[map]

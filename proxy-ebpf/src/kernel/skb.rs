@@ -29,6 +29,7 @@ use penstock_ebpf::{
     family::{ETHERNET, Family},
     packet::{Covers, Packet, Refused, Zero},
     parse::tcp,
+    sctp,
 };
 
 /// As many bytes of each packet as the programs may look at: Ethernet, IPv6 with extensions, an
@@ -184,6 +185,13 @@ pub(super) fn opaque(mut pointer: usize) -> usize {
     pointer
 }
 
+/// [`Packet::checksum_change`], a global function.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(super) extern "C" fn sctp_change(difference: u32, length: u32) -> u32 {
+    sctp::change(difference, length)
+}
+
 #[inline(always)]
 fn done(result: i64) -> Result<(), Refused> {
     if result == 0 { Ok(()) } else { Err(Refused) }
@@ -262,6 +270,11 @@ impl Packet for Skb<'_> {
                 u64::from(covers | zero),
             )
         })
+    }
+
+    #[inline(always)]
+    fn checksum_change(&self, difference: u32, length: u32) -> u32 {
+        sctp_change(difference, length)
     }
 
     #[inline(always)]

@@ -15,7 +15,10 @@ use penstock_ebpf::{
     packet::{Covers, Packet, Refused, Zero},
 };
 
-use super::{maps::XDP_UPLINKS, skb::opaque};
+use super::{
+    maps::XDP_UPLINKS,
+    skb::{opaque, sctp_change},
+};
 
 /// A frame.
 pub(crate) struct Xdp<'a>(&'a XdpContext);
@@ -97,6 +100,11 @@ impl Packet for Xdp<'_> {
             changed => changed,
         };
         self.store(at, &changed)
+    }
+
+    #[inline(always)]
+    fn checksum_change(&self, difference: u32, length: u32) -> u32 {
+        sctp_change(difference, length)
     }
 
     #[inline(always)]

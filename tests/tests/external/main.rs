@@ -15,5 +15,6 @@ mod health;
 mod inside;
 mod live;
 mod outside;
+mod sctp;
 mod stage;
 mod xdp;

@@ -4,6 +4,10 @@ use std::net::IpAddr;
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+pub const SCTP: u8 = 132;
+
+/// Types of an SCTP packet's chunks (RFC 9260, 3.2).
+pub const CHUNKS: [u8; 10] = [1, 1, 2, 10, 11, 0, 3, 6, 7, 8];
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -11,13 +15,14 @@ pub struct Spec {
     pub src: (IpAddr, u16),
     pub dst: (IpAddr, u16),
     pub proto: u8,
+    /// Of SCTP the first chunk's type.
     pub tcp_flags: u8,
     pub payload: Vec<u8>,
     /// IPv4 option words or IPv6 destination option headers.
     pub options: usize,
     /// Identification, offset in 8-byte units, more fragments.
     pub fragment: Option<(u32, u16, bool)>,
-    /// A UDP checksum of zero.
+    /// A checksum of zero: none (UDP), or one that an interface is to complete (SCTP).
     pub without_checksum: bool,
 }
 
@@ -104,7 +109,19 @@ pub fn wrap(src: IpAddr, dst: IpAddr, proto: u8, spec: &Spec, segment: &[u8]) ->
     frame
 }
 
-/// A TCP or UDP frame with right checksums.
+/// CRC32c (RFC 9260, appendix A), bit by bit.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let mut sum = u32::MAX;
+    for byte in bytes {
+        sum ^= u32::from(*byte);
+        for _ in 0..8 {
+            sum = (sum >> 1) ^ if sum & 1 == 0 { 0 } else { 0x82f6_3b78 };
+        }
+    }
+    !sum
+}
+
+/// A TCP, UDP or SCTP frame with right checksums.
 pub fn build(spec: &Spec) -> Vec<u8> {
     let (src, dst) = (spec.src.0, spec.dst.0);
     let mut segment = Vec::new();
@@ -112,6 +129,17 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     if !is_later {
         segment.extend(spec.src.1.to_be_bytes());
         segment.extend(spec.dst.1.to_be_bytes());
+        if spec.proto == SCTP {
+            segment.extend([0xa5, 0x5a, 1, 2, 0, 0, 0, 0]);
+            segment.extend([spec.tcp_flags, 3]);
+            segment.extend(((4 + spec.payload.len()) as u16).to_be_bytes());
+            segment.extend(&spec.payload);
+            if !spec.without_checksum {
+                let checksum = crc32c(&segment);
+                segment[8..12].copy_from_slice(&checksum.to_le_bytes());
+            }
+            return wrap(src, dst, spec.proto, spec, &segment);
+        }
         let at = if spec.proto == TCP {
             segment.extend([
                 1,
@@ -297,6 +325,19 @@ pub fn wrongs(frame: &[u8]) -> Vec<u16> {
         UDP if segment.get(6..8) == Some(&[0, 0]) => {}
         TCP | UDP | 58 => {
             wrong(sum(segment) + pseudo(header.src, header.dst, header.proto, header.length));
+        }
+        SCTP => {
+            let mut whole = segment.to_vec();
+            whole.resize(header.length, 0);
+            // One that an interface is to complete stays zero.
+            if let Some(field) = whole.get_mut(8..12)
+                && field != [0; 4]
+            {
+                let stored = u32::from_le_bytes([field[0], field[1], field[2], field[3]]);
+                field.fill(0);
+                let wrong = stored ^ crc32c(&whole);
+                wrongs.extend([wrong as u16, (wrong >> 16) as u16]);
+            }
         }
         1 => {
             wrong(sum(segment));

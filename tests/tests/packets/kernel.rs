@@ -13,12 +13,13 @@ use aya::{
     programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use penstock_common::{
-    Addr, Address, AddressKind, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, Be16,
-    Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts, FlowId, FlowState,
-    Frontend, FrontendFlags, FrontendKey, Proto, Route, ServiceId, SlotRange, V4, V6, limits,
+    Addr, Address, AddressKind, Algorithm, Backend, BackendCounts, BackendFlags, BackendId,
+    BackendLife, Be16, Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts,
+    FlowId, FlowState, Frontend, FrontendFlags, FrontendKey, Load, Proto, Route, ServiceId,
+    SlotRange, V4, V6, limits,
 };
 
-use crate::model::{Endpoint, Hook, Model, Service, Tally, service_id};
+use crate::model::{Endpoint, Hook, Model, Service, Tally, load_before, service_id, weight};
 
 /// How short the kernel lets a frame be in a test run: with its whole IP header (seen from
 /// Linux 6.18 on).
@@ -102,11 +103,21 @@ impl Kernel {
         for (number, service) in model.services.iter().enumerate() {
             let id = service_id(number);
             let base = slot;
-            for backend in &service.backends {
+            let is_by_load = service.algorithm == Algorithm::LeastConnections;
+            for (place, backend) in service.backends.iter().enumerate() {
                 self.array("SLOTS")
                     .set(slot, BackendId(next), 0)
                     .expect("SLOTS");
-                self.put_backend(next, id, *backend);
+                let weight = if is_by_load { weight(place) } else { 1 };
+                self.put_backend(next, id, *backend, weight);
+                if is_by_load {
+                    let load = Load {
+                        generation: 1,
+                        live: load_before(place) as u32,
+                        given: 0,
+                    };
+                    self.put_load(next, backend.0, load);
+                }
                 slot += 1;
                 next += 1;
             }
@@ -194,18 +205,33 @@ impl Kernel {
         }
     }
 
-    fn put_backend(&mut self, id: u32, service: ServiceId, (address, port): (IpAddr, u16)) {
+    fn put_load(&mut self, id: u32, address: IpAddr, load: Load) {
+        let map = if address.is_ipv4() {
+            "LOADS4"
+        } else {
+            "LOADS6"
+        };
+        self.put(map, BackendId(id), load);
+    }
+
+    fn put_backend(
+        &mut self,
+        id: u32,
+        service: ServiceId,
+        (address, port): (IpAddr, u16),
+        weight: u16,
+    ) {
         let flags = BackendFlags::LIVE | BackendFlags::SELECTED;
         let port = Be16::from_host(port);
         match address {
             IpAddr::V4(ip) => {
-                let backend = Backend::new(1, flags, service, V4::from(ip), port);
+                let backend = Backend::new(1, flags, service, V4::from(ip), port).weighing(weight);
                 self.array("BACKENDS4")
                     .set(id, backend, 0)
                     .expect("BACKENDS4");
             }
             IpAddr::V6(ip) => {
-                let backend = Backend::new(1, flags, service, V6::from(ip), port);
+                let backend = Backend::new(1, flags, service, V6::from(ip), port).weighing(weight);
                 self.array("BACKENDS6")
                     .set(id, backend, 0)
                     .expect("BACKENDS6");

@@ -19,7 +19,7 @@ mod xdp;
 
 use std::net::IpAddr;
 
-use frame::{Spec, TCP, UDP};
+use frame::{CHUNKS, SCTP, Spec, TCP, UDP};
 use kernel::Kernel;
 use model::{Done, Hook, Model, Service};
 use penstock_common::{Algorithm, Fins, FlowState};
@@ -49,6 +49,7 @@ fn algorithm_of(host: u8, proto: u8) -> Algorithm {
         // Affinity comes first.
         (3, TCP) => Algorithm::RoundRobin,
         (3, UDP) => Algorithm::SourceHash,
+        (4, TCP) | (7, _) => Algorithm::LeastConnections,
         _ => Algorithm::Random,
     }
 }
@@ -105,6 +106,28 @@ fn model() -> Model {
         add(4, 80, UDP, vec![own(0), own(1)], false, false);
         add(5, 80, TCP, vec![], false, false);
         add(5, 80, UDP, vec![], false, false);
+        add(
+            7,
+            80,
+            TCP,
+            (5..=8).map(|host| pod(host, 8080)).collect(),
+            false,
+            false,
+        );
+        add(
+            7,
+            80,
+            UDP,
+            (5..=8).map(|host| pod(host, 8080)).collect(),
+            false,
+            false,
+        );
+        // One of them without another port.
+        let three = vec![pod(1, 2905), pod(2, 2905), pod(3, 3868)];
+        add(1, 3868, SCTP, three, false, false);
+        add(2, 3868, SCTP, vec![pod(1, 2905), pod(2, 2905)], false, true);
+        add(4, 3868, SCTP, vec![own(0), own(1)], false, false);
+        add(5, 3868, SCTP, vec![], false, false);
         add(6, 80, TCP, vec![], true, false);
         add(6, 80, UDP, vec![], true, false);
     }
@@ -113,7 +136,7 @@ fn model() -> Model {
 
 /// A random packet and the hook that meets it.
 fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
-    let proto = if random.chance(60) { TCP } else { UDP };
+    let proto = random.pick(&[TCP, TCP, TCP, UDP, UDP, SCTP]);
     let (src, dst, hook) = match random.below(100) {
         0..55 => request(random, model),
         55..80 => reply(random, model).unwrap_or_else(|| request(random, model)),
@@ -136,7 +159,11 @@ fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
         1..4 => random.below(64),
         _ => 1 + random.below(8),
     };
-    let tcp_flags = random.pick(&[2, 0x10, 0x18, 0x10, 0x12, 0x11, 4, 0x14, 0x02, 0x18]);
+    let tcp_flags = if proto == SCTP {
+        random.pick(&CHUNKS)
+    } else {
+        random.pick(&[2, 0x10, 0x18, 0x10, 0x12, 0x11, 4, 0x14, 0x02, 0x18])
+    };
     let mut spec = Spec {
         src,
         dst,
@@ -149,7 +176,7 @@ fn generate(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
             0
         },
         fragment: None,
-        without_checksum: src.0.is_ipv4() && random.chance(5),
+        without_checksum: (src.0.is_ipv4() || proto == SCTP) && random.chance(5),
     };
     if random.chance(8) {
         let offset = if random.chance(50) {
@@ -232,7 +259,12 @@ fn error(random: &mut Random, model: &Model) -> (Hook, Vec<u8>) {
     let mut inner = plain(from, to, flow.proto, vec![7; random.below(64)]);
     inner.options = if random.chance(20) { 1 } else { 0 };
     let mut quoted = frame::build(&inner).split_off(14);
-    let header = quoted.len() - inner.payload.len() - if flow.proto == TCP { 20 } else { 8 };
+    let own = match flow.proto {
+        TCP => 20,
+        SCTP => 16,
+        _ => 8,
+    };
+    let header = quoted.len() - inner.payload.len() - own;
     if random.chance(50) {
         quoted.truncate(header + 8);
     } else if random.chance(10) {
@@ -319,6 +351,7 @@ fn a_connection_stays_until_both_ends_have_closed_it() {
             (false, fin, FlowState::ESTABLISHED, Fins::CLIENT),
             (true, ack, FlowState::ESTABLISHED, Fins::CLIENT),
             (true, fin, FlowState::CLOSING, Fins::CLIENT),
+            (false, ack, FlowState::CLOSING, Fins::CLIENT | Fins::OVER),
         ],
         vec![
             (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
@@ -327,7 +360,7 @@ fn a_connection_stays_until_both_ends_have_closed_it() {
         ],
         vec![
             (true, fin, FlowState::ESTABLISHED, Fins::BACKEND),
-            (false, rst, FlowState::CLOSING, Fins::BACKEND),
+            (false, rst, FlowState::CLOSING, Fins::BACKEND | Fins::OVER),
         ],
         vec![(true, rst, FlowState::CLOSING, 0)],
     ];
@@ -384,5 +417,10 @@ fn programs_do_to_random_packets_what_the_model_says() {
     assert_eq!(kernel.all_tallies(), model.tallies);
     let both_ways = model.tallies.values().filter(|tally| tally.reply.bytes > 0);
     assert!(both_ways.count() > 10, "backends answered");
-    eprintln!("{packets} packets: {:?}", model.counts);
+    let sctp = model.sctp.as_flattened();
+    assert!(
+        sctp.iter().all(|count| *count > packets / 5_000),
+        "{sctp:?}"
+    );
+    eprintln!("{packets} packets: {:?}, SCTP {sctp:?}", model.counts);
 }

@@ -11,7 +11,7 @@ use std::{
 
 use penstock_common::{Algorithm, Counter, ServiceId, Traffic, V4, V6, client_hash, slot_at};
 
-use crate::frame::{self, Header, TCP, UDP};
+use crate::frame::{self, Header, SCTP, TCP, UDP};
 
 pub type Endpoint = (IpAddr, u16);
 
@@ -42,12 +42,26 @@ pub struct Flow {
     pub backend: Endpoint,
     pub source: Endpoint,
     pub is_established: bool,
+    /// One end at least is done.
     pub is_closing: bool,
+    /// Both are.
+    pub is_closed: bool,
+    /// Who has sent a FIN: 1 is the client, 2 the backend; the first of the two once both have.
+    pub fins: u8,
+    /// The backend has nothing to remember.
+    pub is_over: bool,
+    /// Its port was that of a flow that was over.
+    pub is_successor: bool,
 }
 
 impl Flow {
     pub fn is_hairpin(&self) -> bool {
         self.client.0 == self.backend.0
+    }
+
+    /// Whether its backend has yet to agree to it, at another flow's port.
+    fn is_unanswered(&self) -> bool {
+        self.proto == TCP && self.is_successor && !self.is_established && !self.is_closed
     }
 }
 
@@ -65,6 +79,8 @@ pub struct Model {
     fragments: HashMap<(IpAddr, IpAddr, u32, u8), (u16, u16)>,
     pub counts: BTreeMap<Counter, u64>,
     pub tallies: BTreeMap<(ServiceId, Endpoint), Tally>,
+    /// SCTP packets that got other ports, each way: with a checksum, and with one left open.
+    pub sctp: [[u64; 2]; 2],
     errors_sent: u64,
 }
 
@@ -88,6 +104,16 @@ struct Segment {
 /// The id of the service at a place in the list.
 pub fn service_id(index: usize) -> ServiceId {
     ServiceId(1 + index as u32)
+}
+
+/// How many connections a backend, by its place among its service's, had before; as `LOADS` say.
+pub fn load_before(place: usize) -> u64 {
+    [300, 0, 2_000, 40][place % 4]
+}
+
+/// The weight of a backend, by its place, where that counts.
+pub fn weight(place: usize) -> u16 {
+    [1, 2, 10, 1][place % 4]
 }
 
 /// What a program did.
@@ -139,7 +165,7 @@ impl Model {
         if header.proto == frame::icmp_number(header.src) {
             return self.error_to_service(input, &header, done);
         }
-        if header.proto != TCP && header.proto != UDP {
+        if ![TCP, UDP, SCTP].contains(&header.proto) {
             return same(done, NEXT, input);
         }
         let segment = match self.segment(input, header) {
@@ -150,7 +176,7 @@ impl Model {
         let known = self.by_request.get(&key).copied();
         if let Some(id) = known {
             let flow = self.flows[id].as_ref().expect("indexed flows exist");
-            let opens = key.0 == TCP && segment.tcp_flags & 0x12 == 2;
+            let opens = key.0 != UDP && segment.tcp_flags & 0x12 == 2;
             if opens && flow.is_closing {
                 self.remove(id);
             } else {
@@ -174,18 +200,35 @@ impl Model {
             });
         }
         let at = header.transport;
-        let needed = if header.proto == TCP { 20 } else { 8 };
+        let needed = match header.proto {
+            TCP => 20,
+            SCTP => 14,
+            _ => 8,
+        };
         let ports = frame::ports(input, at).ok_or(Counter::Truncated)?;
+        if header.proto == SCTP && header.is_part {
+            // Its checksum covers what is not there.
+            return Err(Counter::RewriteFailed);
+        }
         if input.len() < at + needed {
+            return Err(Counter::Truncated);
+        }
+        if header.proto == SCTP && header.length < 16 {
             return Err(Counter::Truncated);
         }
         Ok(Segment {
             src: (header.src, ports.0),
             dst: (header.dst, ports.1),
-            tcp_flags: if header.proto == TCP {
-                input[at + 13]
-            } else {
-                0
+            tcp_flags: match header.proto {
+                TCP => input[at + 13],
+                SCTP => match input[at + 12] {
+                    1 => 2,
+                    2 => 0x12,
+                    6 => 4,
+                    7 | 8 => 0x11,
+                    _ => 0x10,
+                },
+                _ => 0,
             },
             header,
         })
@@ -206,7 +249,7 @@ impl Model {
         }
         let count = service.backends.len();
         let place = match service.algorithm {
-            Algorithm::Random | Algorithm::Weighted => return None,
+            Algorithm::Random | Algorithm::Weighted | Algorithm::LeastConnections => return None,
             // Who is first is left to chance.
             Algorithm::RoundRobin => self.turns.get(&(service.frontend, service.proto))? % count,
             Algorithm::SourceHash | Algorithm::Maglev => {
@@ -264,8 +307,11 @@ impl Model {
         };
         let wish = (source_addr, segment.src.1);
         let proto = segment.header.proto;
-        let is_free =
-            |model: &Self, source| !model.by_reply.contains_key(&(proto, backend, source));
+        let holder = |model: &Self, source| model.by_reply.get(&(proto, backend, source)).copied();
+        let is_free = |model: &Self, source| {
+            let flow = holder(model, source).and_then(|id| model.flows[id].as_ref());
+            flow.is_none_or(|flow| flow.is_over)
+        };
         let source = (source_addr, source);
         let keeps = !is_hairpin && is_free(self, wish);
         if keeps && source != wish {
@@ -279,6 +325,27 @@ impl Model {
         {
             return Err(format!("{due:?} was due, got {backend:?} of {service:?}"));
         }
+        if service.algorithm == Algorithm::LeastConnections {
+            let load = |at: usize| {
+                let backend = service.backends[at];
+                let tally = self.tallies.get(&(service_id(index), backend));
+                load_before(at) + tally.map_or(0, |tally| tally.connections)
+            };
+            let is_heavier = |at: usize, than: usize| {
+                load(at) * u64::from(weight(than)) >= load(than) * u64::from(weight(at))
+            };
+            let places = 0..service.backends.len();
+            let mut chosen = places.clone().filter(|at| service.backends[*at] == backend);
+            let chosen = chosen.next().ok_or("no such backend")?;
+            // Who is chosen was compared with some other one.
+            if !places
+                .clone()
+                .any(|at| at != chosen && is_heavier(at, chosen))
+            {
+                let loads: Vec<u64> = places.map(load).collect();
+                return Err(format!("{chosen} is the heaviest of {loads:?}"));
+            }
+        }
         let mut backends = service.backends.iter();
         if let Some(place) = backends.position(|other| *other == backend) {
             let key = (service.frontend, service.proto);
@@ -290,6 +357,12 @@ impl Model {
             if bound != backend {
                 return Err(format!("client is bound to {bound:?}, got {backend:?}"));
             }
+        }
+        let predecessor = holder(self, source);
+        let is_successor = predecessor.is_some();
+        if let Some(over) = predecessor {
+            self.remove(over);
+            self.counted(Counter::FlowEvicted);
         }
         let id = self.flows.len();
         self.by_request
@@ -307,6 +380,10 @@ impl Model {
             source,
             is_established: false,
             is_closing: false,
+            is_closed: false,
+            fins: 0,
+            is_over: false,
+            is_successor,
         }));
         self.counted(Counter::FlowCreated);
         self.follow(id, segment, false);
@@ -324,12 +401,25 @@ impl Model {
 
     fn follow(&mut self, id: usize, segment: &Segment, is_reply: bool) {
         let flow = self.flows[id].as_mut().expect("indexed flows exist");
-        if segment.tcp_flags & 5 != 0 {
-            flow.is_closing = true;
-            flow.is_established = false;
-        } else if is_reply && !flow.is_closing {
+        let (fin, syn, rst, ack) = (1, 2, 4, 16);
+        let has = |flag| segment.tcp_flags & flag != 0;
+        let own = if is_reply { 2 } else { 1 };
+        let acknowledges = !has(fin) && has(ack) && flow.is_closed && flow.fins == 1;
+        if !is_reply && (has(rst) || acknowledges) {
+            flow.is_over = true;
+        }
+        if has(rst) {
+            flow.is_closed = true;
+        } else if has(fin) {
+            if flow.is_closed || !flow.is_established || flow.fins | own == 3 {
+                flow.is_closed = true;
+            } else {
+                flow.fins = own;
+            }
+        } else if is_reply && (!flow.is_unanswered() || has(syn)) {
             flow.is_established = true;
         }
+        flow.is_closing = flow.is_closed || flow.fins != 0;
         let tally = self
             .tallies
             .entry((flow.service, flow.backend))
@@ -343,6 +433,18 @@ impl Model {
         way.bytes += (segment.header.transport - 14 + segment.header.length) as u64;
     }
 
+    /// Notes an SCTP packet whose ports change.
+    fn count_sctp(&mut self, input: &[u8], segment: &Segment, src: Endpoint, dst: Endpoint) {
+        let header = &segment.header;
+        let is_changed = (src.1, dst.1) != (segment.src.1, segment.dst.1);
+        if header.proto == SCTP && is_changed && !header.is_later {
+            let at = header.transport + 8;
+            let is_open = input.get(at..at + 4) == Some(&[0; 4]);
+            let is_reply = self.service_addrs.contains(&src.0);
+            self.sctp[usize::from(is_reply)][usize::from(is_open)] += 1;
+        }
+    }
+
     fn translated_request(
         &mut self,
         input: &[u8],
@@ -353,6 +455,7 @@ impl Model {
         self.remember(segment);
         let flow = self.flows[id].clone().expect("indexed flows exist");
         let out = replaced(input, segment, flow.source, flow.backend);
+        self.count_sctp(input, segment, flow.source, flow.backend);
         self.counted(Counter::PacketRequest);
         delivered(input, done, out, flow.is_hairpin())
     }
@@ -363,7 +466,7 @@ impl Model {
         if header.proto == frame::icmp_number(header.src) {
             return self.error_to_client(input, header, done);
         }
-        if header.proto != TCP && header.proto != UDP {
+        if ![TCP, UDP, SCTP].contains(&header.proto) {
             return same(done, NEXT, input);
         }
         let Ok(segment) = self.segment(input, header.clone()) else {
@@ -374,15 +477,25 @@ impl Model {
             return same(done, NEXT, input);
         };
         let flow = self.flows[id].as_ref().expect("indexed flows exist");
-        if flow.proto == TCP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
+        if flow.proto != UDP && flow.is_closing && segment.tcp_flags & 0x12 == 0x12 {
             // Of a connection past the service, from the port that this one had.
             self.remove(id);
             return same(done, NEXT, input);
         }
+        if flow.is_unanswered() && segment.tcp_flags & 6 == 0 {
+            let header = &segment.header;
+            let offset = input.get(header.transport + 12).copied().unwrap_or(0) >> 4;
+            let is_bare = header.length == usize::from(offset) * 4;
+            if header.is_later || !is_bare || segment.tcp_flags & 1 != 0 {
+                // What the port's last flow left.
+                return self.drops(input, done, Counter::FlowRace);
+            }
+        }
         self.remember(&segment);
         self.follow(id, &segment, true);
-        self.counted(Counter::PacketReply);
         let flow = self.flows[id].clone().expect("indexed flows exist");
+        self.count_sctp(input, &segment, flow.frontend, flow.client);
+        self.counted(Counter::PacketReply);
         let out = replaced(input, &segment, flow.frontend, flow.client);
         delivered(input, done, out, flow.is_hairpin())
     }
@@ -497,8 +610,18 @@ impl Model {
             let Some((inner, src, dst)) = quote(out, &answer) else {
                 return Err("the error quotes nothing".into());
             };
-            if (inner.proto, src, dst) != (UDP, segment.src, segment.dst) {
+            if (inner.proto, src, dst) != (segment.header.proto, segment.src, segment.dst) {
                 return Err("the error quotes another packet".into());
+            }
+            // As much as shows the tag of an association that is to begin.
+            let from = &input[segment.header.transport..];
+            let most = if inner.proto == SCTP && from.len() >= 20 {
+                20
+            } else {
+                8
+            };
+            if out[inner.transport..] != from[..most] {
+                return Err("the error quotes too little or too much".into());
             }
             return Ok(());
         }
@@ -548,7 +671,7 @@ fn quote(input: &[u8], header: &Header) -> Option<(Header, Endpoint, Endpoint)> 
         kind < 128
     };
     let inner = frame::header(input, header.transport + 8, is_v4).filter(|_| is_error)?;
-    if inner.is_later || (inner.proto != TCP && inner.proto != UDP) {
+    if inner.is_later || ![TCP, UDP, SCTP].contains(&inner.proto) {
         return None;
     }
     let (src, dst) = frame::ports(input, inner.transport)?;
@@ -626,6 +749,14 @@ fn without_checksums(frame: &[u8]) -> Vec<u8> {
     match header.proto {
         TCP => clear(header.transport + 16),
         UDP => clear(header.transport + 6),
+        SCTP => {
+            let at = header.transport + 8;
+            if let Some(field) = out.get_mut(at..at + 4)
+                && field != [0; 4]
+            {
+                field.fill(0xff);
+            }
+        }
         1 => {
             clear(header.transport + 2);
             clear(header.transport + 18);

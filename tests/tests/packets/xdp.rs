@@ -12,7 +12,7 @@ use penstock_testbed::{Node, Random, Testbed};
 use serde_json::Value;
 
 use crate::{
-    frame::{self, Spec, TCP, UDP},
+    frame::{self, CHUNKS, SCTP, Spec, TCP, UDP},
     ip,
     kernel::Kernel,
     model::{Endpoint, Model, NEXT, REDIRECT, SHOT, Service},
@@ -43,6 +43,7 @@ const BACKENDS: [[&str; 2]; 2] = [
 ];
 /// A neighbour that the kernel has not found yet.
 const UNKNOWN: [&str; 2] = ["172.31.0.99", "fd00:31::63"];
+const PROTOS: [u8; 3] = [TCP, UDP, SCTP];
 const GATEWAYS: [&str; 2] = ["172.31.0.1", "fd00:31::1"];
 const GATEWAY_MAC: &str = "02:00:00:00:00:fe";
 const BACKEND_MAC: &str = "02:00:00:00:00:65";
@@ -72,7 +73,7 @@ fn model() -> Model {
                 algorithm: [Algorithm::Random, Algorithm::RoundRobin][number % 2],
             });
         };
-        for proto in [TCP, UDP] {
+        for proto in PROTOS {
             let (node, balancer) = (ip(NODES[half]), ip(BALANCERS[half]));
             add(
                 (node, 30_080),
@@ -145,27 +146,27 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
             (proto, backend, source)
         }
         92..96 => (
-            random.pick(&[TCP, UDP]),
+            random.pick(&PROTOS),
             client(random),
             (ip(NODES[half]), random.word() as u16),
         ),
-        _ => (
-            random.pick(&[TCP, UDP]),
-            client(random),
-            (ip(PODS[half]), 80),
-        ),
+        _ => (random.pick(&PROTOS), client(random), (ip(PODS[half]), 80)),
     };
     let mut spec = Spec {
         src,
         dst,
         proto,
-        tcp_flags: random.pick(&[2, 2, 2, 0x10, 0x18, 0x12, 0x11, 4]),
+        tcp_flags: if proto == SCTP {
+            random.pick(&CHUNKS)
+        } else {
+            random.pick(&[2, 2, 2, 0x10, 0x18, 0x12, 0x11, 4])
+        },
         payload: (0..random.below(100))
             .map(|_| random.word() as u8)
             .collect(),
         options: 0,
         fragment: None,
-        without_checksum: src.0.is_ipv4() && random.chance(10),
+        without_checksum: src.0.is_ipv4() && proto == UDP && random.chance(10),
     };
     let oddity = if random.chance(70) {
         Oddity::None
@@ -189,7 +190,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
             let more = offset == 0 || random.chance(50);
             spec.fragment = Some((random.below(40) as u32, offset, more));
         }
-        Oddity::PartialChecksum => spec.without_checksum = false,
+        Oddity::PartialChecksum => spec.without_checksum = proto == SCTP,
         Oddity::TooLong => spec.payload.resize(1_490 + random.below(100), 7),
         _ => {}
     }
@@ -217,7 +218,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
         }
         Oddity::LastHop => frame[21] = random.below(2) as u8,
         Oddity::OtherHost => frame[0..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]),
-        Oddity::PartialChecksum => {
+        Oddity::PartialChecksum if proto != SCTP => {
             let header = frame::header(&frame, 14, is_v4).expect("a whole header");
             let at = header.transport + if proto == TCP { 16 } else { 6 };
             let sum = frame::pseudo_checksum(&header);
@@ -313,11 +314,17 @@ fn begins_and_ends(frame: &[u8]) -> bool {
     flags.is_some_and(|flags| flags & SYN != 0 && flags & (FIN | RST) != 0)
 }
 
+/// Whether a frame is the first part of an SCTP packet, which may need a checksum that nobody knows.
+fn is_split(frame: &[u8]) -> bool {
+    let header = frame::family(frame).and_then(|family| frame::header(frame, 14, family));
+    header.is_some_and(|header| header.proto == SCTP && header.is_part)
+}
+
 /// How often XDP sent what.
 #[derive(Default, Debug)]
 struct Sent {
-    requests: [[u64; 2]; 2],
-    replies: [[u64; 2]; 2],
+    requests: [[u64; 3]; 2],
+    replies: [[u64; 3]; 2],
     /// Flows that were not there before XDP saw their first packet.
     first: u64,
     all: u64,
@@ -335,11 +342,13 @@ fn compare(node: &Node) {
     let packets = setting("PENSTOCK_PACKETS", 30_000);
     let mut random = Random(setting("PENSTOCK_SEED", 0x0123_4567_89ab_cdef));
     let (mut seen, mut sent) = (Seen::new(), Sent::default());
+    let mut split = 0;
     for number in 0..packets {
         let Case { frame, oddity } = generate(&mut random, &model, &seen);
         if begins_and_ends(&frame) {
             continue;
         }
+        split += u64::from(is_split(&frame));
         let is_xdp_first = random.chance(50);
         let flows = kernel.count(Counter::FlowCreated);
         let mut xdp = is_xdp_first.then(|| kernel.run_xdp(&frame));
@@ -381,7 +390,7 @@ fn compare(node: &Node) {
         if frame::wrongs(&xdp) != frame::wrongs(&frame) {
             fail("checksums are not as right or wrong as they were");
         }
-        let (proto, src, dst) = ends(&xdp).expect("TCP or UDP");
+        let (proto, src, dst) = ends(&xdp).expect("a transport");
         let is_backend = BACKENDS.as_flattened().iter().any(|text| ip(text) == dst.0);
         let neighbour = mac(if is_backend { BACKEND_MAC } else { GATEWAY_MAC });
         if xdp[0..6] != neighbour || xdp[6..12] != own {
@@ -392,7 +401,8 @@ fn compare(node: &Node) {
         } else {
             &mut sent.replies
         };
-        counts[usize::from(src.0.is_ipv4())][usize::from(proto == TCP)] += 1;
+        let place = PROTOS.iter().position(|other| *other == proto);
+        counts[usize::from(src.0.is_ipv4())][place.expect("a transport")] += 1;
         sent.first += u64::from(is_first);
         sent.all += 1;
     }
@@ -406,7 +416,8 @@ fn compare(node: &Node) {
     // What XDP counts as a request or a reply, TC counts once more, having got the same.
     let translated = kernel.count(Counter::ExternalRequest) + kernel.count(Counter::ExternalReply);
     assert!(translated >= 2 * sent.all, "{translated} {sent:?}");
-    assert_eq!(kernel.count(Counter::RewriteFailed), 0);
+    let failed = kernel.count(Counter::RewriteFailed);
+    assert!(failed <= split, "{failed} of {split}");
 }
 
 #[test]

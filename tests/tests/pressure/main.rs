@@ -12,6 +12,7 @@
 
 mod handover;
 mod node;
+mod succession;
 
 use std::{
     collections::HashSet,

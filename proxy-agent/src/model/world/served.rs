@@ -219,7 +219,7 @@ impl World {
     /// The more of either family, since endpoints have an address of each. Those whose weight keeps
     /// new connections away do not count.
     fn ready_here(&self, service: &Service) -> usize {
-        let is_weighted = service.algorithm == Algorithm::Weighted;
+        let is_weighted = service.algorithm.is_weighted();
         let count = |family| {
             let slices = self
                 .slices_of(&service.name)
