@@ -6,7 +6,7 @@
 //! reader compares the record with the packet before it uses it.
 
 use crate::{
-    net::{Addr, Be16, Proto, V4, V6},
+    net::{Addr, Be16, Proto, V4, V6, mixed},
     plain::map_types,
     service::{BackendId, ServiceId},
 };
@@ -89,22 +89,6 @@ impl Responder {
 #[inline(always)]
 fn seed(proto: Proto, port: Be16) -> u64 {
     u64::from(port.raw()) << 8 | u64::from(proto.0)
-}
-
-/// A hash of `seed` and an address.
-#[inline(always)]
-fn mixed<A: Addr>(seed: u64, addr: A) -> u64 {
-    /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming, 6.4).
-    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-    let [a, b, c, d] = addr.words();
-    let mut hash = seed;
-    for half in [
-        u64::from(a) << 32 | u64::from(b),
-        u64::from(c) << 32 | u64::from(d),
-    ] {
-        hash = (hash ^ half).wrapping_mul(FACTOR).rotate_left(32);
-    }
-    hash
 }
 
 /// Source ports of a flow, from and to and both of them included.

@@ -35,6 +35,8 @@
 //! | `EXCLUDED_CGROUPS` | hash | cgroup id → 1 | agent | reported |
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
+//! | `SHORTCUTS4/6` | per-CPU array | a hash of interface and ends → [`Shortcut`] | programs | ends share elements: the last one has it |
+//! | `CHANGED` | array of 1 | 0 → when a table was last written that shortcuts spare, in nanoseconds since boot | agent | |
 //! | `VTEPS` | hash | [`Vtep`] of another node → 1 | agent | reported; nothing is handed over |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
@@ -65,7 +67,8 @@ pub use flow::{
 pub use forwarding::{Forwarding, Handover, Vtep};
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
-    Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Uplink, XdpUplink,
+    Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Shortcut,
+    ShortcutKind, Uplink, XdpUplink,
 };
 pub use plain::Plain;
 pub use service::{
@@ -127,6 +130,8 @@ pub mod limits {
     pub const ENDPOINTS: u32 = 16_384;
     /// Ranges of one family: other nodes' pods, and what is not masqueraded.
     pub const ROUTES: u32 = 65_536;
+    /// Places for shortcuts of one family, on each CPU.
+    pub const SHORTCUTS: u32 = 512;
     /// Other nodes' ends of tunnels.
     pub const VTEPS: u32 = 16_384;
     /// Interfaces to the outside.

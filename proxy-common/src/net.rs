@@ -83,6 +83,22 @@ pub trait Addr: Plain + Eq + Default {
     }
 }
 
+/// A hash of `seed` and an address.
+#[inline(always)]
+pub(crate) fn mixed<A: Addr>(seed: u64, addr: A) -> u64 {
+    /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming, 6.4).
+    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+    let [a, b, c, d] = addr.words();
+    let mut hash = seed;
+    for half in [
+        u64::from(a) << 32 | u64::from(b),
+        u64::from(c) << 32 | u64::from(d),
+    ] {
+        hash = (hash ^ half).wrapping_mul(FACTOR).rotate_left(32);
+    }
+    hash
+}
+
 impl V4 {
     /// From four octets, first octet first.
     pub const fn from_octets(octets: [u8; 4]) -> Self {

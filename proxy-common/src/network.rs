@@ -1,7 +1,7 @@
 //! Where pods are: those of this node by interface, those of other nodes by range.
 
 use crate::{
-    net::{V4, V6},
+    net::{Addr, V4, V6, mixed},
     plain::map_types,
 };
 
@@ -82,4 +82,54 @@ pub const OVERLAY_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 1];
 /// Whom frames in the overlay come from; a device drops what seems to come from itself.
 pub const OVERLAY_PEER_MAC: [u8; 6] = [0x02, 0x50, 0x53, 0, 0, 2];
 
-map_types! { Endpoint = 20, Route = 24, Uplink = 20, XdpUplink = 8 }
+/// What [`Shortcut::kind`] says of packets with the same ends.
+pub struct ShortcutKind;
+
+impl ShortcutKind {
+    /// Nothing: no packet was noted here.
+    pub const NONE: u32 = 0;
+    /// They go to a pod of this node.
+    pub const POD: u32 = 1;
+    /// They go to another node's pod, through a tunnel.
+    pub const TUNNEL: u32 = 2;
+    /// They go elsewhere, and are no service's.
+    pub const BEYOND: u32 = 3;
+}
+
+/// Where packets from one interface with these ends went a moment ago.
+///
+/// It holds while `CHANGED` is what it was before the tables were asked, and for two seconds at most:
+/// an agent may end after it wrote to a table and before it says so.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shortcut<A> {
+    /// `CHANGED` before the tables were asked.
+    pub changed: u64,
+    /// When, in seconds since boot.
+    pub noted_secs: u32,
+    /// [`ShortcutKind`].
+    pub kind: u32,
+    /// The interface that they came in by.
+    pub ifindex: u32,
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// The pod.
+    pub to: Endpoint,
+    /// The tunnel.
+    pub route: Route,
+}
+
+impl<A: Addr> Shortcut<A> {
+    /// For how long one holds at most, in seconds of a coarse clock.
+    pub const LASTS_SECS: u32 = 2;
+
+    /// Where the one of these packets is.
+    #[inline(always)]
+    pub fn index(ifindex: u32, src: A, dst: A) -> u32 {
+        (mixed(mixed(ifindex.into(), src), dst) >> 32) as u32 % crate::limits::SHORTCUTS
+    }
+}
+
+map_types! { Shortcut<V4> = 72, Shortcut<V6> = 96, Endpoint = 20, Route = 24, Uplink = 20, XdpUplink = 8 }

@@ -35,6 +35,19 @@ pub struct Overlay {
     pub port: Be16,
 }
 
+/// Where packets of a pod of this node go.
+///
+/// No enumeration: of a value that is one or the other LLVM makes reads of what is neither.
+#[derive(Clone, Copy, Default)]
+pub struct Way {
+    /// [`penstock_common::ShortcutKind`].
+    pub kind: u32,
+    /// The pod of this node.
+    pub to: Endpoint,
+    /// The tunnel to another node's pod.
+    pub route: Route,
+}
+
 /// What is there for both families.
 pub trait Env {
     /// Seconds since boot on a coarse clock (CLOCK_MONOTONIC_COARSE).
@@ -51,6 +64,8 @@ pub trait Env {
     fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
+    /// When a table was last written that [`Maps::way`] spares.
+    fn changed(&self) -> u64;
     /// Whether an address is another node's.
     fn is_vtep(&self, vtep: &Vtep) -> bool;
     /// The overlay device of [`Config`].
@@ -173,6 +188,10 @@ pub trait Maps<F: Family>: Env {
     fn records(&self) -> u32;
     /// The pod of this node that has an address.
     fn endpoint(&self, addr: &F::Addr) -> Option<Endpoint>;
+    /// Where packets from an interface with these ends went a moment ago, if no table has changed.
+    fn way(&self, ifindex: u32, ends: &(F::Addr, F::Addr)) -> Option<Way>;
+    /// Notes where they go. The tables were asked after [`Env::changed`] said `changed`.
+    fn note_way(&self, changed: u64, ifindex: u32, ends: &(F::Addr, F::Addr), way: &Way);
     /// The interface that a packet of this source leaves by, having come in by `ingress`, if the
     /// kernel's routes and the packet's length let it.
     fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;

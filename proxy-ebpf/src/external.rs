@@ -35,7 +35,7 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     };
     if tunnel::is_own::<F, M>(packet, maps, &ends.1) {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::Wrapped);
     }
     let Some(address) = maps.address(&ends.1) else {
         let verdict = forward::to_local::<F, M>(packet, maps, &ends)?;

@@ -6,12 +6,12 @@
 
 use penstock_common::{
     Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, Handover,
-    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind,
+    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
 };
 
 use crate::{
     checksum::Delta,
-    env::{Maps, Record},
+    env::{Maps, Record, Way},
     family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow, handover,
     packet::{Packet, Refused},
@@ -19,6 +19,50 @@ use crate::{
     pod::{self, Verdict},
     tunnel,
 };
+
+/// Notes for the next packets where those from an interface with these ends go, which are no
+/// service's: nowhere, if their source is not the interface's own.
+#[inline(always)]
+pub(crate) fn note_way<F: Family, M: Maps<F>>(
+    changed: u64,
+    ifindex: u32,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) {
+    let own = maps.endpoint(&ends.0);
+    if own.is_none_or(|own| own.ifindex != ifindex) {
+        return;
+    }
+    let mut way = Way {
+        kind: ShortcutKind::BEYOND,
+        ..Way::default()
+    };
+    if let Some(to) = maps.endpoint(&ends.1) {
+        way.kind = ShortcutKind::POD;
+        way.to = to;
+    } else if let Some(route) = maps.route(&ends.1)
+        && route.kind == RouteKind::OVERLAY
+    {
+        way.kind = ShortcutKind::TUNNEL;
+        way.route = route;
+    }
+    maps.note_way(changed, ifindex, ends, &way);
+}
+
+/// Sends a packet that is no service's on its way.
+#[inline(always)]
+pub(crate) fn go<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+    way: &Way,
+) -> Result<Verdict, Counter> {
+    match way.kind {
+        ShortcutKind::POD => to_pod::<F, M>(packet, maps, ends.0, &way.to),
+        ShortcutKind::TUNNEL => enter_overlay::<F>(packet, maps, way.route),
+        _ => Ok(Verdict::Forward),
+    }
+}
 
 /// A packet that a pod sent, its service translated if there was one.
 #[inline(always)]
@@ -267,17 +311,27 @@ pub(crate) fn to_local<F: Family, M: Maps<F>>(
     let Some(to) = maps.endpoint(&ends.1) else {
         return Ok(None);
     };
-    let Some(hops) = hops::<F>(packet) else {
-        return Ok(None);
-    };
-    if pod::may_be_back::<F, M>(packet, maps, ends.0) {
-        return Ok(Some(Verdict::Local));
-    }
-    into_pod::<F>(packet, maps, &to, hops).map(Some)
+    to_pod::<F, M>(packet, maps, ends.0, &to).map(Some)
 }
 
 #[inline(always)]
-fn into_pod<F: Family>(
+fn to_pod<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    src: F::Addr,
+    to: &Endpoint,
+) -> Result<Verdict, Counter> {
+    let Some(hops) = hops::<F>(packet) else {
+        return Ok(Verdict::Pass);
+    };
+    if pod::may_be_back::<F, M>(packet, maps, ETHERNET, src) {
+        return Ok(Verdict::Local);
+    }
+    into_pod::<F>(packet, maps, to, hops)
+}
+
+#[inline(always)]
+pub(crate) fn into_pod<F: Family>(
     packet: &mut impl Packet,
     maps: &impl Maps<F>,
     to: &Endpoint,
@@ -319,7 +373,13 @@ pub(crate) fn refused(_: Refused) -> Counter {
 /// The bits at [`Family::HOPS`] of a packet that has hops left.
 #[inline(always)]
 pub(crate) fn hops<F: Family>(packet: &impl Packet) -> Option<u16> {
-    let word: u16 = packet.load(ETHERNET + F::HOPS)?;
+    hops_at::<F>(packet, ETHERNET)
+}
+
+/// The same of the network header at `at`.
+#[inline(always)]
+pub(crate) fn hops_at<F: Family>(packet: &impl Packet, at: usize) -> Option<u16> {
+    let word: u16 = packet.load(at + F::HOPS)?;
     (F::hops(word) > 1).then_some(word)
 }
 

@@ -37,7 +37,7 @@ mod programs {
         family::Family,
         flow, forward, handover,
         packet::Packet,
-        pod::{self, Path, Verdict},
+        pod::{self, Verdict},
         socket::{self, Outcome},
         tunnel, xdp,
     };
@@ -57,10 +57,11 @@ mod programs {
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
-            $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
+            $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident,
             $hand_over:ident, $split:ident, $rejoin:ident, $shorten_as_it_came:ident, $accept:ident, $admit_handed:ident,
             $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident,
             $claim:ident, $place:ident, $search:ident, $take_over:ident, $enter:ident, $begin:ident) => {
+            family!(stage $classify, pod::classify, $family);
             family!(stage $request, pod::request, $family);
             family!(stage $open, pod::open, $family);
             family!(stage $refuse, pod::refuse, $family);
@@ -75,6 +76,7 @@ mod programs {
             family!(stage $from_overlay, forward::from_overlay, $family);
             family!(stage $to_overlay, forward::to_overlay, $family);
             family!(stage $from_uplink, external::from_uplink, $family);
+            family!(stage $unwrap, tunnel::unwrap, $family);
             family!(stage $arrived, external::arrived, $family);
             family!(stage $admit, external::open, $family);
             family!(stage $outward, external::onward, $family);
@@ -124,21 +126,6 @@ mod programs {
                 verdict
             }
 
-            #[unsafe(no_mangle)]
-            #[inline(never)]
-            pub(crate) extern "C" fn $classify(skb: *mut __sk_buff) -> i32 {
-                let context = TcContext::new(skb);
-                let skb = Skb::new(&context);
-                match pod::classify::<$family>(&skb, &Kernel { context: &context }) {
-                    Ok(Path::Forward) => FORWARD,
-                    Ok(Path::Pass) => NEXT,
-                    Ok(Path::Request) => REQUEST,
-                    Ok(Path::Icmp) => ICMP,
-                    Ok(Path::Node) => NODE,
-                    Err(reason) => dropped(&context, reason),
-                }
-            }
-
             /// On from where it was decided where to.
             #[inline(always)]
             fn $onward(context: &TcContext, decided: i32) -> i32 {
@@ -182,6 +169,9 @@ mod programs {
             fn $inward(context: &TcContext, decided: i32) -> i32 {
                 let skb = context.skb.skb;
                 let mut verdict = decided;
+                if verdict == WRAPPED {
+                    return $unwrap(skb);
+                }
                 if verdict == LOCAL {
                     return $into_pod(skb);
                 }
@@ -329,13 +319,13 @@ mod programs {
     }
     family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
-        from_uplink4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
+        from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4,
         hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
         hand_back4, came_back4, outbound4, into_overlay4,
         claim4, place4, search4, take_over4, enter4, begin4);
     family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
-        from_uplink6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
+        from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6,
         hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
         hand_back6, came_back6, outbound6, into_overlay6,
         claim6, place6, search6, take_over6, enter6, begin6);
@@ -381,7 +371,8 @@ mod programs {
     xdp_family!(V4: before_stack4, carry4, admit_at_xdp4, begin4);
     xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
 
-    // Between the functions of a hook: see `Path` and `Verdict`. None is a verdict of the kernel's.
+    // Between the functions of a hook: see `Verdict`. None is a verdict of the kernel's.
+    const WRAPPED: i32 = -26;
     const TOO_LONG_AS_IT_CAME: i32 = -25;
     const HAND_OVER: i32 = -24;
     const SPLIT: i32 = -23;
@@ -446,7 +437,9 @@ mod programs {
             Verdict::Deliver { ifindex, is_shaped } => skb.deliver(ifindex, is_shaped),
             Verdict::Outside => OUTSIDE,
             Verdict::Request => REQUEST,
+            Verdict::Node => NODE,
             Verdict::Icmp => ICMP,
+            Verdict::Wrapped => WRAPPED,
             Verdict::Arrived => ARRIVED,
             Verdict::Untouched => UNTOUCHED,
             Verdict::Leave => LEAVE,

@@ -59,6 +59,13 @@ pub trait Packet {
     /// the Ethernet header; an interface with this MTU says so where it is not obvious.
     fn fits(&self, ifindex: u32, mtu: u32) -> bool;
 
+    /// Makes as many first bytes readable, if the frame has them.
+    fn reach(&mut self, length: usize);
+
+    /// Takes a tunnel's headers away, which are this many bytes after the Ethernet header, from around
+    /// a packet of this type. Nothing is changed where that is refused.
+    fn unwrap(&mut self, length: usize, ethertype: u16) -> Result<(), Refused>;
+
     /// Makes the frame `length` bytes long.
     fn resize(&mut self, length: u32) -> Result<(), Refused>;
 

@@ -13,7 +13,7 @@ use penstock_common::{
 use crate::{
     env::Maps,
     family::{ETHERNET, Family, Network},
-    flow, handover,
+    flow, forward, handover,
     packet::Packet,
     parse::{self, Segment},
     quoted, reject, rewrite,
@@ -62,8 +62,12 @@ pub enum Verdict {
     Forward,
     /// It is for no service after all, and goes on as it came: `forward::from_pod`.
     Untouched,
-    /// It is for one of this node's ports, perhaps: [`request`].
+    /// TCP or UDP for a service, or for one of this node's ports, perhaps: [`request`].
     Request,
+    /// A pod sent it to this node: [`to_node`].
+    Node,
+    /// A tunnel's packet came for this node: `tunnel::unwrap`.
+    Wrapped,
     /// It came for this node: `external::arrived`.
     Arrived,
     /// An ICMP message that may be about a reply: [`error_about_reply`].
@@ -94,49 +98,58 @@ pub enum Verdict {
     Overlay(Route),
 }
 
-/// Which way a packet from a pod takes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Path {
-    /// It is not for a service: `forward::from_pod`.
-    Forward,
-    /// The kernel goes on with it.
-    Pass,
-    /// TCP or UDP to a service: [`request`].
-    Request,
-    /// ICMP to a service: [`error_about_reply`].
-    Icmp,
-    /// To this node: [`to_node`].
-    Node,
+/// Sorts a packet that a pod sent, and sends it where others like it went a moment ago.
+///
+/// That spares what tables say of source and destination, which between pods would be most of the
+/// work; who may send and what fits is seen to for each packet.
+#[inline(always)]
+pub fn classify<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    if maps.network() & NetworkFlags::FORWARD == 0 {
+        return sort::<F, M>(packet, maps, &ends.1).map(|sorted| sorted.unwrap_or(Verdict::Pass));
+    }
+    let ifindex = packet.ifindex();
+    if let Some(way) = maps.way(ifindex, &ends) {
+        return forward::go::<F, M>(packet, maps, &ends, &way);
+    }
+    let changed = maps.changed();
+    if let Some(sorted) = sort::<F, M>(packet, maps, &ends.1)? {
+        return Ok(sorted);
+    }
+    forward::note_way::<F, M>(changed, ifindex, maps, &ends);
+    Ok(Verdict::Forward)
 }
 
-/// Sorts a packet that a pod sent.
+/// What is to be done about a packet to this address, if it is a service's or this node's.
 #[inline(always)]
-pub fn classify<F: Family>(packet: &impl Packet, maps: &impl Maps<F>) -> Result<Path, Counter> {
-    let Some(dst) = packet.load(ETHERNET + F::ADDRS + size_of::<F::Addr>()) else {
-        return Ok(Path::Pass);
-    };
-    let Some(address) = maps.address(&dst) else {
-        return Ok(if maps.network() & NetworkFlags::FORWARD == 0 {
-            Path::Pass
-        } else {
-            Path::Forward
-        });
+fn sort<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    dst: &F::Addr,
+) -> Result<Option<Verdict>, Counter> {
+    let Some(address) = maps.address(dst) else {
+        return Ok(None);
     };
     let header = F::network(packet, ETHERNET);
-    Ok(match (address.kind, header) {
+    Ok(Some(match (address.kind, header) {
         (AddressKind::SERVICE | AddressKind::EXTERNAL, None) => return Err(Counter::Truncated),
         (AddressKind::SERVICE | AddressKind::EXTERNAL, Some(header)) => {
             if header.proto == F::ICMP {
-                Path::Icmp
+                Verdict::Icmp
             } else if is_translated(header.proto) {
-                Path::Request
+                Verdict::Request
             } else {
-                Path::Pass
+                Verdict::Pass
             }
         }
-        (AddressKind::NODE, Some(_)) => Path::Node,
-        _ => Path::Pass,
-    })
+        (AddressKind::NODE, Some(_)) => Verdict::Node,
+        _ => Verdict::Pass,
+    }))
 }
 
 /// Protocol and destination port of a packet, as far as it has them; for traces.
@@ -357,14 +370,16 @@ pub(crate) enum Back {
     Foreign,
 }
 
-/// Whether [`back`] may have anything to do with a packet of this source, as far as is told at once.
+/// Whether [`back`] may have anything to do with a packet of this source, whose network header is at
+/// `at`, as far as is told at once.
 #[inline(always)]
 pub(crate) fn may_be_back<F: Family, M: Maps<F>>(
     packet: &impl Packet,
     maps: &M,
+    at: usize,
     src: F::Addr,
 ) -> bool {
-    let Some(header) = F::network(packet, ETHERNET) else {
+    let Some(header) = F::network(packet, at) else {
         return true;
     };
     if header.fragment.is_part || !is_translated(header.proto) {

@@ -20,7 +20,7 @@ use crate::{
         follow::{self, WireRequest, lock},
         netns,
     },
-    dataplane::bpf::Bpf,
+    dataplane::{bpf::Bpf, changed::Changed},
     flows::Lifetimes,
     health,
     ipc::Query,
@@ -47,6 +47,9 @@ pub(super) struct Agent {
     pub(super) interfaces: Arc<Mutex<follow::Status>>,
     pub(super) shared: Shared,
     pub(super) config: Array<aya::maps::MapData, Config>,
+    /// What was written there last.
+    pub(super) configured: Config,
+    pub(super) changed: Changed,
     pub(super) lifetimes: Lifetimes,
     /// How full the tables are that the programs fill.
     pub(super) counted: Counted,
@@ -217,6 +220,10 @@ impl Agent {
             ..self.network_config(&network)
         };
         let written = self.config.set(0, config, 0);
+        if config != self.configured {
+            self.changed.note();
+            self.configured = config;
+        }
         if let Err(error) = &written {
             tracing::warn!("writing map CONFIG: {error}");
         }

@@ -12,6 +12,7 @@ use penstock_common::{
 
 use super::{
     ApplyError, Change, Dataplane, FamilyChange, FamilyState, MapError, MapState, batch,
+    changed::Changed,
     pins::{PinError, Pins},
 };
 
@@ -32,6 +33,7 @@ pub struct Bpf {
     v4: FamilyMaps,
     v6: FamilyMaps,
     slots: MapData,
+    changed: Changed,
 }
 
 impl Bpf {
@@ -51,6 +53,7 @@ impl Bpf {
             v4: family(["ADDRESSES4", "FRONTENDS4", "BACKENDS4", "SOURCE_RANGES4"])?,
             v6: family(["ADDRESSES6", "FRONTENDS6", "BACKENDS6", "SOURCE_RANGES6"])?,
             slots: pins.map("SLOTS")?,
+            changed: Changed::open(pins)?,
         })
     }
 }
@@ -261,6 +264,25 @@ impl Dataplane for Bpf {
     }
 
     fn apply(&mut self, changes: &[Change]) -> Result<(), ApplyError> {
+        let result = self.write(changes);
+        if changes.iter().any(is_of_address) {
+            self.changed.note();
+        }
+        result
+    }
+}
+
+/// Whether a change is one of `ADDRESSES`.
+fn is_of_address(change: &Change) -> bool {
+    matches!(
+        change,
+        Change::V4(FamilyChange::PutAddress(..) | FamilyChange::DeleteAddress(_))
+            | Change::V6(FamilyChange::PutAddress(..) | FamilyChange::DeleteAddress(_))
+    )
+}
+
+impl Bpf {
+    fn write(&self, changes: &[Change]) -> Result<(), ApplyError> {
         let mut applied = 0;
         while let Some((first, rest)) = changes.get(applied..).and_then(<[Change]>::split_first) {
             let (length, result) = match first {

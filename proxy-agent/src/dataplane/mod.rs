@@ -5,6 +5,7 @@
 
 pub mod batch;
 pub mod bpf;
+pub mod changed;
 pub mod faulty;
 pub mod memory;
 pub mod pins;

@@ -17,7 +17,10 @@ use ipnetwork::IpNetwork;
 use penstock_common::{Addr, Endpoint, Route, RouteKind, Uplink, V4, V6, Vtep, XdpUplink};
 
 use super::plan::{Hop, Plan};
-use crate::dataplane::pins::{PinError, Pins};
+use crate::dataplane::{
+    changed::Changed,
+    pins::{PinError, Pins},
+};
 
 /// A map could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +137,7 @@ fn routes<K: Pod + Eq + Hash>(
 
 /// `ENDPOINTS4` and `ENDPOINTS6`.
 pub struct Endpoints {
+    changed: Changed,
     v4: EndpointMirror<V4>,
     v6: EndpointMirror<V6>,
 }
@@ -142,6 +146,7 @@ impl Endpoints {
     /// The pinned maps, with what is in them.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
         Ok(Self {
+            changed: Changed::open(pins)?,
             v4: Mirror::open(pins, "ENDPOINTS4")?,
             v6: Mirror::open(pins, "ENDPOINTS6")?,
         })
@@ -159,12 +164,25 @@ impl Endpoints {
                 IpAddr::V6(ip) => drop(v6.insert(V6::from(ip), endpoint)),
             }
         }
-        Ok(self.v4.set(&v4)? + self.v6.set(&v6)?)
+        written(&self.changed, || Ok(self.v4.set(&v4)? + self.v6.set(&v6)?))
     }
+}
+
+/// What a write gives, of which the programs are told unless nothing had to be written.
+fn written(
+    changed: &Changed,
+    write: impl FnOnce() -> Result<usize, MapsError>,
+) -> Result<usize, MapsError> {
+    let result = write();
+    if !matches!(result, Ok(0)) {
+        changed.note();
+    }
+    result
 }
 
 /// `ROUTES4` and `ROUTES6`.
 pub struct Routes {
+    changed: Changed,
     v4: RouteMirror<V4>,
     v6: RouteMirror<V6>,
 }
@@ -173,6 +191,7 @@ impl Routes {
     /// The pinned maps, with what is in them.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
         Ok(Self {
+            changed: Changed::open(pins)?,
             v4: routes(pins, "ROUTES4")?,
             v6: routes(pins, "ROUTES6")?,
         })
@@ -188,7 +207,7 @@ impl Routes {
                 IpAddr::V6(ip) => drop(v6.insert((bits, V6::from(ip)), *route)),
             }
         }
-        Ok(self.v4.set(&v4)? + self.v6.set(&v6)?)
+        written(&self.changed, || Ok(self.v4.set(&v4)? + self.v6.set(&v6)?))
     }
 }
 

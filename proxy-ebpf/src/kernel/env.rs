@@ -15,15 +15,16 @@ use aya_ebpf::{
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Plain,
-    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Traffic, Uplink, V4, V6, Vtep,
-    XdpUplink, limits,
+    PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6,
+    Vtep, XdpUplink, limits,
 };
-use penstock_ebpf::env::{Env, Maps, NextHop, Overlay};
+use penstock_ebpf::env::{Env, Maps, NextHop, Overlay, Way};
 
 use super::{
     maps::*,
     record::RecordPtr,
     routes::{self, Hook},
+    shortcuts,
 };
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
@@ -129,6 +130,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
         // SAFETY: a field's address inside the mapped element; nothing is read.
         let field = |config: *const Config| unsafe { addr_of!((*config).network) };
         CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn changed(&self) -> u64 {
+        CHANGED.get_ptr(0).map(copy).unwrap_or_default()
     }
 
     #[inline(always)]
@@ -287,7 +293,7 @@ static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 macro_rules! family {
     ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $openings:ident, $hands:ident, $node:ident, $overlay:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
         fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
@@ -613,6 +619,26 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn way(&self, ifindex: u32, (src, dst): &($family, $family)) -> Option<Way> {
+                let place = $shortcuts.get_ptr(Shortcut::index(ifindex, *src, *dst))?;
+                shortcuts::recall(self, place, ifindex, src, dst)
+            }
+
+            #[inline(always)]
+            fn note_way(
+                &self,
+                changed: u64,
+                ifindex: u32,
+                (src, dst): &($family, $family),
+                way: &Way,
+            ) {
+                let index = Shortcut::index(ifindex, *src, *dst);
+                if let Some(place) = $shortcuts.get_ptr_mut(index) {
+                    shortcuts::note(self, place, changed, ifindex, src, dst, way);
+                }
+            }
+
+            #[inline(always)]
             fn egress(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
                 routes::egress(self.context, ingress, *src, *dst)
             }
@@ -649,6 +675,6 @@ macro_rules! family {
 }
 
 family!(V4, counts_of4, begin_life4, settle4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, OPENINGS4, HANDS4, node4, overlay4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4, overlay4);
 family!(V6, counts_of6, begin_life6, settle6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, OPENINGS6, HANDS6, node6, overlay6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6, overlay6);

@@ -11,14 +11,15 @@ use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId,
     FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Netns, PortChunk, Route, ServiceId,
-    SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, Vtep, XdpUplink, limits,
+    Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6, Vtep, XdpUplink,
+    limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $openings:ident, $hands:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
             HashMap::pinned(limits::ADDRESSES, BPF_F_NO_PREALLOC);
@@ -58,6 +59,10 @@ macro_rules! family_maps {
         #[map]
         pub(crate) static $fragments: LruHashMap<FragmentKey<$family>, FragmentPorts> =
             LruHashMap::pinned(limits::FRAGMENTS, 0);
+        /// What the tables said of packets a moment ago.
+        #[map]
+        pub(crate) static $shortcuts: PerCpuArray<Shortcut<$family>> =
+            PerCpuArray::with_max_entries(limits::SHORTCUTS, 0);
         /// The flow that a packet begins, between two stages.
         #[map]
         pub(crate) static $openings: PerCpuArray<Flow<$family>> =
@@ -69,9 +74,9 @@ macro_rules! family_maps {
 }
 
 family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, OPENINGS4, HANDS4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4);
 family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, OPENINGS6, HANDS6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6);
 
 #[map]
 pub(crate) static PORT_CHUNKS: Array<PortChunk> =
@@ -94,6 +99,8 @@ pub(crate) static UPLINKS: HashMap<u32, Uplink> =
 #[map]
 pub(crate) static XDP_UPLINKS: HashMap<u32, XdpUplink> =
     HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static CHANGED: Array<u64> = Array::pinned(1, 0);
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]

@@ -4,6 +4,7 @@ pub(crate) mod env;
 pub(crate) mod maps;
 pub(crate) mod record;
 pub(crate) mod routes;
+mod shortcuts;
 pub(crate) mod skb;
 pub(crate) mod sock;
 pub(crate) mod xdp;

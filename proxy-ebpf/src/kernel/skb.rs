@@ -10,13 +10,16 @@ use core::mem::offset_of;
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
+        BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
+        BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS,
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6,
+        BPF_F_ZERO_CSUM_TX, bpf_adj_room_mode, bpf_tunnel_key,
     },
     helpers::generated::{
-        bpf_check_mtu, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
-        bpf_redirect_peer, bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_get_tunnel_key,
-        bpf_skb_pull_data, bpf_skb_set_tunnel_key, bpf_skb_store_bytes,
+        bpf_check_mtu, bpf_csum_level, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
+        bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_tail,
+        bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
+        bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -287,6 +290,45 @@ impl Packet for Skb<'_> {
         let result =
             unsafe { bpf_check_mtu(self.0.as_ptr(), ifindex, &mut length, 0, BPF_MTU_CHK_SEGS) };
         result == 0
+    }
+
+    #[inline(always)]
+    fn reach(&mut self, length: usize) {
+        if self.0.data() + length > self.0.data_end() {
+            // Where it fails what is there is not found.
+            // SAFETY: the context is the one that the kernel called this program with.
+            unsafe { bpf_skb_pull_data(self.0.skb.skb, length as u32) };
+        }
+    }
+
+    #[inline(always)]
+    fn unwrap(&mut self, length: usize, ethertype: u16) -> Result<(), Refused> {
+        let is_other = u32::from(ethertype.to_be()) != self.0.skb.protocol();
+        // Before Linux 6.3 a packet of the other family is refused.
+        let becomes = match ethertype {
+            V4::ETHERTYPE if is_other => BPF_F_ADJ_ROOM_DECAP_L3_IPV4,
+            V6::ETHERTYPE if is_other => BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
+            _ => 0,
+        };
+        // Segments stay as long as they are, and what was found out about checksums inside holds.
+        let flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET | becomes;
+        // SAFETY: the helper checks the lengths.
+        done(unsafe {
+            bpf_skb_adjust_room(
+                self.0.skb.skb,
+                -(length as i32),
+                bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+                u64::from(flags),
+            )
+        })?;
+        if is_other {
+            // What was just moved there is the packet's own to write to.
+            let _ = self.write(ETHERNET - 2, &ethertype.to_be(), 0);
+        }
+        // The tunnel's checksum, zero included, was the first that the interface may have looked at.
+        // SAFETY: the helper takes plain numbers.
+        unsafe { bpf_csum_level(self.0.skb.skb, u64::from(BPF_CSUM_LEVEL_DEC)) };
+        Ok(())
     }
 
     #[inline(always)]

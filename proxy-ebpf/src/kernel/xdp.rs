@@ -121,6 +121,14 @@ impl Packet for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn reach(&mut self, _: usize) {}
+
+    #[inline(always)]
+    fn unwrap(&mut self, _: usize, _: u16) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
     fn resize(&mut self, _: u32) -> Result<(), Refused> {
         // Nothing that changes a frame's length is done here.
         Err(Refused)

@@ -9,13 +9,13 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun,
-    maps::{Array, HashMap, MapData, PerCpuArray, Queue},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, Queue, lpm_trie::Key},
     programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendCounts, BackendFlags, BackendId, BackendLife, Be16,
-    Config, Connections, Counter, Flow, FlowCounts, FlowId, FlowState, Frontend, FrontendFlags,
-    FrontendKey, Proto, ServiceId, SlotRange, V4, V6, limits,
+    Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts, FlowId, FlowState,
+    Frontend, FrontendFlags, FrontendKey, Proto, Route, ServiceId, SlotRange, V4, V6, limits,
 };
 
 use crate::model::{Endpoint, Hook, Model, Service, Tally, service_id};
@@ -160,6 +160,31 @@ impl Kernel {
             .try_into()
             .expect("a hash map");
         map.insert(key, value, 0).expect(name);
+    }
+
+    /// Puts a range behind a route, or takes it away.
+    pub fn route(&mut self, (ip, bits): (IpAddr, u32), route: Option<Route>) {
+        fn set<A: Pod>(map: &mut Map, key: Key<A>, route: Option<Route>) {
+            let mut map: LpmTrie<&mut MapData, A, Route> = map.try_into().expect("a trie");
+            match route {
+                Some(route) => map.insert(&key, route, 0),
+                None => map.remove(&key),
+            }
+            .expect("the route is written");
+        }
+        let name = if ip.is_ipv4() { "ROUTES4" } else { "ROUTES6" };
+        let map = self.ebpf.map_mut(name).expect(name);
+        match ip {
+            IpAddr::V4(ip) => set(map, Key::new(bits, V4::from(ip)), route),
+            IpAddr::V6(ip) => set(map, Key::new(bits, V6::from(ip)), route),
+        }
+    }
+
+    pub fn put_endpoint(&mut self, ip: IpAddr, endpoint: PodEndpoint) {
+        match ip {
+            IpAddr::V4(ip) => self.put("ENDPOINTS4", V4::from(ip), endpoint),
+            IpAddr::V6(ip) => self.put("ENDPOINTS6", V6::from(ip), endpoint),
+        }
     }
 
     pub fn put_address(&mut self, address: IpAddr, kind: u32) {

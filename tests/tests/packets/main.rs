@@ -14,6 +14,7 @@
 mod frame;
 mod kernel;
 mod model;
+mod overlay;
 mod xdp;
 
 use std::net::IpAddr;

@@ -5,7 +5,7 @@ use std::{fs::File, net::IpAddr, thread};
 
 use nix::sched::{CloneFlags, setns};
 use penstock_common::{
-    AddressKind, Algorithm, Config, Counter, Endpoint as PodEndpoint, NetworkFlags, Uplink, V4, V6,
+    AddressKind, Algorithm, Config, Counter, Endpoint as PodEndpoint, NetworkFlags, Uplink,
     XdpUplink,
 };
 use penstock_testbed::{Node, Random, Testbed};
@@ -253,11 +253,9 @@ fn describe(kernel: &mut Kernel, node: &Node) -> [u8; 6] {
         ifindex: index,
         ..PodEndpoint::default()
     };
-    let [IpAddr::V4(pod4), IpAddr::V6(pod6)] = PODS.map(ip) else {
-        panic!("one of each family");
-    };
-    kernel.put("ENDPOINTS4", V4::from(pod4), pod);
-    kernel.put("ENDPOINTS6", V6::from(pod6), pod);
+    for text in PODS {
+        kernel.put_endpoint(ip(text), pod);
+    }
     let config = Config {
         node4: addr4.into(),
         node6: addr6.into(),
