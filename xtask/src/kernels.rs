@@ -44,8 +44,7 @@ const KERNELS: &[Kernel] = &[
 type Group = (&'static str, &'static [&'static str]);
 
 /// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
-/// atomically); XDP beside TC; what is handed over to other nodes; both refusals, errors about packets,
-/// traces, and agents that are replaced.
+/// atomically); XDP beside TC; both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -63,13 +62,6 @@ const TESTS: &[Group] = &[
     (
         "packets",
         &["xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone"],
-    ),
-    (
-        "pressure",
-        &[
-            "handover::a_frame_that_is_handed_over_is_as_it_came_but_for_its_ethernet_addresses",
-            "handover::a_frame_that_no_tunnel_brought_is_not_believed",
-        ],
     ),
     (
         "trouble",
