@@ -53,7 +53,7 @@ mod programs {
     /// one, and is a global function: the kernel checks it once, by itself, and not on every path
     /// that leads to it (kernel commit 51c39bb1d5d1).
     macro_rules! family {
-        ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $into_pod:ident, $end:ident, $classify:ident,
+        ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $uplinked:ident, $overlaid:ident, $into_pod:ident, $end:ident, $classify:ident,
             $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
             $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
             $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
@@ -159,26 +159,42 @@ mod programs {
                 if matches!(verdict, FORWARD | UNTOUCHED) {
                     verdict = $forward(skb);
                 }
+                if verdict == HAND_BACK {
+                    verdict = $hand_back(skb);
+                }
                 match verdict {
                     LOCAL => $into_pod(skb),
                     verdict => $end(context, verdict),
                 }
             }
 
-            /// On from where it was decided what came in.
+            /// On from where it was decided what came in by an interface to the outside.
             #[inline(always)]
-            fn $inward(context: &TcContext, decided: i32) -> i32 {
+            fn $uplinked(context: &TcContext, decided: i32) -> i32 {
                 let skb = context.skb.skb;
-                let mut verdict = decided;
-                if verdict == WRAPPED {
+                if decided == WRAPPED {
                     return $unwrap(skb);
                 }
-                if verdict == LOCAL {
-                    return $into_pod(skb);
+                let mut verdict = $inward(skb, decided);
+                if verdict == HAND_OVER {
+                    verdict = $hand_over(skb);
                 }
-                if verdict == ARRIVED {
-                    verdict = $arrived(skb);
-                } else if verdict == HANDED {
+                match verdict {
+                    TOO_LONG_AS_IT_CAME => $shorten_as_it_came(skb),
+                    SPLIT => $split(skb),
+                    verdict => $end(context, verdict),
+                }
+            }
+
+            /// On from where it was decided what came out of the overlay.
+            #[inline(always)]
+            fn $overlaid(context: &TcContext, decided: i32) -> i32 {
+                let skb = context.skb.skb;
+                if decided == CAME_BACK {
+                    return $end(context, $came_back(skb));
+                }
+                let mut verdict = decided;
+                if verdict == HANDED {
                     verdict = $accept(skb);
                     if verdict == OPEN {
                         verdict = $admit_handed(skb);
@@ -189,8 +205,22 @@ mod programs {
                             verdict = $accept(skb);
                         }
                     }
-                } else if verdict == CAME_BACK {
-                    verdict = $came_back(skb);
+                    if verdict == LOCAL {
+                        return $deliver(skb);
+                    }
+                }
+                $end(context, $inward(skb, verdict))
+            }
+
+            /// On from where it was decided what came in, up to what only one of the two hooks may meet.
+            #[inline(always)]
+            fn $inward(skb: *mut __sk_buff, decided: i32) -> i32 {
+                let mut verdict = decided;
+                if verdict == LOCAL {
+                    return $into_pod(skb);
+                }
+                if verdict == ARRIVED {
+                    verdict = $arrived(skb);
                 }
                 if verdict == REQUEST {
                     verdict = $request(skb);
@@ -206,17 +236,12 @@ mod programs {
                 } else if verdict == ICMP {
                     verdict = $icmp(skb);
                 }
-                if verdict == HAND_OVER {
-                    verdict = $hand_over(skb);
-                }
                 if verdict == FORWARD {
                     verdict = $outward(skb);
                 }
                 match verdict {
                     LOCAL => $deliver(skb),
-                    TOO_LONG_AS_IT_CAME => $shorten_as_it_came(skb),
-                    SPLIT => $split(skb),
-                    verdict => $end(context, verdict),
+                    verdict => verdict,
                 }
             }
 
@@ -236,10 +261,6 @@ mod programs {
                 match verdict {
                     LEAVE => $leave(skb),
                     TOO_LONG => $shorten(skb),
-                    HAND_BACK => match $hand_back(skb) {
-                        LEAVE => $leave(skb),
-                        verdict => verdict,
-                    },
                     // Nothing of ours after all.
                     OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,
                     // The flow was gone again before its first packet.
@@ -321,13 +342,13 @@ mod programs {
             }
         };
     }
-    family!(V4: from_pod4, onward4, inward4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
+    family!(V4: from_pod4, onward4, inward4, uplinked4, overlaid4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
         returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
         from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4, sent4,
         hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
         hand_back4, came_back4, outbound4, into_overlay4,
         claim4, place4, search4, take_over4, enter4, begin4);
-    family!(V6: from_pod6, onward6, inward6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
+    family!(V6: from_pod6, onward6, inward6, uplinked6, overlaid6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
         returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
         from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6, sent6,
         hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
@@ -565,8 +586,8 @@ mod programs {
     pub(crate) fn from_overlay(context: TcContext) -> i32 {
         by_family(
             &context,
-            || inward4(&context, from_overlay4(context.skb.skb)),
-            || inward6(&context, from_overlay6(context.skb.skb)),
+            || overlaid4(&context, from_overlay4(context.skb.skb)),
+            || overlaid6(&context, from_overlay6(context.skb.skb)),
         )
     }
 
@@ -575,8 +596,8 @@ mod programs {
     pub(crate) fn from_uplink(context: TcContext) -> i32 {
         by_family(
             &context,
-            || inward4(&context, from_uplink4(context.skb.skb)),
-            || inward6(&context, from_uplink6(context.skb.skb)),
+            || uplinked4(&context, from_uplink4(context.skb.skb)),
+            || uplinked6(&context, from_uplink6(context.skb.skb)),
         )
     }
 

@@ -21,8 +21,7 @@ use crate::{
 type Group = (&'static str, &'static [&'static str]);
 
 /// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
-/// atomically); XDP beside TC; what is handed over to other nodes; both refusals, errors about packets,
-/// traces, and agents that are replaced.
+/// atomically); XDP beside TC; both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -42,13 +41,6 @@ const TESTS: &[Group] = &[
         &[
             "xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone",
             "overlay::what_comes_through_a_tunnel_goes_into_its_pod",
-        ],
-    ),
-    (
-        "pressure",
-        &[
-            "handover::a_frame_that_is_handed_over_is_as_it_came_but_for_its_ethernet_addresses",
-            "handover::a_frame_that_no_tunnel_brought_is_not_believed",
         ],
     ),
     (

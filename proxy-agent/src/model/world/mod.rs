@@ -41,7 +41,7 @@ pub struct World {
     node_port_ips: BTreeSet<IpAddr>,
     /// Services that load balancers ask this node about.
     checked: BTreeSet<ObjectName>,
-    /// Services whose way to backends of other nodes is not the usual one.
+    /// Services whose way for clients outside to backends of other nodes is not the usual one.
     forwarded: BTreeSet<ObjectName>,
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
@@ -334,7 +334,13 @@ impl World {
         if service.health_check_port.is_some() && service.external_policy == TrafficPolicy::Local {
             self.checked.insert(service.name.clone());
         }
-        if service.forwarding != Forwarding::default() {
+        let is_outside = service.ports.iter().any(|port| port.node_port.is_some())
+            || !service.external_ips.is_empty()
+            || !service.balancer_ips.is_empty();
+        if service.forwarding != Forwarding::default()
+            && service.external_policy == TrafficPolicy::Cluster
+            && is_outside
+        {
             self.forwarded.insert(service.name.clone());
         }
         self.dirty.insert(service.name.clone());

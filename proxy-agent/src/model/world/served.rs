@@ -237,7 +237,7 @@ impl World {
         count(Family::V4).max(count(Family::V6))
     }
 
-    /// Services with a way to backends of other nodes that is not the usual one.
+    /// Services with a way for clients outside to backends of other nodes that is not the usual one.
     pub fn forwarded(&self) -> impl Iterator<Item = &Service> {
         let names = self.forwarded.iter();
         names.filter_map(|name| self.services.get(name))
