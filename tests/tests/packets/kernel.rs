@@ -16,7 +16,7 @@ use penstock_common::{
     Addr, Address, AddressKind, Algorithm, Backend, BackendCounts, BackendFlags, BackendId,
     BackendLife, Be16, Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts,
     FlowId, FlowState, Frontend, FrontendFlags, FrontendKey, Load, Proto, Route, ServiceId,
-    SlotRange, V4, V6, limits,
+    SlotRange, Timeouts, V4, V6, limits,
 };
 
 use crate::model::{Endpoint, Hook, Model, Service, Tally, load_before, service_id, weight};
@@ -30,6 +30,9 @@ pub fn shortest(frame: &[u8]) -> usize {
         None => 14,
     }
 }
+
+/// In seconds.
+const HOUR: u32 = 3_600;
 
 pub struct Kernel {
     ebpf: Ebpf,
@@ -133,7 +136,18 @@ impl Kernel {
         for address in &model.service_addrs {
             self.put_address(*address, AddressKind::SERVICE);
         }
-        let mut config = Config::default();
+        // The model has no clock: nothing is over because a slow machine takes long.
+        let timeouts = Timeouts {
+            tcp_syn_secs: HOUR,
+            tcp_established_secs: HOUR,
+            tcp_closing_secs: HOUR,
+            udp_secs: HOUR,
+            udp_stream_secs: HOUR,
+        };
+        let mut config = Config {
+            timeouts,
+            ..Config::default()
+        };
         for address in &model.nodes {
             self.put_address(*address, AddressKind::NODE);
             match address {
