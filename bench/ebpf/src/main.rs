@@ -113,7 +113,7 @@ mod programs {
             return XDP_DROP;
         }
         let before = one_more(count::FORWARDED);
-        if before % NOTED == 0
+        if before.is_multiple_of(NOTED)
             && let (Some(sample), Some(window)) = (SAMPLE.get_ptr_mut(0), WINDOW.get_ptr_mut(0))
         {
             // SAFETY: the frame is as long as that; elements are this program's, which runs on one
