@@ -134,7 +134,8 @@ pub trait Maps<F: Family>: Env {
     /// A flow's record.
     type Record: Record<F::Addr>;
 
-    /// [`crate::pod::back_itself`] of the packet that the program was called for.
+    /// [`crate::pod::back_itself`] of the packet that the program was called for, or
+    /// [`crate::pod::about_request`].
     fn back(&self) -> Result<Back, Counter>;
     /// This node's own address, unspecified if it has none of this family.
     fn node(&self) -> F::Addr;

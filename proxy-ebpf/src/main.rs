@@ -355,21 +355,23 @@ mod programs {
         hand_back6, came_back6, outbound6, into_overlay6,
         claim6, place6, search6, take_over6, enter6, begin6);
 
-    /// [`pod::back_itself`] for one family; no stage, but what four of them have in common.
+    /// A function of [`pod`]'s for one family; no stage, but what several of them have in common.
     macro_rules! back {
-        ($name:ident, $family:ty) => {
+        ($name:ident, $path:ident, $family:ty) => {
             #[unsafe(no_mangle)]
             #[inline(never)]
             pub(crate) extern "C" fn $name(skb: *mut __sk_buff) -> i32 {
                 let context = TcContext::new(skb);
                 let mut skb = Skb::new(&context);
                 let kernel = Kernel { context: &context };
-                pod::encode_back(pod::back_itself::<$family, _>(&mut skb, &kernel))
+                pod::encode_back(pod::$path::<$family, _>(&mut skb, &kernel))
             }
         };
     }
-    back!(back4, V4);
-    back!(back6, V6);
+    back!(back4, back_itself, V4);
+    back!(back6, back_itself, V6);
+    back!(about_request4, about_request, V4);
+    back!(about_request6, about_request, V6);
 
     /// XDP's functions for one family; their answers are as the other hooks'.
     macro_rules! xdp_family {

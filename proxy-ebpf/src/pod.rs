@@ -337,7 +337,7 @@ pub fn to_node<F: Family, M: Maps<F>>(
             return deliver(packet, flags as u16);
         }
         Back::Request => Verdict::Request,
-        Back::Error => Verdict::Icmp,
+        Back::Error | Back::Quoting => Verdict::Icmp,
         Back::Reply(_) | Back::Foreign => Verdict::Pass,
     })
 }
@@ -370,6 +370,8 @@ pub enum Back {
     Request,
     /// An ICMP error about no request; perhaps about a reply.
     Error,
+    /// An ICMP error: [`about_request`], by a function of its own.
+    Quoting,
     /// Nothing that is translated.
     Foreign,
 }
@@ -390,11 +392,22 @@ pub(crate) fn may_be_back<F: Family, M: Maps<F>>(
     port.is_none_or(|port| maps.may_respond(Responder::new(proto, src, port)))
 }
 
-/// Translates a packet that is on its way back to whom began its flow, if it is one: [`back_itself`],
-/// by a function of its own.
+/// Translates a packet that is on its way back to whom began its flow, if it is one: [`back_itself`] or
+/// [`about_request`], each by a function of its own.
 #[inline(always)]
 pub(crate) fn back<F: Family, M: Maps<F>>(_: &mut impl Packet, maps: &M) -> Result<Back, Counter> {
     maps.back()
+}
+
+/// Translates an ICMP error about a request, if it is about one.
+#[inline(always)]
+pub fn about_request<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Back, Counter> {
+    let (header, addrs) = headers::<F>(packet)?;
+    let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+    Ok(flags.map_or(Back::Error, |flags| Back::Reply(flags.into())))
 }
 
 /// What [`back_itself`] did, as a number of at least 0, or why the packet goes no further, below 0.
@@ -404,6 +417,7 @@ pub fn encode_back(result: Result<Back, Counter>) -> i32 {
         Ok(Back::Foreign) => FOREIGN,
         Ok(Back::Request) => REQUEST,
         Ok(Back::Error) => ERROR,
+        Ok(Back::Quoting) => QUOTING,
         Ok(Back::Reply(flags)) => REPLY + (flags & 0xffff) as i32,
         Err(reason) => -1 - reason as i32,
     }
@@ -420,6 +434,7 @@ pub fn decode_back(number: i32) -> Result<Back, Counter> {
         FOREIGN => Ok(Back::Foreign),
         REQUEST => Ok(Back::Request),
         ERROR => Ok(Back::Error),
+        QUOTING => Ok(Back::Quoting),
         REPLY.. => Ok(Back::Reply((number - REPLY) as u32)),
     }
 }
@@ -427,7 +442,9 @@ pub fn decode_back(number: i32) -> Result<Back, Counter> {
 const FOREIGN: i32 = 0;
 const REQUEST: i32 = 1;
 const ERROR: i32 = 2;
-const REPLY: i32 = 3;
+/// [`Back::Quoting`], which is answered before anybody decodes it.
+pub const QUOTING: i32 = 3;
+const REPLY: i32 = 4;
 
 /// [`back`], for whoever makes it a function of its own: four of a hook's stages need it, and the
 /// kernel is to check it once.
@@ -443,8 +460,7 @@ pub fn back_itself<F: Family, M: Maps<F>>(
         return Ok(Back::Foreign);
     };
     if is_error::<F>(packet, &header) {
-        let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
-        return Ok(flags.map_or(Back::Error, |flags| Back::Reply(flags.into())));
+        return Ok(Back::Quoting);
     }
     reply::<F, M>(packet, maps, &header, addrs)
 }
@@ -468,13 +484,17 @@ fn reply<F: Family, M: Maps<F>>(
         (segment.src, segment.src_port),
         (segment.dst, segment.dst_port),
     );
+    let no_reply = if is_translated(header.proto) {
+        Back::Request
+    } else {
+        Back::Foreign
+    };
+    if !maps.may_respond(Responder::new(segment.proto, from.0, from.1)) {
+        return Ok(no_reply);
+    }
     let key = FlowKey::new(FlowKey::<F::Addr>::REPLY, segment.proto, from, to);
     let Some(known) = flow::find::<F, M>(maps, &key) else {
-        return Ok(if is_translated(header.proto) {
-            Back::Request
-        } else {
-            Back::Foreign
-        });
+        return Ok(no_reply);
     };
     if flow::is_anothers(&known, &segment) {
         flow::retire(maps, &known);

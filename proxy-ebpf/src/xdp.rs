@@ -84,7 +84,7 @@ pub fn carry<F: Family, M: Maps<F>>(
         (segment.dst, segment.dst_port),
     );
     let mut known = None;
-    if address.kind == AddressKind::NODE {
+    if address.kind == AddressKind::NODE && maps.may_respond(key.responder()) {
         known = flow::find::<F, M>(maps, &key);
     }
     let is_reply = known.is_some();
