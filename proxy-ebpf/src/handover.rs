@@ -25,7 +25,7 @@ use crate::{
     forward,
     packet::Packet,
     parse::{self, Segment, tcp},
-    pod::{self, Verdict},
+    pod::{self, Ends, Verdict},
     quoted, reject, rewrite,
     select::Origin,
 };
@@ -67,7 +67,7 @@ fn may_be_handed(proto: Proto) -> bool {
 
 /// The headers of a packet that was, or is about to be, handed over.
 #[inline(always)]
-fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, (F::Addr, F::Addr)), Counter> {
+fn headers<F: Family>(packet: &impl Packet) -> Result<(Network, Ends<F::Addr>), Counter> {
     let (header, addrs) = pod::headers::<F>(packet)?;
     if may_be_handed(header.proto) || header.proto == F::ICMP {
         Ok((header, addrs))

@@ -170,7 +170,7 @@ pub(crate) fn is_translated(proto: Proto) -> bool {
 }
 
 /// Source and destination.
-type Ends<A> = (A, A);
+pub(crate) type Ends<A> = (A, A);
 
 /// The headers of a packet that [`classify`] has seen.
 #[inline(always)]
