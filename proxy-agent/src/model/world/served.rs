@@ -13,7 +13,7 @@ use super::{
 };
 use crate::model::{
     endpoints::{self, Place},
-    object::{Family, ObjectName, Rejection, Service, ServicePort},
+    object::{Family, ObjectName, Protocol, Rejection, Service, ServicePort},
     port::{FrontendKind, HostPort, Port, PortBackend, PortFrontend, PortKey, Scope},
 };
 
@@ -55,7 +55,11 @@ impl World {
                         .collect(),
                     affinity_secs: service.affinity_secs.unwrap_or(0),
                     algorithm: service.algorithm,
-                    forwarding: service.forwarding,
+                    forwarding: match port.protocol {
+                        Protocol::Tcp | Protocol::Udp => service.forwarding,
+                        // The programs hand no SCTP over.
+                        Protocol::Sctp => Forwarding::default(),
+                    },
                     has_endpoints: choice.has_endpoints,
                     backends: choice.backends,
                 });
