@@ -70,6 +70,9 @@ pub struct Reconciler<D> {
     /// What was said of services that do not get every frontend that they want.
     conflicts: HashMap<ObjectName, String>,
     has_swept: bool,
+    /// Services that were not asked for because a write before them failed that belongs to no service,
+    /// and why it did: until they are, nobody knows what is nobody's.
+    unasked: (Vec<ObjectName>, String),
     /// When to try writes again that belong to no service.
     pending: Option<Duration>,
 }
@@ -89,6 +92,7 @@ impl<D: Dataplane> Reconciler<D> {
             retries: HashMap::new(),
             conflicts: HashMap::new(),
             has_swept: is_clean,
+            unasked: Default::default(),
             pending: None,
         })
     }
@@ -105,7 +109,9 @@ impl<D: Dataplane> Reconciler<D> {
         }
         let dirty: BTreeSet<ObjectName> = self.world.take_dirty().into_iter().collect();
         self.tell_conflicts(&dirty);
-        let mut waiting = self.in_order(dirty.into_iter().chain(self.due(now)));
+        let (unasked, _) = std::mem::take(&mut self.unasked);
+        let names = dirty.into_iter().chain(self.due(now)).chain(unasked);
+        let mut waiting = self.in_order(names);
         self.planner
             .set_node_addresses(self.world.node_addresses().iter().copied());
         let sweeps = !self.has_swept && self.world.sizes().0 > 0 && !self.world.is_doubtful();
@@ -124,13 +130,14 @@ impl<D: Dataplane> Reconciler<D> {
             let written = self.write(names, sweeps, now);
             outcome.writes += written.count;
             outcome.has_udp_change |= written.has_udp_change;
-            waiting.extend(written.rest);
+            // Before services that are gone, as they were.
+            for name in written.rest.into_iter().rev() {
+                waiting.push_front(name);
+            }
             if let Some(reason) = written.stuck {
                 tracing::warn!("{reason}; trying again");
                 self.pending = Some(now + FIRST_WAIT);
-                for name in waiting {
-                    self.postpone(name, reason.clone(), now);
-                }
+                self.unasked = (waiting.into(), reason);
                 break;
             }
         }
@@ -256,16 +263,19 @@ impl<D: Dataplane> Reconciler<D> {
 
     /// Services that can't be programmed for now, with the reason.
     pub fn errors(&self) -> BTreeMap<ObjectName, String> {
-        self.retries
-            .iter()
+        let (unasked, reason) = &self.unasked;
+        let unasked = unasked.iter().map(|name| (name.clone(), reason.clone()));
+        let retries = self.retries.iter();
+        retries
             .map(|(name, retry)| (name.clone(), retry.reason.clone()))
+            .chain(unasked)
             .collect()
     }
 
     /// Whether the kernel holds everything that is wanted and nothing else.
     pub fn is_settled(&self) -> bool {
         let is_known = self.world.is_synced() && !self.world.is_dirty();
-        is_known && self.has_swept && self.retries.is_empty()
+        is_known && self.has_swept && self.retries.is_empty() && self.unasked.0.is_empty()
     }
 
     /// Every port that the kernel holds.

@@ -560,6 +560,55 @@ fn a_frontend_that_changes_hands_is_never_away() {
 }
 
 #[test]
+fn nobody_is_swept_before_everybody_was_asked() {
+    let truth = services(0..4);
+    let mut earlier = start(Faulty::default(), &truth, &Local::default());
+    earlier.step(Duration::from_secs(1));
+    let served = earlier.dataplane.inner.observed().canonical();
+    // Another agent meets a write that fails and is no service's, in the first of several portions.
+    let mut dataplane = earlier.dataplane;
+    dataplane.fails_after = Some(0);
+    dataplane.failures = 1;
+    let mut reconciler = start(dataplane, &truth, &Local::default());
+    reconciler.portion = 1;
+    let own: IpAddr = "172.18.0.2".parse().expect("an address");
+    reconciler.world.set_node_addresses(vec![own]);
+    let mut now = Duration::from_secs(2);
+    reconciler.step(now);
+    assert!(!reconciler.is_settled());
+    assert!(!reconciler.errors().is_empty());
+    // Something else happens before it is tried again.
+    let slice = Step::Slice {
+        name: 1,
+        service: 1,
+        v6: false,
+        endpoints: vec![(1, 9)],
+        weights: 0,
+        port: 1,
+    };
+    let slice = Event::Applied(object(&slice).expect("a slice"));
+    reconciler.world.apply(slice).expect("a slice");
+    now += Duration::from_millis(10);
+    let before = reconciler.dataplane.inner.observed().canonical();
+    reconciler.step(now);
+    let after = reconciler.dataplane.inner.observed().canonical();
+    assert_eq!(frontends(&after), frontends(&before));
+    settle(&mut reconciler, &mut now);
+    assert_eq!(reconciler.errors(), BTreeMap::new());
+    assert!(reconciler.is_settled());
+    let after = reconciler.dataplane.inner.observed().canonical();
+    assert_eq!(frontends(&after), frontends(&served));
+}
+
+/// The addresses and ports that are served.
+fn frontends(canonical: &str) -> Vec<&str> {
+    let lines = canonical
+        .lines()
+        .filter(|line| line.starts_with("frontend"));
+    lines.filter_map(|line| line.split(" TCP").next()).collect()
+}
+
+#[test]
 fn a_load_balancer_is_not_told_of_endpoints_without_weight() {
     let truth = services(0..1);
     let Some(Object::Service(service)) = truth.0.into_values().next() else {

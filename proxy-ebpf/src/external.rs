@@ -29,7 +29,8 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    if packet.is_for_another_host() {
+    // What is tagged meets this program again, without its tag, at the VLAN's own interface.
+    if packet.is_for_another_host() || packet.is_tagged() {
         return Ok(Verdict::Pass);
     }
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {

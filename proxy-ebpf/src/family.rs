@@ -86,6 +86,9 @@ pub trait Family: Copy + 'static {
     /// Walks the header at `at`, or `None` where it is cut off or makes no sense.
     fn network(packet: &impl Packet, at: usize) -> Option<Network>;
 
+    /// What routers have marked the packet with whose header is at `at` (RFC 3168, 5).
+    fn ecn(packet: &impl Packet, at: usize) -> Option<u8>;
+
     /// What follows the header at `at` of a whole packet without options or extensions, as nearly all
     /// are: told without walking.
     fn plain(packet: &impl Packet, at: usize) -> Option<Proto>;
@@ -190,6 +193,12 @@ impl Family for V4 {
                 id: u32::from(id),
             },
         })
+    }
+
+    #[inline(always)]
+    fn ecn(packet: &impl Packet, at: usize) -> Option<u8> {
+        let [_, service] = packet.load::<u16>(at)?.to_ne_bytes();
+        Some(service & 3)
     }
 
     #[inline(always)]
@@ -337,6 +346,13 @@ impl Family for V6 {
             transport_length: payload.checked_sub(extensions as u16)?,
             fragment,
         })
+    }
+
+    #[inline(always)]
+    fn ecn(packet: &impl Packet, at: usize) -> Option<u8> {
+        // Between the version and the flow label.
+        let [_, class] = packet.load::<u16>(at)?.to_ne_bytes();
+        Some(class >> 4 & 3)
     }
 
     #[inline(always)]

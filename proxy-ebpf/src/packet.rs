@@ -62,6 +62,12 @@ pub trait Packet {
     /// the Ethernet header; an interface with this MTU says so where it is not obvious.
     fn fits(&self, ifindex: u32, mtu: u32) -> bool;
 
+    /// Whether the frame is several that were joined, or are yet to be cut apart.
+    fn is_joined(&self) -> bool;
+
+    /// Whether the frame came with a VLAN tag, which is no longer among its bytes.
+    fn is_tagged(&self) -> bool;
+
     /// Makes as many first bytes readable, if the frame has them.
     fn reach(&mut self, length: usize);
 

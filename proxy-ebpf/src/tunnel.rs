@@ -7,7 +7,8 @@
 //! what is for the node itself, fragments, whatever is unusual.
 
 use penstock_common::{
-    Be16, Counter, FlowFlags, OVERLAY_MAC, Proto, Route, RouteKind, ShortcutKind, V4, V6,
+    Addr, Be16, Counter, FlowFlags, OVERLAY_MAC, Proto, Route, RouteKind, ShortcutKind, Uplink, V4,
+    V6,
 };
 
 use crate::{
@@ -69,6 +70,9 @@ const VXLAN_HEADER: usize = 8;
 /// The longest headers that are looked at inside, in bytes: IPv6's and as much of TCP's as has ports.
 const LOOKED_AT: usize = V6::HEADER + 8;
 
+/// "Congestion experienced" (RFC 3168, 5).
+const CONGESTED: u8 = 3;
+
 /// Unwraps a tunnel's packet to this node ([`is_own`]) and hands what is inside to its pod.
 #[inline(always)]
 pub fn unwrap<F: Family, M: Maps<F> + Maps<V4> + Maps<V6>>(
@@ -80,51 +84,70 @@ pub fn unwrap<F: Family, M: Maps<F> + Maps<V4> + Maps<V6>>(
     let Some(from) = packet.load::<F::Addr>(ETHERNET + F::ADDRS) else {
         return Ok(Verdict::Pass);
     };
-    // A checksum over all of it is the kernel's to check.
-    if packet.load::<u16>(ETHERNET + F::HEADER + 6) != Some(0) {
+    // A checksum over all of it is the kernel's to check, and a mark to hand on (RFC 6040).
+    if from.is_unspecified()
+        || packet.load::<u16>(ETHERNET + F::HEADER + 6) != Some(0)
+        || F::ecn(packet, ETHERNET) == Some(CONGESTED)
+    {
         return Ok(Verdict::Pass);
     }
     // Other addresses say that a flow is handed over.
     if packet.load(at) != Some(OVERLAY_MAC) {
         return Ok(Verdict::Pass);
     }
+    let node: F::Addr = Maps::<F>::node(maps);
+    let tunnel = Tunnel {
+        at,
+        ends_here: |uplink: Uplink| F::of(uplink.addr4, uplink.addr6) == node,
+        is_from: |route: &Route| from == F::of(route.underlay4, route.underlay6),
+    };
     let ethertype: Option<u16> = packet.load(at + ETHERNET - 2);
     match ethertype.map(u16::from_be) {
-        Some(V4::ETHERTYPE) => inside::<V4, M>(packet, maps, at, |route| {
-            from == F::of(route.underlay4, route.underlay6)
-        }),
-        Some(V6::ETHERTYPE) => inside::<V6, M>(packet, maps, at, |route| {
-            from == F::of(route.underlay4, route.underlay6)
-        }),
+        Some(V4::ETHERTYPE) => inside::<V4, M, _, _>(packet, maps, &tunnel),
+        Some(V6::ETHERTYPE) => inside::<V6, M, _, _>(packet, maps, &tunnel),
         _ => Ok(Verdict::Pass),
     }
 }
 
-/// What to do with the frame at `at`, of whose source's node `is_from` knows whether it sent it.
+/// What is to be known of a tunnel's packet, whatever its family.
+struct Tunnel<H, S> {
+    /// Where the frame inside begins.
+    at: usize,
+    /// Whether tunnels end at an interface's address.
+    ends_here: H,
+    /// Whether it comes from the node that a route leads to.
+    is_from: S,
+}
+
+/// What to do with the frame inside.
 #[inline(always)]
-fn inside<F: Family, M: Maps<F>>(
+fn inside<F: Family, M: Maps<F>, H: Fn(Uplink) -> bool, S: Fn(&Route) -> bool>(
     packet: &mut impl Packet,
     maps: &M,
-    at: usize,
-    is_from: impl FnOnce(&Route) -> bool,
+    tunnel: &Tunnel<H, S>,
 ) -> Result<Verdict, Counter> {
-    let network = at + ETHERNET;
+    let network = tunnel.at + ETHERNET;
     let Some(ends) = parse::addrs::<F>(packet, network) else {
         return Ok(Verdict::Pass);
     };
     let ifindex = packet.ifindex();
     let way = match maps.way(ifindex, &ends) {
         Some(way) => way,
-        None => arrival::<F, M>(maps, ifindex, &ends),
+        None => arrival::<F, M>(maps, ifindex, &ends, &tunnel.ends_here),
     };
-    if way.kind != ShortcutKind::POD || !is_from(&way.route) {
+    if way.kind != ShortcutKind::POD || !(tunnel.is_from)(&way.route) {
+        return Ok(Verdict::Pass);
+    }
+    // Joined datagrams keep a note of the tunnel that only the kernel can take off, and would be cut
+    // apart wrongly.
+    if packet.is_joined() && F::plain(packet, network) != Some(Proto::TCP) {
         return Ok(Verdict::Pass);
     }
     let Some(hops) = forward::hops_at::<F>(packet, network) else {
         return Ok(Verdict::Pass);
     };
     if pod::may_be_back::<F, M>(packet, maps, network, ends.0)
-        || packet.unwrap(at, F::ETHERTYPE).is_err()
+        || packet.unwrap(tunnel.at, F::ETHERTYPE).is_err()
     {
         return Ok(Verdict::Pass);
     }
@@ -132,15 +155,21 @@ fn inside<F: Family, M: Maps<F>>(
 }
 
 /// The pod of this node that packets with these ends are for, and the tunnel that leads to their
-/// source; noted for those that follow.
+/// source, if tunnels end at this interface; noted for those that follow.
 #[inline(always)]
-fn arrival<F: Family, M: Maps<F>>(maps: &M, ifindex: u32, ends: &(F::Addr, F::Addr)) -> Way {
+fn arrival<F: Family, M: Maps<F>>(
+    maps: &M,
+    ifindex: u32,
+    ends: &(F::Addr, F::Addr),
+    ends_here: impl Fn(Uplink) -> bool,
+) -> Way {
     let changed = maps.changed();
     let mut way = Way {
         kind: ShortcutKind::BEYOND,
         ..Way::default()
     };
-    if let Some(to) = maps.endpoint(&ends.1)
+    if maps.uplink(ifindex).is_some_and(ends_here)
+        && let Some(to) = maps.endpoint(&ends.1)
         && let Some(route) = maps.route(&ends.0)
         && route.kind == RouteKind::OVERLAY
     {

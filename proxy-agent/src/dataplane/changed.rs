@@ -1,6 +1,6 @@
 //! Tells the programs that tables changed which they spare themselves by shortcuts.
 //!
-//! Invariant: whoever writes to `ADDRESSES`, `ENDPOINTS`, `ROUTES` or `CONFIG` says so afterwards,
+//! Invariant: whoever writes to `ADDRESSES`, `ENDPOINTS`, `ROUTES`, `UPLINKS` or `CONFIG` says so afterwards,
 //! whether all of it was written or not.
 
 use std::os::fd::AsFd;

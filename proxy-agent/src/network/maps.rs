@@ -237,12 +237,18 @@ impl Vteps {
 }
 
 /// `UPLINKS`.
-pub struct Uplinks(Mirror<u32, Uplink, HashMap<MapData, u32, Uplink>>);
+pub struct Uplinks {
+    changed: Changed,
+    mirror: Mirror<u32, Uplink, HashMap<MapData, u32, Uplink>>,
+}
 
 impl Uplinks {
     /// The pinned map, with what is in it.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
-        Mirror::open(pins, "UPLINKS").map(Self)
+        Ok(Self {
+            changed: Changed::open(pins)?,
+            mirror: Mirror::open(pins, "UPLINKS")?,
+        })
     }
 
     /// Makes the map hold these interfaces and the addresses that this node has there.
@@ -262,7 +268,7 @@ impl Uplinks {
             }
             (index, uplink)
         });
-        self.0.set(&uplinks.collect())
+        written(&self.changed, || self.mirror.set(&uplinks.collect()))
     }
 }
 

@@ -306,6 +306,18 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn is_joined(&self) -> bool {
+        // SAFETY: a field of the program's own context.
+        unsafe { (*self.0.skb.skb).gso_size != 0 }
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // SAFETY: a field of the program's own context.
+        unsafe { (*self.0.skb.skb).vlan_present != 0 }
+    }
+
+    #[inline(always)]
     fn reach(&mut self, length: usize) {
         if self.0.data() + length > self.0.data_end() {
             // Where it fails what is there is not found.

@@ -129,6 +129,17 @@ impl Packet for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn is_joined(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // What it is attached to carries none.
+        false
+    }
+
+    #[inline(always)]
     fn reach(&mut self, _: usize) {}
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use anyhow::ensure;
 use penstock_common::{
     Addr, AddressKind, Be16, Config, Counter, Endpoint as PodEndpoint, NetworkFlags, OVERLAY_MAC,
-    OVERLAY_PEER_MAC, Proto, Responder, Route, RouteKind, V4, V6,
+    OVERLAY_PEER_MAC, Proto, Responder, Route, RouteKind, Uplink, V4, V6,
 };
 use penstock_testbed::eventually;
 
@@ -62,6 +62,11 @@ fn node(underlay: usize) -> Option<Kernel> {
         ..Config::default()
     };
     kernel.array("CONFIG").set(0, config, 0).expect("CONFIG");
+    let uplink = Uplink {
+        addr4: node4.into(),
+        addr6: node6.into(),
+    };
+    kernel.put("UPLINKS", LOOPBACK, uplink);
     Some(kernel)
 }
 
@@ -177,6 +182,8 @@ struct Tunnel {
     options: usize,
     /// Where the frame inside goes.
     mac: [u8; 6],
+    /// What routers have marked it with (RFC 3168).
+    ecn: u8,
 }
 
 impl Tunnel {
@@ -188,6 +195,7 @@ impl Tunnel {
             fragment: None,
             options: 0,
             mac: OVERLAY_MAC,
+            ecn: 0,
         }
     }
 
@@ -212,6 +220,7 @@ impl Tunnel {
         let mut frame = frame::wrap(src, dst, UDP, &outer, &segment);
         // The loopback device's Ethernet address.
         frame[..6].fill(0);
+        frame[15] |= if family == 0 { self.ecn } else { self.ecn << 4 };
         frame
     }
 }
@@ -272,6 +281,22 @@ fn what_comes_through_a_tunnel_goes_into_its_pod() {
 }
 
 #[test]
+fn tunnels_end_at_the_interface_with_the_nodes_address() {
+    for underlay in [0, 1] {
+        let Some(mut kernel) = node(underlay) else {
+            return;
+        };
+        let inner = frame::build(&spec(REMOTES[underlay], PODS[underlay], TCP));
+        let frame = Tunnel::to(PEERS[underlay]).wrap(&inner);
+        let run = |kernel: &mut Kernel| kernel.run_classifier("from_uplink", &frame);
+        assert_eq!(run(&mut kernel).0, REDIRECT);
+        kernel.put("UPLINKS", LOOPBACK, Uplink::default());
+        note_change(&mut kernel, 1);
+        assert_eq!(run(&mut kernel), (NEXT, frame.clone()));
+    }
+}
+
+#[test]
 fn what_is_unusual_is_left_in_its_tunnel() {
     for underlay in [0, 1] {
         let Some(mut kernel) = node(underlay) else {
@@ -300,6 +325,7 @@ fn what_is_unusual_is_left_in_its_tunnel() {
                     }
                     .wrap(&inner),
                 ),
+                ("congestion", Tunnel { ecn: 3, ..peer() }.wrap(&inner)),
                 (
                     "handed over",
                     Tunnel {
