@@ -145,6 +145,9 @@ async fn tell_ports(stream: UnixStream, views: Vec<PortView>, obstacles: Obstacl
     }
 }
 
+/// What is written at once.
+const PIECE: usize = 8 << 10;
+
 /// A socket that is written to until a moment and no longer, however slowly its other end reads.
 struct Until {
     stream: Blocking,
@@ -158,7 +161,9 @@ impl Write for Until {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.stream.set_write_timeout(Some(left))?;
-        self.stream.write(bytes)
+        // The kernel waits for so long for each piece that it takes, so that it gets one at a time.
+        let (piece, _) = bytes.split_at(bytes.len().min(PIECE));
+        self.stream.write(piece)
     }
 
     fn flush(&mut self) -> io::Result<()> {
