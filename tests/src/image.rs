@@ -1,76 +1,78 @@
-//! Container images of this workspace's own programs, in the form that `docker save` writes.
+//! Container images of this workspace's own programs.
 //!
 //! A program brings the libraries that it was linked with, so it need not be built for this.
 
 use std::{
-    fs::{self, File},
-    io::Write,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use penstock_image::{Image, LayerBuilder, release};
 
-use crate::agent::binary;
+use crate::{agent::binary, process};
 
 /// Serves and asks, as in every other test.
 pub(crate) const TRAFFIC: &str = "penstock.test/traffic:1";
 /// What holds a pod's namespaces.
 pub(crate) const PAUSE: &str = "penstock.test/pause:1";
 
-/// Writes both images, which share their one layer, to a file in `folder`.
+/// Writes the images that all pods need, which share their one layer, to a file in `folder`.
 pub(crate) fn write(folder: &Path) -> Result<PathBuf> {
-    let program = binary("penstock-traffic")?;
-    let layer = layer(&program).with_context(|| format!("packing {}", program.display()))?;
-    let digest = Sha256::digest(&layer);
-    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let image = |name, entrypoint| Image {
+        name,
+        entrypoint,
+        // The first process of a pid namespace sleeps through all other signals.
+        stop_signal: Some("SIGKILL"),
+        ..Image::default()
+    };
+    let images = [
+        image(TRAFFIC, &["/penstock-traffic"]),
+        image(PAUSE, &["/penstock-traffic", "pause"]),
+    ];
     let path = folder.join("images.tar");
-    let file = File::create(&path).with_context(|| format!("making {}", path.display()))?;
-    let mut archive = tar::Builder::new(file);
-    let mut manifest = Vec::new();
-    add(&mut archive, "layer.tar", 0o644, &layer)?;
-    for (file, name, command) in [
-        ("traffic.json", TRAFFIC, &["/penstock-traffic"][..]),
-        ("pause.json", PAUSE, &["/penstock-traffic", "pause"]),
-    ] {
-        let config = config(command, &digest).to_string();
-        add(&mut archive, file, 0o644, config.as_bytes())?;
-        manifest.push(json!({ "Config": file, "RepoTags": [name], "Layers": ["layer.tar"] }));
-    }
-    let manifest = Value::from(manifest).to_string();
-    add(&mut archive, "manifest.json", 0o644, manifest.as_bytes())?;
-    archive.into_inner().context("finishing an archive")?;
+    pack(&path, "/", &[binary("penstock-traffic")?], &images)?;
     Ok(path)
 }
 
-/// An image's configuration.
-fn config(command: &[&str], layer: &str) -> Value {
-    let architecture = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    };
-    json!({
-        "architecture": architecture,
-        "os": "linux",
-        // The first process of a pid namespace sleeps through all other signals.
-        "config": { "Entrypoint": command, "StopSignal": "SIGKILL" },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{layer}")] },
-    })
+/// Writes the image of the agent, as nodes run it, to a file in `folder`.
+pub(crate) fn write_release(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("release.tar");
+    let mut programs = Vec::new();
+    for name in ["penstock", "penstock-cni"] {
+        // Most of an unoptimised program is about its source.
+        let (whole, stripped) = (binary(name)?, folder.join(name));
+        let mut strip = Command::new("strip");
+        strip.arg("-o").arg(&stripped).arg(whole);
+        process::run(strip)?;
+        programs.push(stripped);
+    }
+    pack(
+        &path,
+        release::FOLDER,
+        &programs,
+        &[release::image(release::NAME)],
+    )?;
+    Ok(path)
 }
 
-/// The program and its libraries.
-fn layer(program: &Path) -> Result<Vec<u8>> {
-    let mut archive = tar::Builder::new(Vec::new());
-    let text = fs::read(program).context("reading the program")?;
-    add(&mut archive, "penstock-traffic", 0o755, &text)?;
-    for library in libraries(program)? {
-        let text = fs::read(&library).with_context(|| format!("reading {library}"))?;
-        add(&mut archive, library.trim_start_matches('/'), 0o755, &text)?;
+/// Writes images of programs in a folder of theirs, and of what these are linked with.
+fn pack(path: &Path, folder: &str, programs: &[PathBuf], images: &[Image<'_>]) -> Result<()> {
+    let mut layer = LayerBuilder::default();
+    let mut needed: Vec<String> = Vec::new();
+    for program in programs {
+        needed.extend(libraries(program)?);
+        let name = program.file_name().context("a program has no name")?;
+        let inside = Path::new(folder).join(name);
+        layer = layer.program(inside.to_str().context("a path is no text")?, program)?;
     }
-    archive.into_inner().context("finishing a layer")
+    needed.sort();
+    needed.dedup();
+    for library in needed {
+        layer = layer.program(&library, Path::new(&library))?;
+    }
+    penstock_image::write(path, &layer.finish()?, images)
+        .with_context(|| format!("writing {}", path.display()))
 }
 
 /// What a program is linked with, the loader included; nothing if it is linked statically.
@@ -86,18 +88,4 @@ fn libraries(program: &Path) -> Result<Vec<String>> {
         .filter(|word| word.starts_with('/') && !word.ends_with(':'))
         .map(str::to_owned)
         .collect())
-}
-
-fn add(
-    archive: &mut tar::Builder<impl Write>,
-    path: &str,
-    mode: u32,
-    content: &[u8],
-) -> Result<()> {
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(mode);
-    header.set_size(content.len() as u64);
-    archive
-        .append_data(&mut header, path, content)
-        .with_context(|| format!("packing {path}"))
 }
