@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -63,7 +64,7 @@ impl ApiServer {
                 "kube-apiserver ended: {}",
                 fs::read_to_string(self.data.join("apiserver.log")).unwrap_or_default()
             );
-            self.kubectl(&["get", "--raw", "/readyz"], None).map(drop)
+            self.kubectl(&["get", "--raw", "/readyz"]).map(drop)
         })
     }
 
@@ -80,41 +81,74 @@ impl ApiServer {
         fs::write(self.kubeconfig(), text).context("writing the kubeconfig")
     }
 
+    /// Starts what makes pods of daemon sets and gives accounts their tokens: the controllers for that,
+    /// and the scheduler. They live as long as what is returned.
+    pub fn controllers(&self) -> Result<[Process; 2]> {
+        let start = |name: &str, arguments: &[&str]| {
+            let mut command = process::command(self.assets.join(name), &self.host.place)?;
+            command
+                .current_dir(&self.data)
+                .arg("--kubeconfig")
+                .arg(self.kubeconfig())
+                .args(["--leader-elect=false", "--port=0", "--secure-port=0"])
+                .args(arguments);
+            Process::start_logging(command, &self.data.join(format!("{name}.log")))
+        };
+        let controllers = [
+            "--controllers=daemonset,garbagecollector,serviceaccount,serviceaccount-token",
+            "--service-account-private-key-file=sa.key",
+            "--root-ca-file=server.crt",
+        ];
+        Ok([
+            start("kube-controller-manager", &controllers)?,
+            start("kube-scheduler", &[])?,
+        ])
+    }
+
+    /// Where it is reached from the nodes.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.host.ip4, SECURE_PORT)
+    }
+
     /// How to reach it from the nodes.
     pub fn kubeconfig(&self) -> PathBuf {
         self.data.join("kubeconfig")
     }
 
-    fn kubectl(&self, arguments: &[&str], input: Option<&Value>) -> Result<String> {
+    /// `kubectl` as an administrator; what it printed.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         let mut command = process::command(self.assets.join("kubectl"), &self.host.place)?;
         command
             .arg("--kubeconfig")
             .arg(self.kubeconfig())
             .args(arguments);
-        if let Some(input) = input {
-            let path = self.data.join("input.json");
-            fs::write(&path, input.to_string()).context("writing input")?;
-            command.arg("-f").arg(path);
-        }
         process::run(command)
+    }
+
+    /// The same with objects in YAML or JSON for it to read.
+    pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+        let path = self.data.join("input");
+        fs::write(&path, input).context("writing input")?;
+        let path = path.to_str().context("a folder's name is no text")?;
+        self.kubectl(&[arguments, &["-f", path]].concat())
     }
 
     /// Makes an object what it says.
     pub fn apply(&self, object: &Value) -> Result<()> {
         let arguments = ["apply", "--server-side", "--force-conflicts"];
-        self.kubectl(&arguments, Some(object)).map(drop)
+        self.kubectl_with(&arguments, &object.to_string()).map(drop)
     }
 
     /// Makes an object that is not there, also where [`Self::apply`] would merge what must not be
     /// merged, like a node's addresses of one type.
     pub fn create(&self, object: &Value) -> Result<()> {
-        self.kubectl(&["create", "--validate=false"], Some(object))
+        self.kubectl_with(&["create", "--validate=false"], &object.to_string())
             .map(drop)
     }
 
     /// Deletes an object.
     pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
-        self.kubectl(&["delete", kind, name, "--wait=false"], None)
+        self.kubectl(&["delete", kind, name, "--wait=false"])
             .map(drop)
     }
 
@@ -153,13 +187,13 @@ impl ApiServer {
     /// Changes an object that is there.
     pub fn patch(&self, kind: &str, name: &str, change: &Value) -> Result<()> {
         let change = change.to_string();
-        self.kubectl(&["patch", kind, name, "--type=merge", "-p", &change], None)
+        self.kubectl(&["patch", kind, name, "--type=merge", "-p", &change])
             .map(drop)
     }
 
     /// An object, as it is.
     pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
-        let text = self.kubectl(&["get", kind, name, "-o", "json"], None)?;
+        let text = self.kubectl(&["get", kind, name, "-o", "json"])?;
         serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
     }
 
@@ -168,7 +202,7 @@ impl ApiServer {
         let condition = format!("--for=condition={condition}");
         let timeout = format!("--timeout={}s", wait::long().as_secs());
         let arguments = ["wait", &condition, &timeout, kind];
-        self.kubectl(&[&arguments, names].concat(), None).map(drop)
+        self.kubectl(&[&arguments, names].concat()).map(drop)
     }
 
     /// Kills the API server (not etcd) and starts it again.
@@ -259,7 +293,9 @@ fn server(assets: &Path, data: &Path, host: &Host) -> Result<Process> {
         "--service-account-issuer=https://kubernetes.default.svc",
         "--service-account-signing-key-file=sa.key",
         "--service-account-key-file=sa.key",
-        "--authorization-mode=AlwaysAllow",
+        "--authorization-mode=RBAC",
+        "--allow-privileged=true",
+        "--kubelet-preferred-address-types=InternalIP",
         "--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112",
         "--feature-gates=IPv6DualStack=true,EndpointSliceTerminatingCondition=true,\
          MixedProtocolLBService=true",

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
 use crate::{
     image,
@@ -28,6 +29,34 @@ pub struct Cni {
 }
 
 impl Cni {
+    /// What comes with Debian: the node routes between a bridge of pods and its own network.
+    pub fn reference(node: &Node) -> Self {
+        let (v4, v6) = node.pod_ranges();
+        Self {
+            config: Some(json!({
+                "cniVersion": "1.0.0",
+                "name": "reference",
+                "plugins": [
+                    {
+                        "type": "bridge",
+                        "bridge": "cni0",
+                        "isGateway": true,
+                        "hairpinMode": true,
+                        "ipam": {
+                            "type": "host-local",
+                            "ranges": [[{ "subnet": v4 }], [{ "subnet": v6 }]],
+                            "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+                        },
+                    },
+                    { "type": "portmap", "capabilities": { "portMappings": true } },
+                ],
+            })),
+            plugins: ["bridge", "host-local", "portmap"]
+                .map(|name| Path::new(PLUGINS).join(name))
+                .into(),
+        }
+    }
+
     /// Writes it to `config` and makes the plugins known in `plugins`.
     fn write(&self, config: &Path, plugins: &Path) -> Result<()> {
         for folder in [config, plugins] {

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsStr,
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -20,6 +21,7 @@ use crate::{
     cgroup,
     containerd::{Cni, Containerd},
     host::Host,
+    image,
     process::{self, Place, Process},
     testbed::{Node, Pod},
     wait::patiently,
@@ -121,6 +123,21 @@ impl KubernetesNode {
     /// The same with a network for its pods.
     pub fn network_agent(&self, source: &Source, extra: &[&str]) -> Result<Agent> {
         Agent::start_network_at(&self.inside()?, source, extra, self.place())
+    }
+
+    /// Runs a program among the node's mounts and processes to its end; what it printed.
+    pub fn run(&self, program: impl AsRef<OsStr>, arguments: &[&str]) -> Result<String> {
+        let mut command = process::command(program, &self.place())?;
+        command.args(arguments);
+        process::run(command)
+    }
+
+    /// Gives the runtime the image of the agent that `deploy/` names.
+    pub fn import_release(&self) -> Result<()> {
+        let archive = image::write_release(&self.folder).context("making the agent's image")?;
+        let archive = archive.to_str().context("a folder's name is no text")?;
+        let import = ["images", "import", "--snapshotter", "native", archive];
+        self.containerd.ctr(&import).map(drop)
     }
 
     /// The node as programs among its mounts see it.

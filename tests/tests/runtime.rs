@@ -14,7 +14,7 @@ mod traces;
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
     time::Instant,
 };
 
@@ -23,7 +23,6 @@ use penstock_testbed::{
     Agent, Cluster, Cni, Host, KubernetesNode, Node, PROTOCOLS, Pod, PodObject, Service, Slice,
     Source, all_answer, eventually, frontends, patiently, require_kubelet,
 };
-use serde_json::json;
 use traces::traces;
 
 /// A network that pods are run with.
@@ -51,32 +50,7 @@ const PENSTOCK: Network = Network {
 
 /// What comes with Debian: the node routes between a bridge of pods and its own network.
 const REFERENCE: Network = Network {
-    cni: |node| {
-        let (v4, v6) = node.pod_ranges();
-        Cni {
-            config: Some(json!({
-                "cniVersion": "1.0.0",
-                "name": "reference",
-                "plugins": [
-                    {
-                        "type": "bridge",
-                        "bridge": "cni0",
-                        "isGateway": true,
-                        "hairpinMode": true,
-                        "ipam": {
-                            "type": "host-local",
-                            "ranges": [[{ "subnet": v4 }], [{ "subnet": v6 }]],
-                            "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
-                        },
-                    },
-                    { "type": "portmap", "capabilities": { "portMappings": true } },
-                ],
-            })),
-            plugins: ["bridge", "host-local", "portmap"]
-                .map(|name| PathBuf::from("/usr/lib/cni").join(name))
-                .into(),
-        }
-    },
+    cni: Cni::reference,
     agent: |node, source| node.agent(source, &[]),
     pod_interfaces: "veth*",
     keeps: &["cni0"],
