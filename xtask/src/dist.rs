@@ -1,5 +1,6 @@
-//! What is shipped, in a folder where no plain `cargo build` replaces anything: the agent, and the CNI
-//! plugin as one static program. That one is copied to hosts, whose libraries are anybody's.
+//! What is shipped, in a folder where no plain `cargo build` replaces anything: the agent and the CNI
+//! plugin, and a container image of both. They are static programs: the plugin is copied to hosts, whose
+//! libraries are anybody's, and the image has none.
 
 use std::{
     fs,
@@ -8,38 +9,76 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use penstock_image::{LayerBuilder, release};
 
 use crate::run::{cargo, in_root, root};
 
 const AGENT: &str = "penstock";
 const PLUGIN: &str = "penstock-cni";
+/// The image's archive.
+const ARCHIVE: &str = "penstock-image.tar";
 
-/// Puts both into `target/dist`, built with optimisation; the agent has been.
-pub fn collect() -> Result<()> {
+/// Puts both programs into `target/dist`, built with optimisation.
+pub fn collect() -> Result<Vec<PathBuf>> {
     let target = host()?;
     // With a target of its own, build scripts and macros are not meant by these flags: a macro is
     // a library that the compiler loads, and can't be static.
     in_root(
         cargo("build")
-            .args(["--release", "--package", PLUGIN, "--bin", PLUGIN])
+            .args(["--release", "--package", "penstock-agent", "--bin", AGENT])
+            .args(["--package", PLUGIN, "--bin", PLUGIN])
             .args(["--target", &target])
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo"),
     )?;
-    let built = root().join("target");
-    let plugin = built.join(&target).join("release").join(PLUGIN);
-    ensure!(
-        is_static(&plugin)?,
-        "{} needs a loader; it has to run on any host",
-        plugin.display()
-    );
-    let folder = built.join("dist");
-    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    for program in [built.join("release").join(AGENT), plugin] {
+    let built = root().join("target").join(&target).join("release");
+    let folder = folder()?;
+    let mut programs = Vec::new();
+    for name in [AGENT, PLUGIN] {
+        let program = built.join(name);
+        ensure!(
+            is_static(&program)?,
+            "{} needs a loader; it has to run on any host",
+            program.display()
+        );
         let to = put(&program, &folder)?;
         eprintln!("{}", to.display());
+        programs.push(to);
     }
+    Ok(programs)
+}
+
+/// Packs both as an image called `name`.
+pub fn image(name: &str) -> Result<()> {
+    // A name without its host means another registry to each tool, and one without a tag another time.
+    let (host, rest) = name.split_once('/').unwrap_or_default();
+    let has_tag = rest
+        .rsplit_once(':')
+        .is_some_and(|(_, tag)| !tag.is_empty());
+    ensure!(
+        !host.is_empty() && has_tag && !rest.contains('@'),
+        "{name} is no whole name of an image; write one like {}",
+        release::NAME
+    );
+    let mut layer = LayerBuilder::default();
+    for program in collect()? {
+        let inside = Path::new(release::FOLDER).join(program.file_name().unwrap_or_default());
+        let inside = inside.to_str().context("a program's name is text")?;
+        layer = layer.program(inside, &program)?;
+    }
+    let archive = folder()?.join(ARCHIVE);
+    let new = archive.with_extension("new");
+    penstock_image::write(&new, &layer.finish()?, &[release::image(name)])?;
+    fs::rename(&new, &archive).with_context(|| format!("replacing {}", archive.display()))?;
+    eprintln!("{}: {name}", archive.display());
     Ok(())
+}
+
+/// Where it all is put.
+fn folder() -> Result<PathBuf> {
+    let folder = root().join("target/dist");
+    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    Ok(folder)
 }
 
 /// Copies a program into a folder whole: it may be running there.

@@ -12,6 +12,7 @@ mod setup;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use penstock_image::release;
 
 use run::{cargo, in_root};
 
@@ -32,6 +33,12 @@ enum Command {
         /// With optimisation, and what is to be shipped into target/dist.
         #[arg(long)]
         release: bool,
+    },
+    /// A container image of what is to be shipped, as target/dist/penstock-image.tar.
+    Image {
+        /// What it will be called where nodes find it: registry, name and tag.
+        #[arg(long, default_value = release::NAME)]
+        name: String,
     },
     /// Two nodes with pods and services on this machine, real traffic, and what to look at.
     Demo {
@@ -74,7 +81,11 @@ fn main() -> Result<()> {
                 return in_root(cargo("build").arg("--workspace"));
             }
             in_root(cargo("build").args(["--workspace", "--release"]))?;
-            dist::collect()
+            dist::collect().map(drop)
+        }
+        Command::Image { name } => {
+            setup::all()?;
+            dist::image(&name)
         }
         Command::Demo { arguments } => {
             prepare()?;
