@@ -37,7 +37,7 @@
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
 //! | `SHORTCUTS4/6` | per-CPU array | a hash of interface and ends → [`Shortcut`] | programs | ends share elements: the last one has it |
-//! | `CHANGED` | array of 1 | 0 → when a table was last written that shortcuts spare, in nanoseconds since boot | agent | |
+//! | `CHANGED` | array of 1 | 0 → when a table, or the kernel's routes or neighbours, last changed that shortcuts and [`Hop`]s spare, in nanoseconds since boot | agent | |
 //! | `VTEPS` | hash | [`Vtep`] of another node → 1 | agent | reported; nothing is handed over |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
@@ -51,6 +51,7 @@ mod count;
 mod counter;
 mod flow;
 mod forwarding;
+mod hop;
 mod net;
 mod network;
 mod plain;
@@ -67,6 +68,7 @@ pub use flow::{
     SCTP_ESTABLISHED_SECS,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
+pub use hop::{Hop, Said};
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
     Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Shortcut,

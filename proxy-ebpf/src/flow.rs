@@ -136,6 +136,19 @@ pub fn follow<F: Family, M: Maps<F>>(
     segment: &Segment<F::Addr>,
     is_reply: bool,
 ) {
+    follow_at::<F, M>(packet, maps, known, segment, is_reply, maps.now_secs());
+}
+
+/// The same for who knows what time it is.
+#[inline(always)]
+pub fn follow_at<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    known: &Known<F::Addr, M::Record>,
+    segment: &Segment<F::Addr>,
+    is_reply: bool,
+    now: u32,
+) {
     let state = known.state;
     if !is_reply {
         succession::note_request::<F, M>(packet, maps, known, segment);
@@ -155,7 +168,6 @@ pub fn follow<F: Family, M: Maps<F>>(
     if next != state {
         known.record.exchange_state(state, next);
     }
-    let now = maps.now_secs();
     if now != known.record.last_seen().1 {
         known.record.touch(now);
     }

@@ -375,7 +375,7 @@ mod programs {
 
     /// XDP's functions for one family; their answers are as the other hooks'.
     macro_rules! xdp_family {
-        ($family:ty: $before_stack:ident, $carry:ident, $admit:ident, $begin:ident) => {
+        ($family:ty: $before_stack:ident, $carry:ident, $seek:ident, $admit:ident, $begin:ident) => {
             xdp_family!(stage $carry, xdp::carry, $family);
             xdp_family!(stage $admit, xdp::open, $family);
 
@@ -391,7 +391,28 @@ mod programs {
                         verdict = $carry(xdp);
                     }
                 }
-                verdict
+                if verdict >= SEEK {
+                    let found = (verdict - SEEK) as u32;
+                    verdict = $seek(xdp, found >> 1, found & 1);
+                    if verdict == FORWARD {
+                        verdict = $carry(xdp);
+                    }
+                }
+                // What was noted is no longer so, once more.
+                if verdict >= SEEK { NEXT } else { verdict }
+            }
+
+            /// Asks how packets of a flow leave.
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $seek(xdp: *mut xdp_md, id: u32, is_reply: u32) -> i32 {
+                let context = XdpContext::new(xdp);
+                let kernel = Kernel { context: &context };
+                let xdp = Xdp::new(&context);
+                match xdp::seek::<$family, _>(&xdp, &kernel, FlowId(id), is_reply != 0) {
+                    Ok(Verdict::Forward) => FORWARD,
+                    _ => NEXT,
+                }
             }
         };
         (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
@@ -405,14 +426,17 @@ mod programs {
                     Ok(Verdict::Routed(ifindex)) => xdp.send(ifindex),
                     Ok(Verdict::Open) => OPEN,
                     Ok(Verdict::Opening) => OPENING,
+                    Ok(Verdict::Seek(id, is_reply)) => {
+                        SEEK + ((id.0 as i32) << 1) + i32::from(is_reply)
+                    }
                     Ok(_) => NEXT,
                     Err(reason) => dropped(&context, reason),
                 }
             }
         };
     }
-    xdp_family!(V4: before_stack4, carry4, admit_at_xdp4, begin4);
-    xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
+    xdp_family!(V4: before_stack4, carry4, seek4, admit_at_xdp4, begin4);
+    xdp_family!(V6: before_stack6, carry6, seek6, admit_at_xdp6, begin6);
 
     // Between the functions of a hook: see `Verdict`. None is a verdict of the kernel's.
     const WRAPPED: i32 = -26;
@@ -444,6 +468,8 @@ mod programs {
     const REFUSED: i32 = 2_000;
     // Plus the `FlowId`.
     const CLAIMED: i32 = 1 << 20;
+    // Plus twice the `FlowId`, and one for a reply.
+    const SEEK: i32 = 1 << 20;
     // Plus the chunk.
     const SEARCH: i32 = 1 << 20;
 
@@ -463,7 +489,8 @@ mod programs {
         verdict: Verdict,
     ) -> i32 {
         match verdict {
-            Verdict::Pass => NEXT,
+            // The last is XDP's alone.
+            Verdict::Pass | Verdict::Seek(..) => NEXT,
             Verdict::TurnAround => skb.turn_around(),
             Verdict::Open => OPEN,
             Verdict::Opening => OPENING,

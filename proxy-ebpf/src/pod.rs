@@ -75,6 +75,8 @@ pub enum Verdict {
     Icmp,
     /// It leaves by this interface, for whatever neighbour the kernel's routes say.
     Routed(u32),
+    /// How packets of this flow leave is not known, or no longer: `xdp::seek`. It is a reply, or not.
+    Seek(FlowId, bool),
     /// It came in by this interface.
     In(u32),
     /// It is too long, and its sender has to hear of it: `external::shorten`.

@@ -4,14 +4,19 @@
 //! Invariant: a packet is either translated and sent as the TC hook would have done it, or passed on
 //! to that hook with no byte changed. All is decided before the first byte is written; from then on
 //! a packet is sent or, if the kernel refuses a change, dropped and counted.
+//!
+//! A flow's packets find beside its counts what was decided for one of them a moment ago ([`seek`]),
+//! and by which way it left. [`carry`] asks for nothing that this says.
 
-use penstock_common::{AddressKind, Counter, FlowFlags, FlowKey, Proto};
+use penstock_common::{
+    AddressKind, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto, Said,
+};
 
 use crate::{
     env::{Maps, Record},
     external,
-    family::{ETHERNET, Family, Fragment},
-    flow::{self, succession},
+    family::{ETHERNET, Family, Fragment, Network},
+    flow::{self, Known, succession},
     forward,
     packet::Packet,
     parse::{self, Segment, tcp},
@@ -32,16 +37,13 @@ const OPENED_BELOW: u32 = 16;
 #[inline(always)]
 fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segment<F::Addr>> {
     let addrs = parse::addrs::<F>(packet, ETHERNET)?;
-    let mut header = F::network(packet, ETHERNET)?;
-    if header.transport != ETHERNET + F::HEADER
-        || header.fragment.is_part
-        || !pod::is_translated(header.proto)
-    {
-        return None;
-    }
-    // What was just compared, as constants: the verifier need not follow them.
-    header.transport = ETHERNET + F::HEADER;
-    header.fragment = Fragment::NONE;
+    let proto = F::plain(packet, ETHERNET).filter(|proto| pod::is_translated(*proto))?;
+    let header = Network {
+        transport: ETHERNET + F::HEADER,
+        proto,
+        transport_length: F::payload(packet, ETHERNET)?,
+        fragment: Fragment::NONE,
+    };
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs).ok()?;
     let is_left_open = if segment.proto == Proto::SCTP {
         sctp::is_left_open(packet, segment.transport)
@@ -56,7 +58,49 @@ fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segmen
     }
 }
 
-/// Translates a packet of a known flow and sends it on; [`Verdict::Open`] where it may begin one.
+/// The flow of a packet, and whether it is a reply of it.
+#[inline(always)]
+fn find<F: Family, M: Maps<F>>(
+    maps: &M,
+    segment: &Segment<F::Addr>,
+) -> (Option<Known<F::Addr, M::Record>>, bool) {
+    let mut key = FlowKey::new(
+        FlowKey::<F::Addr>::REPLY,
+        segment.proto,
+        (segment.src, segment.src_port),
+        (segment.dst, segment.dst_port),
+    );
+    // Whom this node speaks for has a port of these; others need not be looked for.
+    let (low, high) = MASQUERADE_PORTS;
+    if (low..=high).contains(&segment.dst_port.to_host()) && maps.may_respond(key.responder()) {
+        let known = flow::find::<F, M>(maps, &key);
+        if known.is_some() {
+            return (known, true);
+        }
+    }
+    key.direction = FlowKey::<F::Addr>::REQUEST;
+    (flow::find::<F, M>(maps, &key), false)
+}
+
+/// What a [`Hop`] is said of for this packet to `to`, of a flow with this key in the other direction.
+#[inline(always)]
+fn said<F: Family>(
+    packet: &impl Packet,
+    changed: u64,
+    to: F::Addr,
+    other: &FlowKey<F::Addr>,
+) -> Option<Said<F::Addr>> {
+    Some(Said {
+        changed,
+        ifindex: packet.ifindex(),
+        receiver: packet.load(0)?,
+        to,
+        ends: (other.dst, other.src),
+    })
+}
+
+/// Translates a packet of a known flow and sends it on; [`Verdict::Open`] where it may begin one, and
+/// [`Verdict::Seek`] where [`seek`] has to be asked first.
 #[inline(always)]
 pub fn carry<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -68,30 +112,14 @@ pub fn carry<F: Family, M: Maps<F>>(
     if tunnel::is_own::<F, M>(packet, maps, &dst) {
         return Ok(Verdict::Pass);
     }
-    let Some(address) = maps.address(&dst) else {
-        return Ok(Verdict::Pass);
-    };
-    if packet.is_for_another_host() {
+    // This node's own address needs no looking up; others are mostly nobody's here.
+    if dst != maps.node() && maps.address(&dst).is_none() {
         return Ok(Verdict::Pass);
     }
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };
-    let mut key = FlowKey::new(
-        FlowKey::<F::Addr>::REPLY,
-        segment.proto,
-        (segment.src, segment.src_port),
-        (segment.dst, segment.dst_port),
-    );
-    let mut known = None;
-    if address.kind == AddressKind::NODE && maps.may_respond(key.responder()) {
-        known = flow::find::<F, M>(maps, &key);
-    }
-    let is_reply = known.is_some();
-    if !is_reply {
-        key.direction = FlowKey::<F::Addr>::REQUEST;
-        known = flow::find::<F, M>(maps, &key);
-    }
+    let (known, is_reply) = find::<F, M>(maps, &segment);
     let Some(known) = known else {
         return Ok(if begins(maps, &segment) {
             Verdict::Open
@@ -105,31 +133,33 @@ pub fn carry<F: Family, M: Maps<F>>(
         !flow::may_continue(maps, &known, &segment)
     };
     let is_late = is_reply && succession::is_late::<F, M>(packet, &known, &segment);
+    let now = maps.now_secs();
     let (_, seen) = known.record.last_seen();
-    let is_due = (seen ^ maps.now_secs()) >> PERIOD != 0;
+    let is_due = (seen ^ now) >> PERIOD != 0;
     let kind = known.flags & !FlowFlags::SUCCESSOR;
     if kind != FlowFlags::EXTERNAL || is_over || is_late || is_due {
         return Ok(Verdict::Pass);
     }
-    let (src, dst) = known.ends();
     let Some(hops) = forward::hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
-    if !external::leaves::<F, M>(maps, &src.0, &dst.0) {
-        return Ok(Verdict::Pass);
-    }
-    let Some(hop) = maps.next_hop(packet.ifindex(), &src.0, &dst.0) else {
+    let Some(said) = said::<F>(packet, maps.changed(), segment.dst, &known.other) else {
         return Ok(Verdict::Pass);
     };
-    // Of other interfaces nobody knows whether they take frames from XDP, or lose them.
-    if hop.ifindex != packet.ifindex() && maps.xdp_uplink(hop.ifindex).is_none() {
+    let hop = maps.hop(known.id, is_reply);
+    let holds = hop.holds(&said, now);
+    if holds && hop.ifindex == LEFT_TO_TC {
         return Ok(Verdict::Pass);
     }
+    if !holds || !packet.fits(hop.ifindex, hop.mtu) {
+        return Ok(Verdict::Seek(known.id, is_reply));
+    }
 
-    flow::follow(packet, maps, &known, &segment, is_reply);
+    let (src, dst) = known.ends();
+    flow::follow_at(packet, maps, &known, &segment, is_reply, now);
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     forward::take_hop::<F>(packet, hops).map_err(forward::refused)?;
-    forward::frame(packet, hop.to, hop.from).map_err(forward::refused)?;
+    packet.store(0, &hop.ethernet).map_err(forward::refused)?;
     maps.count(if is_reply {
         Counter::ExternalReply
     } else {
@@ -137,6 +167,68 @@ pub fn carry<F: Family, M: Maps<F>>(
     });
     maps.count(Counter::ExternalXdp);
     Ok(Verdict::Routed(hop.ifindex))
+}
+
+/// In place of the interface that packets leave by which are the TC hook's.
+const LEFT_TO_TC: u32 = 0;
+
+/// Asks the tables and the kernel how packets of a flow leave that go the way of this one, and notes
+/// that for [`carry`]: [`Verdict::Forward`] where they do.
+#[inline(always)]
+pub fn seek<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    id: FlowId,
+    is_reply: bool,
+) -> Result<Verdict, Counter> {
+    // Before all that it is about.
+    let changed = maps.changed();
+    let Some(to) = for_us::<F, M>(packet, maps) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(record) = maps.record(id) else {
+        return Ok(Verdict::Pass);
+    };
+    // Should they be another flow's by now, nobody believes what is noted.
+    let other = record.key(if is_reply {
+        FlowKey::<F::Addr>::REQUEST
+    } else {
+        FlowKey::<F::Addr>::REPLY
+    });
+    let Some(said) = said::<F>(packet, changed, to, &other) else {
+        return Ok(Verdict::Pass);
+    };
+    let mut hop = Hop {
+        noted_secs: maps.now_secs(),
+        ..Hop::NONE
+    };
+    let is_in_place = !is_reply || maps.is(&said.to, AddressKind::NODE);
+    if is_in_place && external::leaves::<F, M>(maps, &said.ends.0, &said.ends.1) {
+        let Some(next) = maps.next_hop(said.ifindex, &said.ends.0, &said.ends.1) else {
+            // The kernel may think otherwise of the next.
+            return Ok(Verdict::Pass);
+        };
+        // Of other interfaces nobody knows whether they take frames from XDP, or lose them.
+        if next.ifindex == said.ifindex || maps.xdp_uplink(next.ifindex).is_some() {
+            hop.ifindex = next.ifindex;
+            hop.ethernet = forward::ethernet(next.to, next.from);
+            hop.mtu = next.mtu;
+        }
+    }
+    hop.check = said.check(&hop);
+    maps.set_hop(id, is_reply, &hop);
+    Ok(if hop.ifindex == LEFT_TO_TC {
+        Verdict::Pass
+    } else {
+        Verdict::Forward
+    })
+}
+
+/// The address of interest that a packet is for, if it came for this node and not for another host.
+#[inline(always)]
+fn for_us<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<F::Addr> {
+    let dst = packet.load(ETHERNET + F::ADDRS + size_of::<F::Addr>())?;
+    (!packet.is_for_another_host() && maps.address(&dst).is_some()).then_some(dst)
 }
 
 /// Whether a packet that is of no flow begins one here. What is in the middle of a connection is
@@ -151,6 +243,9 @@ fn begins<F: Family>(maps: &impl Maps<F>, segment: &Segment<F::Addr>) -> bool {
 /// Makes the flow that a packet begins. Who is refused, and why, is the TC hook's to say and count.
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
+    if for_us::<F, M>(packet, maps).is_none() {
+        return Ok(Verdict::Pass);
+    }
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };

@@ -15,8 +15,8 @@ use aya_ebpf::{
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange,
-    Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
+    FrontendKey, Hop, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId, Shortcut,
+    SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
 };
 use penstock_ebpf::{
     env::{Env, Maps, NextHop, Overlay, Way},
@@ -304,6 +304,19 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
     }
 }
 
+/// Where a flow's packets of a direction go.
+#[inline(always)]
+fn hop_of(counts: *mut FlowCounts, is_reply: bool) -> *mut Hop {
+    // SAFETY: fields' addresses inside the mapped element; nothing is read.
+    unsafe {
+        if is_reply {
+            addr_of_mut!((*counts).reply_hop)
+        } else {
+            addr_of_mut!((*counts).request_hop)
+        }
+    }
+}
+
 /// What a backend's counts begin with: where an insertion gets it from, stacks having no room.
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
@@ -562,6 +575,23 @@ macro_rules! family {
                     let sum = addr_of!((*way).bytes).read_volatile() + u64::from(bytes);
                     addr_of_mut!((*way).bytes).write_volatile(sum);
                     before == 0
+                }
+            }
+
+            #[inline(always)]
+            fn hop(&self, id: FlowId, is_reply: bool) -> Hop {
+                $counts
+                    .get_ptr_mut(id.0)
+                    .map(|counts| copy(hop_of(counts, is_reply)))
+                    .unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_hop(&self, id: FlowId, is_reply: bool, hop: &Hop) {
+                if let Some(counts) = $counts.get_ptr_mut(id.0) {
+                    // SAFETY: a field of a mapped element (see `copy`); whoever reads half of it sees
+                    // that.
+                    unsafe { hop_of(counts, is_reply).write_volatile(*hop) };
                 }
             }
 
