@@ -20,6 +20,7 @@
 //! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
 //! | `FLOW_VTEPS4/6` | array | [`FlowId`] → [`Vtep`] that a flow's requests come from through the overlay, where replies go back | programs | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `HINTS4/6` | array | [`HintPlace`] of a [`FlowKey`] → [`Hints`] | programs | the older one is forgotten |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `RESPONDERS` | array, mmapable | [`Responder`] → how many replies' keys `FLOW_INDEX` has, or is about to have or has just had | both | responders share elements |
 //! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
@@ -64,7 +65,7 @@ pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Load, Traff
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
-    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
+    HintPlace, Hints, MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
     SCTP_ESTABLISHED_SECS,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
@@ -107,6 +108,8 @@ pub mod limits {
     pub const FLOWS: u32 = 131_072;
     /// Keys of flows: two for each, and some for those that change hands.
     pub const FLOW_INDEX: u32 = 2 * FLOWS + 4_096;
+    /// Elements that flows' keys are spread over which XDP has met, two to each.
+    pub const HINTS: u32 = 65_536;
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;

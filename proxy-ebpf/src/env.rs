@@ -5,8 +5,8 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hop, PortChunk, Proto,
-    Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, HintPlace, Hints, Hop,
+    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
 };
 
 use crate::{family::Family, pod::Back};
@@ -184,6 +184,12 @@ pub trait Maps<F: Family>: Env {
     fn set_flow_vtep(&self, id: FlowId, vtep: &Vtep);
     /// Counts a packet of a flow; whether it is the first in its direction.
     fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool;
+    /// What is known of the flows whose keys have this place.
+    fn hints(&self, place: HintPlace) -> Hints;
+    /// Replaces it.
+    fn set_hints(&self, place: HintPlace, hints: Hints);
+    /// Whether a packet of a flow's direction was counted.
+    fn has_counted(&self, id: FlowId, is_reply: bool) -> bool;
     /// Where packets of a flow's direction went a moment ago, if [`Hop::holds`].
     fn hop(&self, id: FlowId, is_reply: bool) -> Hop;
     /// Notes where they go.

@@ -55,7 +55,16 @@ pub fn find<F: Family, M: Maps<F>>(
     maps: &M,
     key: &FlowKey<F::Addr>,
 ) -> Option<Known<F::Addr, M::Record>> {
-    let id = maps.flow_id(key)?;
+    known::<F, M>(maps, maps.flow_id(key)?, key)
+}
+
+/// The flow in a record, if it is the one that `key` belongs to.
+#[inline(always)]
+pub fn known<F: Family, M: Maps<F>>(
+    maps: &M,
+    id: FlowId,
+    key: &FlowKey<F::Addr>,
+) -> Option<Known<F::Addr, M::Record>> {
     let record = maps.record(id)?;
     let known = Known {
         id,

@@ -375,70 +375,87 @@ mod programs {
 
     /// XDP's functions for one family; their answers are as the other hooks'.
     macro_rules! xdp_family {
-        ($family:ty: $before_stack:ident, $carry:ident, $seek:ident, $admit:ident, $begin:ident) => {
-            xdp_family!(stage $carry, xdp::carry, $family);
-            xdp_family!(stage $admit, xdp::open, $family);
+        ($family:ty: $before_stack:ident, $carry:ident, $look:ident, $seek:ident, $admit:ident, $begin:ident) => {
+            xdp_family!(stage $carry, $family, (found: u32), |xdp, kernel| {
+                let found = xdp::Found {
+                    is_found: found != NOT_FOUND,
+                    id: FlowId(found >> 1),
+                    is_reply: found & 1 != 0,
+                };
+                xdp::carry::<$family, _>(xdp, kernel, found)
+            });
+            xdp_family!(stage $look, $family, (), |xdp, kernel| {
+                xdp::look::<$family, _>(xdp, kernel)
+            });
+            xdp_family!(stage $seek, $family, (found: u32), |xdp, kernel| {
+                xdp::seek::<$family, _>(xdp, kernel, FlowId(found >> 1), found & 1 != 0)
+            });
+            xdp_family!(stage $admit, $family, (), |xdp, kernel| {
+                xdp::open::<$family, _>(xdp, kernel)
+            });
 
             #[inline(always)]
             fn $before_stack(xdp: *mut xdp_md) -> i32 {
-                let mut verdict = $carry(xdp);
-                if verdict == OPEN {
-                    verdict = $admit(xdp);
-                    if verdict == OPENING {
-                        verdict = $begin();
+                let mut verdict = $carry(xdp, NOT_FOUND);
+                if verdict == LOOK {
+                    verdict = $look(xdp);
+                    if verdict == OPEN {
+                        verdict = $admit(xdp);
+                        if verdict == OPENING {
+                            verdict = $begin();
+                        }
+                        if verdict == OPENED {
+                            verdict = $look(xdp);
+                        }
                     }
-                    if verdict == OPENED {
-                        verdict = $carry(xdp);
+                    if (FOUND..SOUGHT).contains(&verdict) {
+                        verdict = $carry(xdp, (verdict - FOUND) as u32);
                     }
                 }
-                if verdict >= SEEK {
-                    let found = (verdict - SEEK) as u32;
-                    verdict = $seek(xdp, found >> 1, found & 1);
+                if verdict >= SOUGHT {
+                    let found = (verdict - SOUGHT) as u32;
+                    verdict = $seek(xdp, found);
                     if verdict == FORWARD {
-                        verdict = $carry(xdp);
+                        verdict = $carry(xdp, found);
                     }
                 }
                 // What was noted is no longer so, once more.
-                if verdict >= SEEK { NEXT } else { verdict }
-            }
-
-            /// Asks how packets of a flow leave.
-            #[unsafe(no_mangle)]
-            #[inline(never)]
-            pub(crate) extern "C" fn $seek(xdp: *mut xdp_md, id: u32, is_reply: u32) -> i32 {
-                let context = XdpContext::new(xdp);
-                let kernel = Kernel { context: &context };
-                let xdp = Xdp::new(&context);
-                match xdp::seek::<$family, _>(&xdp, &kernel, FlowId(id), is_reply != 0) {
-                    Ok(Verdict::Forward) => FORWARD,
-                    _ => NEXT,
-                }
+                if verdict >= FOUND { NEXT } else { verdict }
             }
         };
-        (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
+        (stage $name:ident, $family:ty, ($($argument:ident: u32)?), |$xdp:ident, $kernel:ident| $body:block) => {
             #[unsafe(no_mangle)]
             #[inline(never)]
-            pub(crate) extern "C" fn $name(xdp: *mut xdp_md) -> i32 {
+            pub(crate) extern "C" fn $name(xdp: *mut xdp_md $(, $argument: u32)?) -> i32 {
                 let context = XdpContext::new(xdp);
-                let kernel = Kernel { context: &context };
-                let mut xdp = Xdp::new(&context);
-                match $module::$path::<$family, _>(&mut xdp, &kernel) {
-                    Ok(Verdict::Routed(ifindex)) => xdp.send(ifindex),
+                let $kernel = &Kernel { context: &context };
+                let $xdp = &mut Xdp::new(&context);
+                match $body {
+                    Ok(Verdict::Routed(ifindex)) => $xdp.send(ifindex),
                     Ok(Verdict::Open) => OPEN,
                     Ok(Verdict::Opening) => OPENING,
-                    Ok(Verdict::Seek(id, is_reply)) => {
-                        SEEK + ((id.0 as i32) << 1) + i32::from(is_reply)
-                    }
+                    Ok(Verdict::Look) => LOOK,
+                    Ok(Verdict::Known(id, is_reply)) => FOUND + numbered(id, is_reply),
+                    Ok(Verdict::Seek(id, is_reply)) => SOUGHT + numbered(id, is_reply),
+                    Ok(Verdict::Forward) => FORWARD,
                     Ok(_) => NEXT,
                     Err(reason) => dropped(&context, reason),
                 }
             }
         };
     }
-    xdp_family!(V4: before_stack4, carry4, seek4, admit_at_xdp4, begin4);
-    xdp_family!(V6: before_stack6, carry6, seek6, admit_at_xdp6, begin6);
+
+    /// A flow's direction in a number.
+    #[inline(always)]
+    fn numbered(id: FlowId, is_reply: bool) -> i32 {
+        ((id.0 as i32) << 1) + i32::from(is_reply)
+    }
+
+    xdp_family!(V4: before_stack4, carry4, look4, seek4, admit_at_xdp4, begin4);
+    xdp_family!(V6: before_stack6, carry6, look6, seek6, admit_at_xdp6, begin6);
 
     // Between the functions of a hook: see `Verdict`. None is a verdict of the kernel's.
+    const LOOK: i32 = -27;
     const WRAPPED: i32 = -26;
     const TOO_LONG_AS_IT_CAME: i32 = -25;
     const HAND_OVER: i32 = -24;
@@ -469,7 +486,9 @@ mod programs {
     // Plus the `FlowId`.
     const CLAIMED: i32 = 1 << 20;
     // Plus twice the `FlowId`, and one for a reply.
-    const SEEK: i32 = 1 << 20;
+    const FOUND: i32 = 1 << 20;
+    const SOUGHT: i32 = 1 << 21;
+    const NOT_FOUND: u32 = u32::MAX;
     // Plus the chunk.
     const SEARCH: i32 = 1 << 20;
 
@@ -489,8 +508,8 @@ mod programs {
         verdict: Verdict,
     ) -> i32 {
         match verdict {
-            // The last is XDP's alone.
-            Verdict::Pass | Verdict::Seek(..) => NEXT,
+            // All but the first are XDP's alone.
+            Verdict::Pass | Verdict::Look | Verdict::Known(..) | Verdict::Seek(..) => NEXT,
             Verdict::TurnAround => skb.turn_around(),
             Verdict::Open => OPEN,
             Verdict::Opening => OPENING,

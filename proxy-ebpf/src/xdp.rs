@@ -9,14 +9,14 @@
 //! and by which way it left. [`carry`] asks for nothing that this says.
 
 use penstock_common::{
-    AddressKind, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto, Said,
+    Addr, AddressKind, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto, Said,
 };
 
 use crate::{
     env::{Maps, Record},
     external,
     family::{ETHERNET, Family, Fragment, Network},
-    flow::{self, Known, succession},
+    flow::{self, succession},
     forward,
     packet::Packet,
     parse::{self, Segment, tcp},
@@ -58,28 +58,29 @@ fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segmen
     }
 }
 
-/// The flow of a packet, and whether it is a reply of it.
+/// The key of a packet's flow if it is a reply, or a request.
 #[inline(always)]
-fn find<F: Family, M: Maps<F>>(
-    maps: &M,
-    segment: &Segment<F::Addr>,
-) -> (Option<Known<F::Addr, M::Record>>, bool) {
-    let mut key = FlowKey::new(
-        FlowKey::<F::Addr>::REPLY,
+fn key<A: Addr>(segment: &Segment<A>, is_reply: bool) -> FlowKey<A> {
+    let direction = if is_reply {
+        FlowKey::<A>::REPLY
+    } else {
+        FlowKey::<A>::REQUEST
+    };
+    FlowKey::new(
+        direction,
         segment.proto,
         (segment.src, segment.src_port),
         (segment.dst, segment.dst_port),
-    );
+    )
+}
+
+/// Whether a packet may be a reply.
+#[inline(always)]
+fn may_be_reply<F: Family>(maps: &impl Maps<F>, segment: &Segment<F::Addr>) -> bool {
     // Whom this node speaks for has a port of these; others need not be looked for.
     let (low, high) = MASQUERADE_PORTS;
-    if (low..=high).contains(&segment.dst_port.to_host()) && maps.may_respond(key.responder()) {
-        let known = flow::find::<F, M>(maps, &key);
-        if known.is_some() {
-            return (known, true);
-        }
-    }
-    key.direction = FlowKey::<F::Addr>::REQUEST;
-    (flow::find::<F, M>(maps, &key), false)
+    (low..=high).contains(&segment.dst_port.to_host())
+        && maps.may_respond(key(segment, true).responder())
 }
 
 /// What a [`Hop`] is said of for this packet to `to`, of a flow with this key in the other direction.
@@ -99,12 +100,26 @@ fn said<F: Family>(
     })
 }
 
-/// Translates a packet of a known flow and sends it on; [`Verdict::Open`] where it may begin one, and
-/// [`Verdict::Seek`] where [`seek`] has to be asked first.
+/// A packet's flow that [`look`] has found, if it has. No `Option`: see [`crate::env::Way`].
+#[derive(Clone, Copy, Default)]
+pub struct Found {
+    /// Whether it has.
+    pub is_found: bool,
+    /// The flow.
+    pub id: FlowId,
+    /// Whether the packet is a reply.
+    pub is_reply: bool,
+}
+
+/// Translates a packet of a known flow and sends it on: of the one that [`look`] has found, or that
+/// a hint leads to.
+///
+/// [`Verdict::Look`] where there is none, and [`Verdict::Seek`] where [`seek`] has to be asked first.
 #[inline(always)]
 pub fn carry<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
+    found: Found,
 ) -> Result<Verdict, Counter> {
     let Some(dst) = packet.load(ETHERNET + F::ADDRS + size_of::<F::Addr>()) else {
         return Ok(Verdict::Pass);
@@ -119,13 +134,23 @@ pub fn carry<F: Family, M: Maps<F>>(
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };
-    let (known, is_reply) = find::<F, M>(maps, &segment);
-    let Some(known) = known else {
-        return Ok(if begins(maps, &segment) {
-            Verdict::Open
-        } else {
-            Verdict::Pass
-        });
+    let is_reply = if found.is_found {
+        found.is_reply
+    } else {
+        may_be_reply(maps, &segment)
+    };
+    let key = key(&segment, is_reply);
+    let mut id = found.id;
+    if !found.is_found {
+        let place = key.hint_place();
+        id = maps.hints(place).at(place);
+        // Of a flow without a packet it is not sure yet that the index has its key.
+        if !maps.has_counted(id, is_reply) {
+            return Ok(Verdict::Look);
+        }
+    }
+    let Some(known) = flow::known::<F, M>(maps, id, &key) else {
+        return Ok(Verdict::Look);
     };
     let is_over = if is_reply {
         flow::is_anothers(&known, &segment)
@@ -171,6 +196,40 @@ pub fn carry<F: Family, M: Maps<F>>(
 
 /// In place of the interface that packets leave by which are the TC hook's.
 const LEFT_TO_TC: u32 = 0;
+
+/// Finds the flow of a packet in the index, and notes it among the hints; [`Verdict::Open`] where it may
+/// begin one.
+#[inline(always)]
+pub fn look<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Result<Verdict, Counter> {
+    if packet.is_for_another_host() {
+        return Ok(Verdict::Pass);
+    }
+    let Some(segment) = plain::<F, M>(packet, maps) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(address) = maps.address(&segment.dst) else {
+        return Ok(Verdict::Pass);
+    };
+    let mut is_reply = address.kind == AddressKind::NODE && may_be_reply(maps, &segment);
+    let mut known = None;
+    if is_reply {
+        known = flow::find::<F, M>(maps, &key(&segment, true));
+        is_reply = known.is_some();
+    }
+    if !is_reply {
+        known = flow::find::<F, M>(maps, &key(&segment, false));
+    }
+    let Some(known) = known else {
+        return Ok(if begins(maps, &segment) {
+            Verdict::Open
+        } else {
+            Verdict::Pass
+        });
+    };
+    let place = key(&segment, is_reply).hint_place();
+    maps.set_hints(place, maps.hints(place).with(place, known.id));
+    Ok(Verdict::Known(known.id, is_reply))
+}
 
 /// Asks the tables and the kernel how packets of a flow leave that go the way of this one, and notes
 /// that for [`carry`]: [`Verdict::Forward`] where they do.
@@ -243,9 +302,6 @@ fn begins<F: Family>(maps: &impl Maps<F>, segment: &Segment<F::Addr>) -> bool {
 /// Makes the flow that a packet begins. Who is refused, and why, is the TC hook's to say and count.
 #[inline(always)]
 pub fn open<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
-    if for_us::<F, M>(packet, maps).is_none() {
-        return Ok(Verdict::Pass);
-    }
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };

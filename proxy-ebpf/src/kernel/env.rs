@@ -15,8 +15,8 @@ use aya_ebpf::{
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Hop, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId, Shortcut,
-    SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
+    FrontendKey, HintPlace, Hints, Hop, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId,
+    Shortcut, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
 };
 use penstock_ebpf::{
     env::{Env, Maps, NextHop, Overlay, Way},
@@ -323,7 +323,7 @@ static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 macro_rules! family {
     ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident, $about:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident, $overlay:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $hints:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
         fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
@@ -579,6 +579,35 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn hints(&self, place: HintPlace) -> Hints {
+                $hints.get_ptr(place.index).map(copy).unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_hints(&self, place: HintPlace, hints: Hints) {
+                if let Some(element) = $hints.get_ptr_mut(place.index) {
+                    // SAFETY: a mapped array element (see `copy`); an aligned word is written whole.
+                    unsafe { element.write_volatile(hints) };
+                }
+            }
+
+            #[inline(always)]
+            fn has_counted(&self, id: FlowId, is_reply: bool) -> bool {
+                let Some(counts) = $counts.get_ptr_mut(id.0) else {
+                    return false;
+                };
+                // SAFETY: fields of a mapped element (see `copy`).
+                unsafe {
+                    let way = if is_reply {
+                        addr_of!((*counts).reply)
+                    } else {
+                        addr_of!((*counts).request)
+                    };
+                    addr_of!((*way).packets).read_volatile() != 0
+                }
+            }
+
+            #[inline(always)]
             fn hop(&self, id: FlowId, is_reply: bool) -> Hop {
                 $counts
                     .get_ptr_mut(id.0)
@@ -779,6 +808,6 @@ macro_rules! family {
 }
 
 family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4, about_request4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4, overlay4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, HINTS4, node4, overlay4);
 family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6, about_request6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6, overlay6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, HINTS6, node6, overlay6);
