@@ -21,8 +21,8 @@ use crate::{
         cgroup::{self, Fate},
         exclude::Exclusions,
         follow::{Follower, Names, Wiring},
-        interface::PacketHooks,
-        netns, xdp,
+        interface::{PacketHooks, Role},
+        netns, routes, xdp,
     },
     dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
     flows::Lifetimes,
@@ -118,7 +118,13 @@ pub async fn run(options: Options) -> Result<Ending> {
         traces::forward(&mut ebpf);
     }
     let attached = cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
-    let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6), options.xdp)?;
+    let mut roles = vec![Role::Pod, Role::Uplink];
+    roles.extend(options.network.is_some().then_some(Role::Overlay));
+    let has_tcx = version >= (6, 6);
+    let hooks = PacketHooks::load(ebpf, pins.clone(), has_tcx, options.xdp, &roles)?;
+    if options.xdp != xdp::Choice::Off {
+        tokio::spawn(routes::watch(Changed::open(&pins)?));
+    }
     tracing::info!("socket hooks are on {}", options.cgroup.display());
 
     let (sender, mut events) = mpsc::channel(BATCH);
