@@ -72,72 +72,6 @@ impl<A: Addr> FlowKey<A> {
     }
 }
 
-/// An element of `HINTS4` or `HINTS6`: the records of the last two flows whose keys fall here, the
-/// later one first, each with some bits of its key.
-///
-/// It spares what the index says, which costs three cache lines and pages of a much larger table. What
-/// it says has to be proved: only the record knows whose it is.
-#[repr(transparent)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Hints(u64);
-
-/// Where a flow's key is in `HINTS4` or `HINTS6`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HintPlace {
-    /// The element.
-    pub index: u32,
-    /// In the bits of a half that are not the record's: tells keys of one element apart.
-    tag: u32,
-}
-
-impl Hints {
-    const IDS: u32 = crate::limits::FLOWS - 1;
-
-    /// The record of the key with this place, perhaps; one that there is not, if it is not here.
-    #[inline(always)]
-    pub const fn at(self, place: HintPlace) -> FlowId {
-        let (first, second) = ((self.0 >> 32) as u32, self.0 as u32);
-        if (first ^ place.tag) & !Self::IDS == 0 {
-            FlowId(first & Self::IDS)
-        } else if (second ^ place.tag) & !Self::IDS == 0 {
-            FlowId(second & Self::IDS)
-        } else {
-            FlowId(crate::limits::FLOWS)
-        }
-    }
-
-    /// With the record of the key with this place.
-    #[inline(always)]
-    #[must_use]
-    pub const fn with(self, place: HintPlace, id: FlowId) -> Self {
-        let first = (self.0 >> 32) as u32;
-        let new = place.tag | (id.0 & Self::IDS);
-        // Its own goes, and else the older one.
-        let other = if (first ^ place.tag) & !Self::IDS == 0 {
-            self.0 as u32
-        } else {
-            first
-        };
-        Self((new as u64) << 32 | other as u64)
-    }
-}
-
-impl<A: Addr> FlowKey<A> {
-    /// Where it is among the hints.
-    #[inline(always)]
-    pub fn hint_place(&self) -> HintPlace {
-        let ports = u64::from(self.src_port.raw()) << 16 | u64::from(self.dst_port.raw());
-        let kind = u64::from(self.proto.0) << 1 | u64::from(self.direction);
-        let hash = mixed(mixed(kind << 32 | ports, self.src), self.dst);
-        HintPlace {
-            index: (hash >> 32) as u32 % crate::limits::HINTS,
-            tag: hash as u32 & !Hints::IDS,
-        }
-    }
-}
-
-const _: () = assert!(crate::limits::FLOWS.is_power_of_two());
-
 /// Index into `RESPONDERS`: one end of flows, which replies to the other.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -376,6 +310,6 @@ pub struct FragmentPorts {
 }
 
 map_types! {
-    Hints = 8, PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
+    PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
     Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 4,
 }

@@ -52,6 +52,7 @@ mod count;
 mod counter;
 mod flow;
 mod forwarding;
+mod hint;
 mod hop;
 mod net;
 mod network;
@@ -65,10 +66,11 @@ pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Load, Traff
 pub use counter::Counter;
 pub use flow::{
     Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
-    HintPlace, Hints, MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
+    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
     SCTP_ESTABLISHED_SECS,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
+pub use hint::{HintPlace, Hints};
 pub use hop::{Hop, Said};
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{

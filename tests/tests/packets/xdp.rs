@@ -567,7 +567,7 @@ fn follow(node: &Node, half: usize) {
         let gateway = GATEWAYS[half];
         run(format!("{family} route replace default via {gateway}{mtu}"));
     };
-    routes("replace", " mtu 1300");
+    routes("replace", " mtu lock 1300");
     flow.change();
     for _ in 0..2 {
         assert_eq!(flow.sent(false), other);
