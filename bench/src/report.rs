@@ -74,6 +74,7 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
          1, is called no difference.\n",
     );
     slower(&mut text, results);
+    beside_kube_proxy(&mut text, results);
     for (title, file) in plots.iter().filter(|(title, _)| title == GROWTH) {
         let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})");
     }
@@ -82,15 +83,16 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
         if outcome.title != title {
             title = &outcome.title;
             let _ = writeln!(text, "\n## {title}\n");
-            for (_, file) in plots.iter().filter(|(plotted, _)| plotted == title) {
-                let _ = writeln!(text, "![{title}]({file})\n");
-            }
         }
         let rounds = outcome
             .turns
             .first()
             .map_or(0, |turns| turns.summaries.len());
         let _ = writeln!(text, "### {}, {rounds} rounds\n", outcome.what);
+        let name = outcome.name();
+        for (_, file) in plots.iter().filter(|(plotted, _)| *plotted == name) {
+            let _ = writeln!(text, "![{name}]({file})\n");
+        }
         table(&mut text, outcome);
     }
     text.push_str(&programming(results));
@@ -184,10 +186,8 @@ fn programmed(agent: &Value) -> String {
 fn slower(text: &mut String, results: &Results) {
     let mut rows = Vec::new();
     for outcome in &results.outcomes {
-        let (ours, others): (Vec<_>, Vec<_>) = outcome
-            .turns
-            .iter()
-            .partition(|turns| turns.contender.starts_with("Penstock"));
+        let (ours, others): (Vec<_>, Vec<_>) =
+            outcome.turns.iter().partition(|turns| turns.is_ours());
         for metric in &outcome.metrics {
             for (ours, other) in ours
                 .iter()
@@ -220,6 +220,53 @@ fn slower(text: &mut String, results: &Results) {
     for row in rows {
         text.push_str(&row);
         text.push('\n');
+    }
+}
+
+/// How a way of Penstock's compares with each of kube-proxy's modes, by mode.
+pub fn ratios_to_kube_proxy<'a>(
+    outcome: &'a Outcome,
+    ours: &Turns,
+    metric: Metric,
+) -> Vec<(&'a str, Median)> {
+    let modes = outcome.turns.iter();
+    modes
+        .filter_map(|turns| Some((turns.mode()?, ours.ratio(turns, metric))))
+        .collect()
+}
+
+/// All ways of Penstock's beside kube-proxy's, in short.
+fn beside_kube_proxy(text: &mut String, results: &Results) {
+    let mut rows = String::new();
+    for outcome in &results.outcomes {
+        for metric in &outcome.metrics {
+            for ours in outcome.turns.iter().filter(|turns| turns.is_ours()) {
+                let ratios = ratios_to_kube_proxy(outcome, ours, *metric);
+                let ratios: Vec<String> = ratios
+                    .into_iter()
+                    .map(|(mode, ratio)| format!("{mode}: {}", ratio.shown()))
+                    .collect();
+                if ratios.is_empty() {
+                    continue;
+                }
+                let _ = writeln!(
+                    rows,
+                    "| {}, {} ({}) | {} | {} |",
+                    outcome.name(),
+                    metric.name(),
+                    metric.better(),
+                    ours.contender,
+                    ratios.join("<br>")
+                );
+            }
+        }
+    }
+    if !rows.is_empty() {
+        text.push_str("\n## Penstock to kube-proxy\n\n");
+        text.push_str(
+            "| measured | Penstock | times as much as kube-proxy, by mode |\n| --- | --- | --- |\n",
+        );
+        text.push_str(&rows);
     }
 }
 
@@ -291,6 +338,24 @@ mod tests {
             metrics: vec![metric],
             turns: medians.iter().map(turns).collect(),
         }
+    }
+
+    #[test]
+    fn ratios_to_every_mode_of_kube_proxy_are_named() {
+        let medians = [
+            ("kube-proxy, iptables", 400),
+            ("kube-proxy's rules, nftables", 500),
+            ("Penstock, XDP", 1_500),
+            ("no service", 900),
+        ];
+        let results = Results {
+            outcomes: vec![outcome("Packets", Metric::Packets, &medians)],
+            ..Results::new(Machine::look())
+        };
+        let text = markdown(&results, &[]);
+        let row = "| Packets: UDP request, packets (more is better) | Penstock, XDP | iptables: 3.750 (95 % \
+                   interval 3.750 to 3.750)<br>nftables: 3.000 (95 % interval 3.000 to 3.000) |";
+        assert!(text.contains(row), "{text}");
     }
 
     #[test]
