@@ -18,6 +18,7 @@ mod image;
 mod kube_proxy;
 mod kubernetes;
 mod lease;
+mod link;
 mod manifest;
 mod network;
 mod plugin;

@@ -13,6 +13,7 @@ mod flood;
 mod forwarding;
 mod health;
 mod inside;
+mod joined;
 mod live;
 mod outside;
 mod sctp;
