@@ -1,5 +1,8 @@
 //! Frames as somebody made them, sent by an interface.
-#![expect(unsafe_code, reason = "no library here makes a link's address for a socket")]
+#![expect(
+    unsafe_code,
+    reason = "no library here makes a link's address for a socket"
+)]
 
 use std::{
     fs::File,
@@ -31,7 +34,8 @@ impl Host {
             Ok((socket, if_nametoindex(interface)?))
         };
         let opened = thread::scope(|scope| scope.spawn(open).join());
-        let (socket, index) = opened.map_err(|_| anyhow::anyhow!("opening a socket panicked"))??;
+        let (socket, index) =
+            opened.map_err(|_| anyhow::anyhow!("opening a socket panicked"))??;
         let sent = sendto(socket.as_raw_fd(), frame, &link(index)?, MsgFlags::empty())?;
         ensure!(sent == frame.len(), "{sent} of {} octets", frame.len());
         Ok(())

@@ -18,4 +18,5 @@ mod live;
 mod outside;
 mod sctp;
 mod stage;
+mod tagged;
 mod xdp;
