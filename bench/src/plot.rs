@@ -133,7 +133,7 @@ fn bars(area: &Area, outcome: &Outcome, metric: Metric, top: i32) -> Drawn {
 }
 
 /// The trial whose median is shown by the number of services.
-const GROWING: &str = "TCP connect, request, close, one processor for both";
+pub const GROWING: &str = "TCP connect, request, close, one processor for both";
 /// The lines of a picture's ways, in their order.
 const LINES: [RGBColor; 7] = [
     RGBColor(190, 190, 190),
@@ -211,7 +211,7 @@ fn decade(value: f64, side: fn(f64) -> f64) -> f64 {
 }
 
 /// How many services there are where the last one is asked, or the only one.
-fn asked_last(title: &str) -> Option<f64> {
+pub fn asked_last(title: &str) -> Option<f64> {
     if title == "1 service" {
         return Some(1.0);
     }

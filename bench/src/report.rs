@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::{
     figures::{self, Median},
+    plot,
     results::Results,
     turns::{Metric, Outcome, Turns},
 };
@@ -76,7 +77,8 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     slower(&mut text, results);
     beside_kube_proxy(&mut text, results);
     for (title, file) in plots.iter().filter(|(title, _)| title == GROWTH) {
-        let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})");
+        let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})\n");
+        growth(&mut text, results);
     }
     let mut title = "";
     for outcome in &results.outcomes {
@@ -235,6 +237,48 @@ pub fn ratios_to_kube_proxy<'a>(
         .collect()
 }
 
+/// How much longer connecting takes than to the first contender, by the number of services: whatever is different
+/// from one number to the next for all of them is not in it.
+fn growth(text: &mut String, results: &Results) {
+    let outcomes = results.outcomes.iter();
+    let mut growing: Vec<(f64, &Outcome)> = outcomes
+        .filter(|outcome| outcome.what == plot::GROWING)
+        .filter_map(|outcome| Some((plot::asked_last(&outcome.title)?, outcome)))
+        .collect();
+    growing.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut names: Vec<&str> = Vec::new();
+    for (_, outcome) in &growing {
+        for turns in outcome.turns.iter().skip(1) {
+            if !names.contains(&turns.contender.as_str()) {
+                names.push(&turns.contender);
+            }
+        }
+    }
+    let heads: Vec<String> = growing.iter().map(|(count, _)| count.to_string()).collect();
+    let _ = writeln!(
+        text,
+        "p50, and its ratio to that of the first contender with as many services.\n\n\
+         | services | {} |\n| --- |{}",
+        heads.join(" | "),
+        " --- |".repeat(heads.len())
+    );
+    for name in names {
+        let cells: Vec<String> = growing
+            .iter()
+            .map(|(_, outcome)| {
+                let first = outcome.turns.first();
+                let own = outcome.turns.iter().find(|turns| turns.contender == name);
+                let Some((own, first)) = own.zip(first) else {
+                    return String::new();
+                };
+                let micros = spread(own.median(Metric::P50), 1e3);
+                format!("{micros} µs, {}", own.ratio(first, Metric::P50).shown())
+            })
+            .collect();
+        let _ = writeln!(text, "| {name} | {} |", cells.join(" | "));
+    }
+}
+
 /// All ways of Penstock's beside kube-proxy's, in short.
 fn beside_kube_proxy(text: &mut String, results: &Results) {
     let mut rows = String::new();
@@ -338,6 +382,31 @@ mod tests {
             metrics: vec![metric],
             turns: medians.iter().map(turns).collect(),
         }
+    }
+
+    #[test]
+    fn how_connecting_grows_is_a_table_too() {
+        let at = |title: &str, nanos| Outcome {
+            what: plot::GROWING.to_owned(),
+            ..outcome(
+                title,
+                Metric::P50,
+                &[("pod", 20_000), ("Penstock, socket", nanos)],
+            )
+        };
+        let results = Results {
+            outcomes: vec![
+                at("44000 services, the last", 22_000),
+                at("44000 services, the first", 1),
+                at("1 service", 21_000),
+            ],
+            ..Results::new(Machine::look())
+        };
+        let text = markdown(&results, &[(GROWTH.to_owned(), "growth.svg".to_owned())]);
+        assert!(text.contains("| services | 1 | 44000 |"), "{text}");
+        let row = "| Penstock, socket | 21.00 (21.00 to 21.00) µs, 1.050 (95 % interval 1.050 to 1.050) | 22.00 \
+                   (22.00 to 22.00) µs, 1.100 (95 % interval 1.100 to 1.100) |";
+        assert!(text.contains(row), "{text}");
     }
 
     #[test]

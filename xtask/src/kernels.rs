@@ -43,13 +43,7 @@ const TESTS: &[Group] = &[
             "overlay::what_comes_through_a_tunnel_goes_into_its_pod",
         ],
     ),
-    (
-        "external",
-        &[
-            "tagged::clients_of_a_vlan_reach_node_ports",
-            "tagged::clients_of_a_vlan_reach_node_ports_past_xdp",
-        ],
-    ),
+    ("external", &["tagged::clients_of_a_vlan_reach_node_ports"]),
     (
         "trouble",
         &[

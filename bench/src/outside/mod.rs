@@ -19,15 +19,17 @@ use crate::{
 };
 
 /// What is measured. Connections only at a rate: every one leaves its source port taken for a while,
-/// of which one node has some ten thousands towards one backend.
-const TRIALS: [Trial; 7] = [
+/// of which one node has some ten thousands towards one backend. For the same reason there is no short HTTP.
+const TRIALS: [Trial; 9] = [
     Trial::open(Workload::Connect, 500),
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::together(Workload::UdpRr),
     Trial::closed(Workload::UdpRr),
+    Trial::together(Workload::UdpPackets),
     Trial::together(Workload::Stream),
     Trial::closed(Workload::Stream),
+    Trial::streams(8),
 ];
 
 /// Measures some ways with so many services, of which the first is asked.

@@ -103,14 +103,18 @@ fn what_is_tagged_is_not_the_interfaces() -> Result<()> {
 
 /// Puts a host into the VLAN.
 fn join(host: &Host, addresses: [&str; 2]) -> Result<()> {
-    let script = format!(
-        "ip link add link eth0 name eth0.{VLAN} type vlan id {VLAN}
-         ip addr add {}/24 dev eth0.{VLAN}
-         ip addr add {}/64 dev eth0.{VLAN} nodad
-         ip link set eth0.{VLAN} up",
-        addresses[0], addresses[1]
-    );
-    host.run("sh", &["-ec", &script]).map(drop)
+    let link = format!("eth0.{VLAN}");
+    let lines = [
+        format!("link add link eth0 name {link} type vlan id {VLAN}"),
+        format!("addr add {}/24 dev {link}", addresses[0]),
+        format!("addr add {}/64 dev {link} nodad", addresses[1]),
+        format!("link set {link} up"),
+    ];
+    for line in lines {
+        let words: Vec<&str> = line.split(' ').collect();
+        host.run("ip", &words)?;
+    }
+    Ok(())
 }
 
 #[test]
