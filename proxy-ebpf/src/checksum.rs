@@ -32,6 +32,13 @@ impl Delta {
         Self(self.0 + u64::from(!old.raw()) + u64::from(new.raw()))
     }
 
+    /// Adds what another change makes.
+    #[inline(always)]
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+
     /// As the kernel's helpers take it: a 32-bit one's complement number.
     #[inline(always)]
     pub fn to_wsum(self) -> u32 {

@@ -9,7 +9,7 @@ use penstock_common::{
     Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
 };
 
-use crate::{family::Family, pod::Back};
+use crate::{family::Family, pod::Back, quoted::Quote};
 
 /// Where the kernel's routes send a packet, and to which neighbour there.
 #[derive(Clone, Copy)]
@@ -137,6 +137,19 @@ pub trait Maps<F: Family>: Env {
     /// [`crate::pod::back_itself`] of the packet that the program was called for, or
     /// [`crate::pod::about_request`].
     fn back(&self) -> Result<Back, Counter>;
+    /// [`crate::quoted::look`] at the packet that the program was called for.
+    fn quote(&self) -> Option<Quote>;
+    /// [`crate::quoted::requote`] of that packet.
+    fn requote(&self, quote: Quote, id: FlowId, is_about_request: bool) -> bool;
+    /// [`crate::flow::evict`], by a function of its own: the kernel follows each turn of the loop that it
+    /// is part of. So do those below.
+    fn evict(&self, id: FlowId) -> bool;
+    /// [`crate::flow::take_port`].
+    fn take_port(&self, id: FlowId, port: u16) -> bool;
+    /// [`crate::flow::evict_port`].
+    fn evict_port(&self, id: FlowId, port: u16) -> bool;
+    /// [`crate::flow::succession::succeed`].
+    fn succeed(&self, id: FlowId, port: u16) -> bool;
     /// This node's own address, unspecified if it has none of this family.
     fn node(&self) -> F::Addr;
     /// This node's address in the overlay, unspecified if it has none of this family.

@@ -48,6 +48,109 @@ impl Fragment {
 /// verifier takes another bound for reachable in one place and not in the next.
 pub const MAX_TRANSPORT: usize = 254;
 
+/// What follows an IPv6 header that is followed by extension headers.
+#[derive(Clone, Copy)]
+struct Extensions {
+    /// Their length in bytes, a multiple of 8; 0 where they are cut off, too long or too many.
+    length: usize,
+    /// The transport protocol.
+    proto: Proto,
+    /// The fragment, where this is one.
+    fragment: Fragment,
+}
+
+impl Extensions {
+    const LATER: u64 = 1 << 8;
+    const PART: u64 = 1 << 9;
+    const PROTO: u32 = 16;
+    const ID: u32 = 32;
+
+    #[inline(always)]
+    fn to_bits(self) -> u64 {
+        let Fragment {
+            is_later,
+            is_part,
+            id,
+        } = self.fragment;
+        let later = if is_later { Self::LATER } else { 0 };
+        let part = if is_part { Self::PART } else { 0 };
+        // In units of 8 bytes it fits into 5 bits.
+        (self.length as u64 >> 3)
+            | later
+            | part
+            | u64::from(self.proto.0) << Self::PROTO
+            | u64::from(id) << Self::ID
+    }
+
+    #[inline(always)]
+    fn from_bits(bits: u64) -> Self {
+        Self {
+            length: ((bits & 0x1f) << 3) as usize,
+            proto: Proto((bits >> Self::PROTO) as u8),
+            fragment: Fragment {
+                is_later: bits & Self::LATER != 0,
+                is_part: bits & Self::PART != 0,
+                id: (bits >> Self::ID) as u32,
+            },
+        }
+    }
+}
+
+/// Whether a next header's number is an extension's that is walked: hop-by-hop 0, routing 43,
+/// fragment 44, destination options 60 (RFC 8200, 4).
+#[inline(always)]
+fn is_extension(next: u8) -> bool {
+    matches!(next, 0 | 43 | 44 | 60)
+}
+
+/// Walks the extension headers of the IPv6 header at `at`, as bits that [`V6`]'s [`Family::network`]
+/// understands: one number, so that this can be a function that the kernel checks once.
+#[inline(always)]
+pub fn extensions(packet: &impl Packet, at: usize) -> u64 {
+    /// Extension headers that are walked; the kernel itself takes any number.
+    const MOST: usize = 4;
+    let mut walked = Extensions {
+        length: 0,
+        proto: Proto(0),
+        fragment: Fragment::NONE,
+    };
+    let Some(mut next) = packet.load::<u8>(at + 6) else {
+        return 0;
+    };
+    let mut steps = 0;
+    while steps < MOST && is_extension(next) {
+        let Some(header) = packet.load::<[u8; 4]>(at + V6::HEADER + walked.length) else {
+            return 0;
+        };
+        let [following, length, high, low] = header;
+        let mut size = 8;
+        if next == 44 {
+            let Some(id) = packet.load(at + V6::HEADER + walked.length + 4) else {
+                return 0;
+            };
+            let offset = u16::from_be_bytes([high, low]);
+            walked.fragment = Fragment {
+                is_later: offset & 0xfff8 != 0,
+                is_part: offset & 0xfff9 != 0,
+                id,
+            };
+        } else {
+            size += usize::from(length) << 3;
+        }
+        walked.length += size;
+        if walked.length > MAX_TRANSPORT - ETHERNET - 2 * V6::HEADER - 8 {
+            return 0;
+        }
+        next = following;
+        steps += 1;
+        if walked.fragment.is_later {
+            break;
+        }
+    }
+    walked.proto = Proto(next);
+    walked.to_bits()
+}
+
 /// An address family.
 pub trait Family: Copy + 'static {
     /// Its addresses.
@@ -303,49 +406,31 @@ impl Family for V6 {
 
     #[inline(always)]
     fn network(packet: &impl Packet, at: usize) -> Option<Network> {
-        /// Extension headers that are walked; the kernel itself takes any number.
-        const EXTENSIONS: usize = 4;
         let version: u8 = packet.load(at)?;
         if version >> 4 != 6 {
             return None;
         }
         let payload = u16::from_be(packet.load(at + 4)?);
-        let mut next: u8 = packet.load(at + 6)?;
+        let next: u8 = packet.load(at + 6)?;
         let mut extensions = 0;
-        let mut fragment = Fragment::NONE;
-        let mut walked = 0;
-        // RFC 8200, 4: hop-by-hop 0, routing 43, fragment 44, destination options 60.
-        while walked < EXTENSIONS && matches!(next, 0 | 43 | 44 | 60) {
-            let header: [u8; 4] = packet.load(at + Self::HEADER + extensions)?;
-            let [following, length, high, low] = header;
-            let mut size = 8;
-            if next == 44 {
-                let offset = u16::from_be_bytes([high, low]);
-                let id: u32 = packet.load(at + Self::HEADER + extensions + 4)?;
-                fragment = Fragment {
-                    is_later: offset & 0xfff8 != 0,
-                    is_part: offset & 0xfff9 != 0,
-                    id,
-                };
-            } else {
-                size += usize::from(length) << 3;
-            }
-            extensions += size;
-            if extensions > MAX_TRANSPORT - ETHERNET - 2 * Self::HEADER - 8 {
+        let mut header = Network {
+            transport: at + Self::HEADER,
+            proto: Proto(next),
+            transport_length: payload,
+            fragment: Fragment::NONE,
+        };
+        if is_extension(next) {
+            let walked = Extensions::from_bits(packet.extensions(at));
+            if walked.length == 0 {
                 return None;
             }
-            next = following;
-            walked += 1;
-            if fragment.is_later {
-                break;
-            }
+            extensions = walked.length;
+            header.transport += extensions;
+            header.proto = walked.proto;
+            header.fragment = walked.fragment;
         }
-        Some(Network {
-            transport: at + Self::HEADER + extensions,
-            proto: Proto(next),
-            transport_length: payload.checked_sub(extensions as u16)?,
-            fragment,
-        })
+        header.transport_length = payload.checked_sub(extensions as u16)?;
+        Some(header)
     }
 
     #[inline(always)]
@@ -359,7 +444,7 @@ impl Family for V6 {
     fn plain(packet: &impl Packet, at: usize) -> Option<Proto> {
         let version: u8 = packet.load(at)?;
         let next: u8 = packet.load(at + 6)?;
-        (version >> 4 == 6 && !matches!(next, 0 | 43 | 44 | 60)).then_some(Proto(next))
+        (version >> 4 == 6 && !is_extension(next)).then_some(Proto(next))
     }
 
     #[inline(always)]

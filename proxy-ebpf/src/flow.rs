@@ -20,7 +20,7 @@ use crate::{
     parse::{Segment, tcp},
     pod::Verdict,
 };
-use succession::{inherit, succeed};
+use succession::inherit;
 
 /// A flow that was found.
 #[derive(Clone, Copy)]
@@ -254,32 +254,38 @@ fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Option<(FlowId, M::Record)> {
             return Some((id, record));
         }
     }
-    let now = maps.now_secs();
-    let timeouts = maps.config().timeouts;
     let start = maps.hand();
     let mut step = 0;
     while step < maps.reach() {
         let next = start.wrapping_add(step);
         step += 1;
         let id = FlowId(next % maps.records());
-        let Some(record) = maps.record(id) else {
-            continue;
-        };
-        let state = record.state();
-        if !may_evict(state, record, now, &timeouts)
-            || !record.exchange_state(state, FlowState::CLAIMED)
-        {
-            continue;
+        if maps.evict(id) {
+            maps.move_hand(next.wrapping_add(1));
+            return maps.record(id).map(|record| (id, record));
         }
-        maps.move_hand(next.wrapping_add(1));
-        if state != FlowState::FREE {
-            forget::<F, M>(maps, id, record);
-            maps.count(Counter::FlowEvicted);
-        }
-        return Some((id, record));
     }
     maps.move_hand(start.wrapping_add(step));
     None
+}
+
+/// Makes a record this program's own, in state `CLAIMED`, if it is free or its flow gives way. Whether it
+/// was.
+#[inline(always)]
+pub fn evict<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> bool {
+    let Some(record) = maps.record(id) else {
+        return false;
+    };
+    let state = record.state();
+    if !may_evict::<F, M>(maps, state, record) || !record.exchange_state(state, FlowState::CLAIMED)
+    {
+        return false;
+    }
+    if state != FlowState::FREE {
+        forget::<F, M>(maps, id, record);
+        maps.count(Counter::FlowEvicted);
+    }
+    true
 }
 
 /// The source ports that a flow may get.
@@ -304,10 +310,11 @@ fn any_port<F: Family>(maps: &impl Maps<F>, (low, high): PortRange) -> u16 {
 #[inline(always)]
 pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Counter> {
     let record = maps.record(id).ok_or(Counter::FlowRace)?;
-    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
-    let keeps_port = record.key(FlowKey::<F::Addr>::REQUEST).src == reply.dst;
-    let timeouts = maps.config().timeouts;
-    if keeps_port && (link(maps, &reply, id) || succeed::<F, M>(maps, id, &reply, &timeouts)) {
+    let reply = record.key(FlowKey::<F::Addr>::REPLY);
+    let wish = reply.dst_port.to_host();
+    if record.key(FlowKey::<F::Addr>::REQUEST).src == reply.dst
+        && (maps.take_port(id, wish) || maps.succeed(id, wish))
+    {
         return Ok(Verdict::Placed);
     }
     if is_refusing(maps, reply.port_place()) {
@@ -317,17 +324,28 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
     let mut tries = 0;
     while tries < maps.attempts() {
         tries += 1;
-        reply.dst_port = Be16::from_host(any_port(maps, ports));
-        if maps.link(&reply, id) {
-            record.set_source_port(reply.dst_port);
-            return Ok(Verdict::Placed);
-        }
+        let port = any_port(maps, ports);
         // Free ones first, as long as there are many of them.
-        if tries > maps.attempts() / 2 && succeed::<F, M>(maps, id, &reply, &timeouts) {
+        if maps.take_port(id, port) || (tries > maps.attempts() / 2 && maps.succeed(id, port)) {
             return Ok(Verdict::Placed);
         }
     }
     Ok(Verdict::Search(0))
+}
+
+/// Gives a flow in its record a source port that no other flow to its backend has. Whether it was free.
+#[inline(always)]
+pub fn take_port<F: Family, M: Maps<F>>(maps: &M, id: FlowId, port: u16) -> bool {
+    let Some(record) = maps.record(id) else {
+        return false;
+    };
+    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    reply.dst_port = Be16::from_host(port);
+    if !link(maps, &reply, id) {
+        return false;
+    }
+    record.set_source_port(reply.dst_port);
+    true
 }
 
 /// Goes on looking for a free port from a chunk of the range on, which is counted from where this
@@ -338,8 +356,7 @@ pub fn place<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Cou
 #[inline(always)]
 pub fn search<F: Family, M: Maps<F>>(maps: &M, id: FlowId, from: u32) -> Result<Verdict, Counter> {
     let record = maps.record(id).ok_or(Counter::FlowRace)?;
-    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
-    let place = reply.port_place();
+    let place = record.key(FlowKey::<F::Addr>::REPLY).port_place();
     let (low, high) = ports(record.flags());
     let first = u32::from(low) / PortChunk::PORTS;
     let chunks = u32::from(high) / PortChunk::PORTS - first + 1;
@@ -372,9 +389,7 @@ pub fn search<F: Family, M: Maps<F>>(maps: &M, id: FlowId, from: u32) -> Result<
         if port < low || port > high {
             continue;
         }
-        reply.dst_port = Be16::from_host(port);
-        if maps.flow_id(&reply).is_none() && maps.link(&reply, id) {
-            record.set_source_port(reply.dst_port);
+        if maps.take_port(id, port) {
             return Ok(Verdict::Placed);
         }
     }
@@ -400,42 +415,47 @@ fn is_refusing<F: Family>(maps: &impl Maps<F>, place: PortPlace) -> bool {
 #[inline(always)]
 pub fn take_over<F: Family, M: Maps<F>>(maps: &M, id: FlowId) -> Result<Verdict, Counter> {
     let record = maps.record(id).ok_or(Counter::FlowRace)?;
-    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
-    let place = reply.port_place();
+    let place = record.key(FlowKey::<F::Addr>::REPLY).port_place();
     if is_refusing(maps, place) {
         free::<F, M>(maps, id, record);
         return Err(Counter::NoSourcePort);
     }
     let ports = ports(record.flags());
-    let now = maps.now_secs();
-    let timeouts = maps.config().timeouts;
     let mut tries = 0;
     while tries < 4 * maps.attempts() {
         tries += 1;
-        reply.dst_port = Be16::from_host(any_port(maps, ports));
-        let Some(other_id) = maps.flow_id(&reply) else {
-            if maps.link(&reply, id) {
-                record.set_source_port(reply.dst_port);
-                return Ok(Verdict::Placed);
-            }
-            continue;
-        };
-        let Some(other) = maps.record(other_id) else {
-            continue;
-        };
-        let state = other.state();
-        if !may_evict(state, other, now, &timeouts)
-            || !other.exchange_state(state, FlowState::RECLAIMING)
-        {
-            continue;
+        let port = any_port(maps, ports);
+        if maps.take_port(id, port) || maps.evict_port(id, port) {
+            return Ok(Verdict::Placed);
         }
-        // Of a key that is left from an earlier life of the record, the flow may go too.
-        inherit::<F, M>(maps, id, &reply, other_id, other);
-        return Ok(Verdict::Placed);
     }
     maps.set_full(place.index(0), refusal(maps, place));
     free::<F, M>(maps, id, record);
     Err(Counter::NoSourcePort)
+}
+
+/// Gives a flow in its record a source port of a flow that would give up its record too. Whether it did.
+#[inline(always)]
+pub fn evict_port<F: Family, M: Maps<F>>(maps: &M, id: FlowId, port: u16) -> bool {
+    let Some(record) = maps.record(id) else {
+        return false;
+    };
+    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    reply.dst_port = Be16::from_host(port);
+    let Some(other_id) = maps.flow_id(&reply) else {
+        return false;
+    };
+    let Some(other) = maps.record(other_id) else {
+        return false;
+    };
+    let state = other.state();
+    if !may_evict::<F, M>(maps, state, other) || !other.exchange_state(state, FlowState::RECLAIMING)
+    {
+        return false;
+    }
+    // Of a key that is left from an earlier life of the record, the flow may go too.
+    inherit::<F, M>(maps, id, &reply, other_id, other);
+    true
 }
 
 /// Lets packets find a flow that has a record and a source. If another packet of the same flow was
@@ -510,24 +530,20 @@ fn link<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> 
 /// Embryonic and closing flows go first, established ones only once they have expired; half of one is
 /// as good as closing once it was idle for that long.
 #[inline(always)]
-fn may_evict<A: Addr>(
-    state: u32,
-    record: impl Record<A>,
-    now: u32,
-    timeouts: &penstock_common::Timeouts,
-) -> bool {
+fn may_evict<F: Family, M: Maps<F>>(maps: &M, state: u32, record: M::Record) -> bool {
     match state {
         FlowState::FREE | FlowState::EMBRYONIC | FlowState::CLOSING => true,
         FlowState::ESTABLISHED => {
             let (proto, seen_secs) = record.last_seen();
+            let timeouts = maps.config().timeouts;
             // A client alone has said so: who floods can too.
             let is_one_way = record.flags() & FlowFlags::DSR != 0;
             let timeout = match (is_one_way, proto.has_connections()) {
-                (false, _) => lasts(state, proto, record.fins(), timeouts),
+                (false, _) => lasts(state, proto, record.fins(), &timeouts),
                 (true, true) => timeouts.tcp_closing_secs,
                 (true, false) => timeouts.udp_secs,
             };
-            idle_for(now, seen_secs) >= timeout
+            idle_for(maps.now_secs(), seen_secs) >= timeout
         }
         _ => false,
     }

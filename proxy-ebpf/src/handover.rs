@@ -136,7 +136,7 @@ pub fn hand_over<F: Family, M: Maps<F>>(
     let (header, addrs) = headers::<F>(packet)?;
     let is_error = pod::is_error::<F>(packet, &header);
     let known = if is_error {
-        let key = quoted::request_key::<F>(packet, &header, true).ok_or(Counter::Truncated)?;
+        let key = quoted::request_key::<F, M>(packet, maps, true).ok_or(Counter::Truncated)?;
         flow::find::<F, M>(maps, &key).ok_or(Counter::FlowRace)?
     } else {
         let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
@@ -382,7 +382,7 @@ fn answered<F: Family, M: Maps<F>>(
     follows: bool,
 ) -> Result<Known<F::Addr, M::Record>, Counter> {
     if pod::is_error::<F>(packet, header) {
-        let key = quoted::request_key::<F>(packet, header, false).ok_or(Counter::Truncated)?;
+        let key = quoted::request_key::<F, M>(packet, maps, false).ok_or(Counter::Truncated)?;
         return flow::find::<F, M>(maps, &key).ok_or(Counter::HandoverUnknown);
     }
     let segment = parse::segment::<F>(packet, maps, ETHERNET, header, addrs)?;

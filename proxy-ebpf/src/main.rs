@@ -38,6 +38,7 @@ mod programs {
         flow, forward, handover,
         packet::Packet,
         pod::{self, Verdict},
+        quoted::{self, Quote},
         socket::{self, Outcome},
         tunnel, xdp,
     };
@@ -368,6 +369,68 @@ mod programs {
             }
         };
     }
+    /// What is done again and again in a flow's steps, for one family: the kernel checks it once, and not
+    /// at each turn.
+    macro_rules! turns {
+        ($family:ty: $evict:ident, $take_port:ident, $evict_port:ident, $succeed:ident) => {
+            turns!($evict(id), flow::evict, $family);
+            turns!($take_port(id, port), flow::take_port, $family);
+            turns!($evict_port(id, port), flow::evict_port, $family);
+            turns!($succeed(id, port), flow::succession::succeed, $family);
+        };
+        ($name:ident(id $(, $port:ident)?), $path:path, $family:ty) => {
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $name(id: u32 $(, $port: u32)?) -> u32 {
+                let context = TcContext::new(core::ptr::null_mut());
+                let kernel = Kernel { context: &context };
+                use $path as turn;
+                turn::<$family, _>(&kernel, FlowId(id) $(, $port as u16)?).into()
+            }
+        };
+    }
+    turns!(V4: evict4, take_port4, evict_port4, succeed4);
+    turns!(V6: evict6, take_port6, evict_port6, succeed6);
+
+    /// What an ICMP error quotes, and how it is translated, for one family.
+    macro_rules! quoted {
+        ($family:ty: $look:ident, $requote:ident) => {
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $look(skb: *mut __sk_buff) -> u32 {
+                let context = TcContext::new(skb);
+                quoted::look::<$family>(&Skb::new(&context))
+            }
+
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) extern "C" fn $requote(
+                skb: *mut __sk_buff,
+                quote: u32,
+                id: u32,
+                is_about_request: u32,
+            ) -> u32 {
+                let context = TcContext::new(skb);
+                let mut skb = Skb::new(&context);
+                let kernel = Kernel { context: &context };
+                let Some(quote) = Quote::from_bits(quote) else {
+                    return 0;
+                };
+                let is_about_request = is_about_request != 0;
+                quoted::requote::<$family, _>(
+                    &mut skb,
+                    &kernel,
+                    quote,
+                    FlowId(id),
+                    is_about_request,
+                )
+                .into()
+            }
+        };
+    }
+    quoted!(V4: quote4, requote4);
+    quoted!(V6: quote6, requote6);
+
     back!(back4, back_itself, V4);
     back!(back6, back_itself, V6);
     back!(about_request4, about_request, V4);

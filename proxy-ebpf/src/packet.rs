@@ -49,6 +49,9 @@ pub trait Packet {
         zero: Zero,
     ) -> Result<(), Refused>;
 
+    /// [`crate::family::extensions`], by a function of its own, so that the kernel checks it once.
+    fn extensions(&self, at: usize) -> u64;
+
     /// [`crate::sctp::change`], by a function of its own, so that the kernel checks it once.
     fn checksum_change(&self, difference: u32, length: u32) -> u32;
 

@@ -317,8 +317,7 @@ pub fn error_about_reply<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    let (header, addrs) = headers::<F>(packet)?;
-    let flags = quoted::about_reply::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+    let flags = quoted::about_reply::<F, M>(packet, maps)?;
     let flags = flags.unwrap_or_default();
     if flags & FlowFlags::HANDED_OVER != 0 {
         return Ok(Verdict::HandOver);
@@ -405,8 +404,7 @@ pub fn about_request<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Back, Counter> {
-    let (header, addrs) = headers::<F>(packet)?;
-    let flags = quoted::about_request::<F, M>(packet, maps, ETHERNET, &header, addrs)?;
+    let flags = quoted::about_request::<F, M>(packet, maps)?;
     Ok(flags.map_or(Back::Error, |flags| Back::Reply(flags.into())))
 }
 

@@ -92,19 +92,14 @@ pub fn replace_addrs<F: Family>(
     old: (F::Addr, F::Addr),
     new: (F::Addr, F::Addr),
 ) -> Result<(), Refused> {
-    let src = at + F::ADDRS;
-    let dst = src + size_of::<F::Addr>();
+    let addrs = [new.0, new.1];
     match F::HEADER_CHECKSUM {
         Some(checksum) => {
             let delta = Delta::default().addr(old.0, new.0).addr(old.1, new.1);
-            packet.store(src, &new.0)?;
-            packet.store(dst, &new.1)?;
+            packet.store(at + F::ADDRS, &addrs)?;
             packet.change_header_checksum(at + checksum, delta)
         }
-        None => {
-            packet.store_uncovered(src, &new.0)?;
-            packet.store_uncovered(dst, &new.1)
-        }
+        None => packet.store_uncovered(at + F::ADDRS, &addrs),
     }
 }
 

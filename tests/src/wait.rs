@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-/// How long to wait: forty seconds, or as many as `PENSTOCK_PATIENCE` says, for slow machines.
+/// How long to wait: ten seconds, or as many as `PENSTOCK_PATIENCE` says, for slow machines.
 fn patience() -> Duration {
     let seconds = std::env::var("PENSTOCK_PATIENCE");
     let seconds = seconds.ok().and_then(|seconds| seconds.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(40))
+    Duration::from_secs(seconds.unwrap_or(10))
 }
 
 /// How long to wait for what several programs must do: six times as long.

@@ -8,7 +8,11 @@
     reason = "a test fails by panicking"
 )]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use anyhow::Result;
 use aya::maps::{Array, Map, MapError};
@@ -178,12 +182,25 @@ fn clients_with_affinity_keep_their_backend_on_either_path() -> Result<()> {
             assert_eq!(packets.who_answers("tcp", &service)?, bound);
         }
         agent.kill();
-        agent.restart()?;
-        assert_eq!(
-            sockets.who_answers("tcp", &service)?,
-            bound,
-            "after a restart"
-        );
+        // Each connection begins the timeout anew, however long the agent takes.
+        let is_back = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| -> Result<()> {
+                loop {
+                    let is_last = is_back.load(Ordering::Relaxed);
+                    let answers = sockets.who_answers("tcp", &service)?;
+                    anyhow::ensure!(answers == bound, "{answers} answers, and not {bound}");
+                    if is_last {
+                        return Ok(());
+                    }
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            });
+            let restarted = agent.restart();
+            is_back.store(true, Ordering::Relaxed);
+            asking.join().expect("nobody panics")?;
+            restarted
+        })?;
         // Once the timeout has passed, either backend may answer again.
         let is_elsewhere = (0..14).any(|_| {
             std::thread::sleep(Duration::from_millis(4_100));

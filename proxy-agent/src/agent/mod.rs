@@ -21,7 +21,7 @@ use crate::{
         cgroup::{self, Fate},
         exclude::Exclusions,
         follow::{Follower, Names, Wiring},
-        interface::PacketHooks,
+        interface::{PacketHooks, Role},
         netns, xdp,
     },
     dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
@@ -118,7 +118,10 @@ pub async fn run(options: Options) -> Result<Ending> {
         traces::forward(&mut ebpf);
     }
     let attached = cgroup::attach(&mut ebpf, &pins, &options.cgroup)?;
-    let hooks = PacketHooks::load(ebpf, pins.clone(), version >= (6, 6), options.xdp)?;
+    let mut roles = vec![Role::Pod, Role::Uplink];
+    roles.extend(options.network.is_some().then_some(Role::Overlay));
+    let has_tcx = version >= (6, 6);
+    let hooks = PacketHooks::load(ebpf, pins.clone(), has_tcx, options.xdp, &roles)?;
     tracing::info!("socket hooks are on {}", options.cgroup.display());
 
     let (sender, mut events) = mpsc::channel(BATCH);

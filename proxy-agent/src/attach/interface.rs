@@ -3,12 +3,12 @@
 //! TCX links where the kernel has them (Linux 6.6), filters of a clsact qdisc before, and on the links
 //! of pods that wait for them; both survive the agent and are replaced in place.
 
-use std::path::PathBuf;
+use std::{collections::HashMap, path::PathBuf};
 
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     },
@@ -74,19 +74,38 @@ pub struct PacketHooks {
 }
 
 impl PacketHooks {
-    /// Loads the packet programs of `ebpf`.
+    /// Loads the packet programs of `ebpf` for interfaces of these roles, side by side: most of an
+    /// agent's start is the kernel's check of them.
     pub fn load(
         mut ebpf: Ebpf,
         pins: Pins,
         has_tcx: bool,
         xdp: Choice,
+        roles: &[Role],
     ) -> Result<Self, AttachError> {
-        for (name, _) in all_hooks() {
-            classifier(&mut ebpf, name)?
-                .load()
-                .map_err(|error| refused(name, &error))?;
+        let hooks = || roles.iter().copied().flat_map(Role::hooks);
+        let names: Vec<&str> = hooks().map(|(name, _)| *name).collect();
+        let at_xdp = xdp::program_of(xdp);
+        let results: HashMap<String, Result<(), ProgramError>> = std::thread::scope(|scope| {
+            let loading: Vec<_> = ebpf
+                .programs_mut()
+                .filter(|(name, _)| names.contains(name) || at_xdp == Some(*name))
+                .map(|(name, program)| (name.to_owned(), scope.spawn(|| load(program))))
+                .collect();
+            loading
+                .into_iter()
+                .map(|(name, thread)| (name, joined(thread)))
+                .collect()
+        });
+        let outcome = |name: &'static str| match results.get(name) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(refused(name, error)),
+            None => Err(PinError::Missing { name }),
+        };
+        for (name, _) in hooks() {
+            outcome(name)?;
         }
-        let xdp = XdpHook::load(&mut ebpf, &pins, xdp);
+        let xdp = XdpHook::new(&pins, xdp, at_xdp.map_or(Ok(()), outcome));
         Ok(Self {
             ebpf,
             pins,
@@ -167,6 +186,21 @@ impl PacketHooks {
 
 fn pin_name(index: u32, suffix: &str) -> String {
     format!("if{index}_{suffix}")
+}
+
+fn load(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// What a thread ended with; what it panicked with goes on here.
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn classifier<'a>(

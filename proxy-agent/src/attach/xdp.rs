@@ -13,7 +13,7 @@ use aya::{
 };
 
 use super::AttachError;
-use crate::dataplane::pins::{PinError, Pins, refused};
+use crate::dataplane::pins::{PinError, Pins};
 
 /// The program.
 const PROGRAM: &str = "xdp_uplink";
@@ -121,9 +121,15 @@ pub struct XdpHook {
     problem: Option<String>,
 }
 
+/// The program that has to be loaded for a choice.
+pub fn program_of(choice: Choice) -> Option<&'static str> {
+    (choice != Choice::Off).then_some(PROGRAM)
+}
+
 impl XdpHook {
-    /// Loads the program of `ebpf` if XDP is chosen, and takes it off where it was and no longer is.
-    pub fn load(ebpf: &mut Ebpf, pins: &Pins, choice: Choice) -> Self {
+    /// What there is after the program was loaded, if XDP is chosen. Takes it off where it was and no
+    /// longer is.
+    pub fn new(pins: &Pins, choice: Choice, loaded: Result<(), PinError>) -> Self {
         let wanted = match choice {
             Choice::Off => None,
             Choice::Auto | Choice::Native => Some(Mode::Native),
@@ -133,9 +139,7 @@ impl XdpHook {
             choice,
             problem: None,
         };
-        if wanted.is_some()
-            && let Err(source) = load(ebpf)
-        {
+        if let Err(source) = loaded {
             let text = XdpError::Load { source }.to_string();
             tracing::warn!("{text}; clients outside are served at TC");
             hook.problem = Some(text);
@@ -210,12 +214,6 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, PinError> {
     ebpf.program_mut(PROGRAM)
         .and_then(|program| program.try_into().ok())
         .ok_or(PinError::Missing { name: PROGRAM })
-}
-
-fn load(ebpf: &mut Ebpf) -> Result<(), PinError> {
-    program(ebpf)?
-        .load()
-        .map_err(|error| refused(PROGRAM, &error))
 }
 
 fn attach(

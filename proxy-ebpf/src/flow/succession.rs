@@ -6,7 +6,7 @@
 //! timestamp is newer than the last one's (RFC 6191). A client's timestamps towards two services of
 //! the same backend have nothing to do with each other, so they are compared.
 
-use penstock_common::{Fins, FlowFlags, FlowId, FlowKey, FlowState, Proto, Timeouts};
+use penstock_common::{Be16, Fins, FlowFlags, FlowId, FlowKey, FlowState, Proto};
 
 use super::{Known, free, idle_for, lasts, unlink};
 use crate::{
@@ -70,13 +70,7 @@ pub(super) fn note_request<F: Family, M: Maps<F>>(
 
 /// Whether a flow in this state leaves its source port to one that begins with this timestamp.
 #[inline(always)]
-fn gives_way<F: Family, M: Maps<F>>(
-    maps: &M,
-    id: FlowId,
-    record: M::Record,
-    state: u32,
-    timeouts: &Timeouts,
-) -> bool {
+fn gives_way<F: Family, M: Maps<F>>(maps: &M, id: FlowId, record: M::Record, state: u32) -> bool {
     let fins = record.fins();
     if state == FlowState::CLOSING && fins & Fins::OVER != 0 {
         return true;
@@ -88,31 +82,31 @@ fn gives_way<F: Family, M: Maps<F>>(
         }
     }
     let (proto, seen_secs) = record.last_seen();
-    idle_for(maps.now_secs(), seen_secs) >= lasts(state, proto, fins, timeouts)
+    idle_for(maps.now_secs(), seen_secs) >= lasts(state, proto, fins, &maps.config().timeouts)
 }
 
-/// Gives a flow a port, in the reply's key, that another one has which is over.
+/// Gives a flow in its record a source port that another one has which is over. Whether it is.
 #[inline(always)]
-pub(super) fn succeed<F: Family, M: Maps<F>>(
-    maps: &M,
-    id: FlowId,
-    reply: &FlowKey<F::Addr>,
-    timeouts: &Timeouts,
-) -> bool {
-    let Some(other_id) = maps.flow_id(reply) else {
+pub fn succeed<F: Family, M: Maps<F>>(maps: &M, id: FlowId, port: u16) -> bool {
+    let Some(record) = maps.record(id) else {
+        return false;
+    };
+    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
+    reply.dst_port = Be16::from_host(port);
+    let Some(other_id) = maps.flow_id(&reply) else {
         return false;
     };
     let Some(other) = maps.record(other_id) else {
         return false;
     };
     let state = other.state();
-    if !gives_way::<F, M>(maps, other_id, other, state, timeouts)
-        || other.key(FlowKey::<F::Addr>::REPLY) != *reply
+    if !gives_way::<F, M>(maps, other_id, other, state)
+        || other.key(FlowKey::<F::Addr>::REPLY) != reply
         || !other.exchange_state(state, FlowState::RECLAIMING)
     {
         return false;
     }
-    inherit::<F, M>(maps, id, reply, other_id, other);
+    inherit::<F, M>(maps, id, &reply, other_id, other);
     true
 }
 

@@ -21,6 +21,7 @@ use penstock_common::{
 use penstock_ebpf::{
     env::{Env, Maps, NextHop, Overlay, Way},
     pod::{Back, QUOTING, decode_back},
+    quoted::Quote,
 };
 
 use super::{
@@ -29,7 +30,10 @@ use super::{
     routes::{self, Hook},
     shortcuts,
 };
-use crate::programs::{about_request4, about_request6, back4, back6};
+use crate::programs::{
+    about_request4, about_request6, back4, back6, evict_port4, evict_port6, evict4, evict6, quote4,
+    quote6, requote4, requote6, succeed4, succeed6, take_port4, take_port6,
+};
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same
 /// (icmp_msgs_per_sec).
@@ -308,7 +312,7 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
-    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident, $about:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident, $about:ident, $quote:ident, $requote:ident, $evict:ident, $take_port:ident, $evict_port:ident, $succeed:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
@@ -453,6 +457,37 @@ macro_rules! family {
                     number = $about(self.context.as_ptr().cast());
                 }
                 decode_back(number)
+            }
+
+            #[inline(always)]
+            fn quote(&self) -> Option<Quote> {
+                Quote::from_bits($quote(self.context.as_ptr().cast()))
+            }
+
+            #[inline(always)]
+            fn requote(&self, quote: Quote, id: FlowId, is_about_request: bool) -> bool {
+                let context = self.context.as_ptr().cast();
+                $requote(context, quote.to_bits(), id.0, is_about_request.into()) != 0
+            }
+
+            #[inline(always)]
+            fn evict(&self, id: FlowId) -> bool {
+                $evict(id.0) != 0
+            }
+
+            #[inline(always)]
+            fn take_port(&self, id: FlowId, port: u16) -> bool {
+                $take_port(id.0, port.into()) != 0
+            }
+
+            #[inline(always)]
+            fn evict_port(&self, id: FlowId, port: u16) -> bool {
+                $evict_port(id.0, port.into()) != 0
+            }
+
+            #[inline(always)]
+            fn succeed(&self, id: FlowId, port: u16) -> bool {
+                $succeed(id.0, port.into()) != 0
             }
 
             #[inline(always)]
@@ -748,7 +783,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4, about_request4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4, about_request4, quote4, requote4, evict4, take_port4, evict_port4, succeed4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4, overlay4);
-family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6, about_request6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6, about_request6, quote6, requote6, evict6, take_port6, evict_port6, succeed6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6, overlay6);

@@ -7,4 +7,5 @@ pub(crate) mod routes;
 mod shortcuts;
 pub(crate) mod skb;
 pub(crate) mod sock;
+mod unaligned;
 pub(crate) mod xdp;

@@ -10,7 +10,7 @@ use core::mem::offset_of;
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
+        __sk_buff, BPF_CSUM_LEVEL_DEC, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_INGRESS,
         BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_F_TUNINFO_IPV6,
         BPF_F_ZERO_CSUM_TX, bpf_adj_room_mode, bpf_tunnel_key,
@@ -26,11 +26,13 @@ use aya_ebpf::{
 use penstock_common::{Addr, Plain, Proto, Route, V4, V6, Vtep};
 use penstock_ebpf::{
     checksum::Delta,
-    family::{ETHERNET, Family},
+    family::{self, ETHERNET, Family},
     packet::{Covers, Packet, Refused, Zero},
     parse::tcp,
     sctp,
 };
+
+use super::unaligned;
 
 /// As many bytes of each packet as the programs may look at: Ethernet, IPv6 with extensions, an
 /// ICMP error's header, a quoted packet's headers.
@@ -185,6 +187,16 @@ pub(super) fn opaque(mut pointer: usize) -> usize {
     pointer
 }
 
+/// [`Packet::extensions`], a global function.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn extensions(skb: *mut __sk_buff, at: u32) -> u64 {
+    let context = TcContext::new(skb);
+    let skb = Skb(&context);
+    // No network header begins behind the last transport header.
+    family::extensions(&skb, at as usize & 0xff)
+}
+
 /// [`Packet::checksum_change`], a global function.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -213,7 +225,7 @@ impl Packet for Skb<'_> {
         }
         // SAFETY: the comparison above, which the verifier demands too, puts the whole value
         // inside the packet; any bytes are a `T`, and it is read unaligned.
-        Some(unsafe { (start as *const T).read_unaligned() })
+        Some(unsafe { unaligned::read(start) })
     }
 
     #[inline(always)]
@@ -270,6 +282,11 @@ impl Packet for Skb<'_> {
                 u64::from(covers | zero),
             )
         })
+    }
+
+    #[inline(always)]
+    fn extensions(&self, at: usize) -> u64 {
+        extensions(self.0.skb.skb, at as u32)
     }
 
     #[inline(always)]

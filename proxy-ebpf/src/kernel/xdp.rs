@@ -18,6 +18,7 @@ use penstock_ebpf::{
 use super::{
     maps::XDP_UPLINKS,
     skb::{opaque, sctp_change},
+    unaligned,
 };
 
 /// A frame.
@@ -59,7 +60,7 @@ impl Packet for Xdp<'_> {
     fn load<T: Plain>(&self, at: usize) -> Option<T> {
         let start = self.at::<T>(at)?;
         // SAFETY: the whole value is inside the frame; any bytes are a `T`, and it is read unaligned.
-        Some(unsafe { (start as *const T).read_unaligned() })
+        Some(unsafe { unaligned::read(start) })
     }
 
     #[inline(always)]
@@ -67,7 +68,7 @@ impl Packet for Xdp<'_> {
         let start = self.at::<T>(at).ok_or(Refused)?;
         // SAFETY: the whole value is inside the frame, which is this program's alone, and is written
         // unaligned.
-        unsafe { (start as *mut T).write_unaligned(*value) };
+        unsafe { unaligned::write(start, value) };
         Ok(())
     }
 
@@ -100,6 +101,12 @@ impl Packet for Xdp<'_> {
             changed => changed,
         };
         self.store(at, &changed)
+    }
+
+    #[inline(always)]
+    fn extensions(&self, _: usize) -> u64 {
+        // What has any is the TC hook's.
+        0
     }
 
     #[inline(always)]

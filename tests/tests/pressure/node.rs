@@ -203,7 +203,7 @@ impl Node {
             // Other kernels count other numbers, none of which may be more than a million.
             let info = program.info().expect("its info");
             let checked = info.verified_instruction_count().expect("a number");
-            assert!(checked < 700_000, "{name}: {checked} instructions");
+            assert!(checked < 300_000, "{name}: {checked} instructions");
         }
         let mut node = Self {
             ebpf,
