@@ -31,8 +31,8 @@ use super::{
     shortcuts,
 };
 use crate::programs::{
-    about_request4, about_request6, back4, back6, evict_port4, evict_port6, evict4, evict6, quote4,
-    quote6, requote4, requote6, succeed4, succeed6, take_port4, take_port6,
+    flows::{evict_port4, evict_port6, evict4, evict6, succeed4, succeed6, take_port4, take_port6},
+    shared::{about_request4, about_request6, back4, back6, quote4, quote6, requote4, requote6},
 };
 
 /// ICMP errors that one CPU sends in a second at most; the kernel's own global limit is the same

@@ -1,0 +1,92 @@
+//! The program at XDP and its stages.
+
+use aya_ebpf::{
+    bindings::{
+        xdp_action::{XDP_DROP, XDP_PASS},
+        xdp_md,
+    },
+    macros::xdp,
+    programs::XdpContext,
+};
+use penstock_common::{V4, V6};
+use penstock_ebpf::{family::Family, packet::Packet, pod::Verdict, xdp};
+
+use super::{
+    dropped,
+    flows::{begin4, begin6},
+    trace_packet,
+    verdicts::*,
+};
+use crate::kernel::{env::Kernel, xdp::Xdp};
+
+/// XDP's functions for one family; their answers are as the other hooks'.
+macro_rules! xdp_family {
+    ($family:ty: $before_stack:ident, $carry:ident, $admit:ident, $begin:ident) => {
+        xdp_family!(stage $carry, xdp::carry, $family);
+        xdp_family!(stage $admit, xdp::open, $family);
+
+        #[inline(always)]
+        fn $before_stack(xdp: *mut xdp_md) -> i32 {
+            let mut verdict = $carry(xdp);
+            if verdict == OPEN {
+                verdict = $admit(xdp);
+                if verdict == OPENING {
+                    verdict = $begin();
+                }
+                if verdict == OPENED {
+                    verdict = $carry(xdp);
+                }
+            }
+            verdict
+        }
+    };
+    (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub(crate) extern "C" fn $name(xdp: *mut xdp_md) -> i32 {
+            let context = XdpContext::new(xdp);
+            let kernel = Kernel { context: &context };
+            let mut xdp = Xdp::new(&context);
+            match $module::$path::<$family, _>(&mut xdp, &kernel) {
+                Ok(Verdict::Routed(ifindex)) => xdp.send(ifindex),
+                Ok(Verdict::Open) => OPEN,
+                Ok(Verdict::Opening) => OPENING,
+                Ok(_) => NEXT,
+                Err(reason) => dropped(&context, reason),
+            }
+        }
+    };
+}
+xdp_family!(V4: before_stack4, carry4, admit_at_xdp4, begin4);
+xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
+
+/// The same at XDP. Of a function that is not global the compiler would make one of the frame's
+/// pointers, which no function may be given.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn trace_frame(xdp: *mut xdp_md, reason: i32) -> i32 {
+    let context = XdpContext::new(xdp);
+    let frame = Xdp::new(&context);
+    let ethertype = frame.load(12).map_or(0, u16::from_be);
+    trace_packet(&context, &frame, ethertype, reason as u32)
+}
+
+/// Packets from the outside, before anybody else has seen them.
+#[xdp]
+pub(crate) fn xdp_uplink(context: XdpContext) -> u32 {
+    let packet = Xdp::new(&context);
+    let verdict = match packet.load(12).map(u16::from_be) {
+        Some(V4::ETHERTYPE) => before_stack4(context.ctx),
+        Some(V6::ETHERTYPE) => before_stack6(context.ctx),
+        _ => NEXT,
+    };
+    match verdict {
+        // What was not sent, begun or not, is the TC hook's.
+        ..0 => XDP_PASS,
+        DROPPED.. => {
+            trace_frame(context.ctx, verdict - DROPPED);
+            XDP_DROP
+        }
+        verdict => verdict as u32,
+    }
+}
