@@ -323,12 +323,13 @@ async fn collect(config: &Config, valid: &[AttachmentKey]) -> Result<(), Failure
     }
 }
 
+/// Whether ADD would succeed, as far as the node is concerned. Whatever it is that keeps it from that,
+/// runtimes know one code for it. That addresses run out is not among these: a node without room for one
+/// more pod is no less ready.
 async fn status(config: &Config) -> Result<(), Failure> {
-    let unavailable = |failure: Failure| match failure {
-        Failure::TryAgain(reason) => Failure::NotAvailable(reason),
-        other => other,
-    };
+    let unavailable = |failure: Failure| Failure::NotAvailable(failure.to_string());
     network(config).map_err(unavailable)?;
+    State::read(&State::path(&config.state_dir, &config.name)).map_err(unavailable)?;
     match agent::ask(&config.run_dir, &agent::Request::Ready)
         .await
         .map_err(unavailable)?

@@ -21,12 +21,13 @@
 //!   "capabilities": {"portMappings": true, "bandwidth": true, "ips": true},
 //!   "mtu": 1400,
 //!   "runDir": "/run/penstock",
-//!   "stateDir": "/run/penstock/cni"
+//!   "stateDir": "/var/lib/penstock/cni"
 //! }
 //! ```
 //!
-//! The capability `bandwidth` and the plugin of that name exclude each other: both would limit the
-//! same end of the link.
+//! Plugins that change a pod's interface or its namespace may come after it (`tuning`). Of `bandwidth` and
+//! `portmap` it has the capabilities itself: these plugins rely on all packets taking the host's whole
+//! stack, which with the agent's hooks they do not.
 #![forbid(unsafe_code)]
 
 pub mod agent;

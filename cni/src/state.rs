@@ -13,6 +13,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
 
+/// What tells this boot of the kernel from others.
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The present boot's id; `None` where the kernel does not say it.
+pub fn this_boot() -> Option<String> {
+    let boot = std::fs::read_to_string(BOOT).ok()?;
+    Some(boot.trim().to_owned())
+}
+
 /// The end of a state file's name; the network's name comes before it.
 pub const SUFFIX: &str = ".json";
 
@@ -259,13 +268,16 @@ impl TryFrom<String> for Mac {
 #[serde(rename_all = "camelCase")]
 struct Saved {
     version: u32,
+    #[serde(default)]
+    boot: Option<String>,
     attachments: Vec<Attachment>,
 }
 
 /// The format's version.
 pub const VERSION: u32 = 1;
 
-/// The attachments that a network's file names. The file is replaced whole, so no lock is needed.
+/// The attachments that a network's file names, none if it is of an earlier boot. The file is replaced
+/// whole, so no lock is needed.
 pub fn read(path: &std::path::Path) -> Result<Vec<Attachment>, crate::error::Failure> {
     use crate::error::Failure;
     let text = std::fs::read(path).map_err(Failure::io(format!("reading {}", path.display())))?;
@@ -280,5 +292,13 @@ pub fn read(path: &std::path::Path) -> Result<Vec<Attachment>, crate::error::Fai
             saved.version
         )));
     }
-    Ok(saved.attachments)
+    let is_past = saved
+        .boot
+        .zip(this_boot())
+        .is_some_and(|(saved, this)| saved != this);
+    Ok(if is_past {
+        Vec::new()
+    } else {
+        saved.attachments
+    })
 }

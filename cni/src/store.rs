@@ -11,10 +11,11 @@ use std::{
     time::SystemTime,
 };
 
-use crate::{error::Failure, ledger::Now, state::State};
-
-/// What tells this boot of the kernel from others.
-const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+use crate::{
+    error::Failure,
+    ledger::Now,
+    state::{State, this_boot},
+};
 
 /// A network's state while nobody else can change it.
 #[derive(Debug)]
@@ -66,8 +67,8 @@ impl Store {
         let state = State::read(&State::path(folder, network))?;
         let mut state = state.unwrap_or_else(|| State::new(network));
         // Without it nothing is known to be of an earlier boot.
-        if let Ok(boot) = fs::read_to_string(BOOT) {
-            state.enter_boot(boot.trim());
+        if let Some(boot) = this_boot() {
+            state.enter_boot(&boot);
         }
         Ok(Some(Self {
             folder: folder.to_owned(),
@@ -117,7 +118,8 @@ impl Store {
         let mut file = File::create(new)?;
         file.write_all(&text)?;
         // Whatever happens to the machine, the file is whole. Whether it is this one or the one
-        // before does not matter then: it is of an earlier boot, and whoever it names is gone.
+        // before does not matter then: it is of an earlier boot, and whoever it names is gone. So
+        // the folder need not be synced.
         file.sync_data()?;
         fs::rename(new, path)
     }
@@ -175,6 +177,8 @@ mod tests {
             })
             .unwrap();
         drop(store);
+        let path = State::path(folder.path(), "net");
+        assert_eq!(crate::state::read(&path).unwrap(), [], "nor for the agent");
         let store = Store::open(folder.path(), "net").unwrap();
         assert!(store.state().attachments.is_empty());
         assert!(

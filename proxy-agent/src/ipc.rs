@@ -3,8 +3,9 @@
 use std::{
     fs,
     io::{self, BufWriter, Write},
+    os::unix::net::UnixStream as Blocking,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -47,7 +48,7 @@ pub fn listen(run_dir: &Path) -> Result<UnixListener> {
     fs::create_dir_all(run_dir)
         .with_context(|| format!("creating {}; pass --run-dir", run_dir.display()))?;
     let path = socket_path(run_dir);
-    if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+    if Blocking::connect(&path).is_ok() {
         bail!(
             "another agent is running (it answers at {}); stop it, or pass another --run-dir",
             path.display()
@@ -117,8 +118,8 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
     };
     if let Some(mut answer) = answer {
         answer.push(b'\n');
-        // Who asked may have gone.
-        let _ = stream.write_all(&answer).await;
+        // Who asked may have gone, or not read.
+        let _ = tokio::time::timeout(ANSWERING, stream.write_all(&answer)).await;
     }
 }
 
@@ -127,8 +128,10 @@ async fn tell_ports(stream: UnixStream, views: Vec<PortView>, obstacles: Obstacl
     let tell = move || -> io::Result<()> {
         let stream = stream.into_std()?;
         stream.set_nonblocking(false)?;
-        stream.set_write_timeout(Some(ANSWERING))?;
-        let mut writer = BufWriter::new(stream);
+        let mut writer = BufWriter::new(Until {
+            stream,
+            end: Instant::now() + ANSWERING,
+        });
         let ports = views
             .iter()
             .map(|view| Port::from(view).forwarded(obstacles));
@@ -139,6 +142,32 @@ async fn tell_ports(stream: UnixStream, views: Vec<PortView>, obstacles: Obstacl
     // Who asked may have gone.
     if let Ok(Err(error)) = tokio::task::spawn_blocking(tell).await {
         tracing::debug!("telling all ports: {error}");
+    }
+}
+
+/// What is written at once.
+const PIECE: usize = 8 << 10;
+
+/// A socket that is written to until a moment and no longer, however slowly its other end reads.
+struct Until {
+    stream: Blocking,
+    end: Instant,
+}
+
+impl Write for Until {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_write_timeout(Some(left))?;
+        // The kernel waits for so long for each piece that it takes, so that it gets one at a time.
+        let (piece, _) = bytes.split_at(bytes.len().min(PIECE));
+        self.stream.write(piece)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
     }
 }
 
@@ -224,5 +253,40 @@ pub fn leave(run_dir: &Path) {
     let path = socket_path(run_dir);
     if let Err(error) = fs::remove_file(&path) {
         tracing::debug!("removing {}: {error}", path.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn who_reads_slowly_is_not_told_for_ever() {
+        let (stream, mut reader) = Blocking::pair().unwrap();
+        let (begun, limit) = (Instant::now(), Duration::from_millis(300));
+        let mut until = Until {
+            stream,
+            end: begun + limit,
+        };
+        // Something is read again and again, well before any single write would take too long.
+        let reading = std::thread::spawn(move || {
+            let mut some = vec![0; 64 << 10];
+            while reader.read(&mut some).is_ok_and(|count| count > 0) {
+                std::thread::sleep(limit / 10);
+            }
+        });
+        let error = until.write_all(&vec![0; 64 << 20]).unwrap_err();
+        assert!(
+            matches!(
+                error.kind(),
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+            ),
+            "{error}"
+        );
+        assert!(begun.elapsed() < 4 * limit, "{:?}", begun.elapsed());
+        drop(until);
+        reading.join().unwrap();
     }
 }

@@ -7,8 +7,9 @@ use std::{
 };
 
 use penstock_common::{
-    Affinity, AffinityKey, BackendCounts, BackendLife, ConnectedUdp, Datagram, DatagramKey, Plain,
-    V4, V6, limits,
+    Affinity, AffinityKey, BackendCounts, BackendId, BackendLife, ConnectedUdp, Datagram,
+    DatagramKey, Endpoint, Load, Netns, Plain, Route, SourcePrefix, Uplink, V4, V6, Vtep,
+    XdpUplink, limits,
 };
 use serde::{Deserialize, Serialize};
 
@@ -92,7 +93,7 @@ impl Pressure {
     }
 }
 
-/// What was counted last of the tables that the programs fill.
+/// What was counted last of the tables that nobody keeps an account of.
 pub type Counted = Arc<Mutex<Vec<Fill>>>;
 
 /// Elements that are read at once.
@@ -140,8 +141,104 @@ pub fn flows(v4: usize, v6: usize) -> [Fill; 2] {
     [fill("IPv4 flows", v4), fill("IPv6 flows", v6)]
 }
 
-/// The other tables that the programs fill.
+/// The other tables.
 pub fn others(pins: &Pins) -> Vec<Fill> {
+    let mut fills = filled_by_programs(pins);
+    fills.extend(filled_by_agent(pins));
+    fills
+}
+
+/// A range as the kernel's tries have it as their key: its length, and its address in 4 or in 16 bytes.
+type Range4 = [u32; 2];
+type Range6 = [u32; 5];
+
+/// The tables that the agent fills, without those that [`services`] knows.
+fn filled_by_agent(pins: &Pins) -> Vec<Fill> {
+    let ranges4 = count::<SourcePrefix<V4>, u32>(pins, "SOURCE_RANGES4");
+    let ranges6 = count::<SourcePrefix<V6>, u32>(pins, "SOURCE_RANGES6");
+    let pods4 = count::<V4, Endpoint>(pins, "ENDPOINTS4");
+    let pods6 = count::<V6, Endpoint>(pins, "ENDPOINTS6");
+    let routes4 = count::<Range4, Route>(pins, "ROUTES4");
+    let routes6 = count::<Range6, Route>(pins, "ROUTES6");
+    let loads4 = count::<BackendId, Load>(pins, "LOADS4");
+    let loads6 = count::<BackendId, Load>(pins, "LOADS6");
+    let mut fills = Vec::new();
+    for (family, [ranges, pods, routes, loads]) in [
+        ("IPv4", [ranges4, pods4, routes4, loads4]),
+        ("IPv6", [ranges6, pods6, routes6, loads6]),
+    ] {
+        let mut add = |table: &str, used, limit, when_full| {
+            let table = format!("{family} {table}");
+            fills.push(Fill::refusing(&table, used, limit, when_full));
+        };
+        add(
+            "ranges of clients",
+            ranges,
+            limits::SOURCE_RANGES,
+            "services that do not fit are not served",
+        );
+        add(
+            "addresses of pods",
+            pods,
+            limits::ENDPOINTS,
+            "one more is reached by the kernel's routes",
+        );
+        add(
+            "ranges of nodes",
+            routes,
+            limits::ROUTES,
+            "pods of one more are not reached",
+        );
+        add(
+            "backends' loads",
+            loads,
+            limits::LOADS,
+            "one more counts as new with least-connections",
+        );
+    }
+    let vteps = count::<Vtep, u32>(pins, "VTEPS");
+    let namespaces = count::<u64, Netns>(pins, "NETNS");
+    let cgroups = count::<u64, u8>(pins, "EXCLUDED_CGROUPS");
+    let uplinks = count::<u32, Uplink>(pins, "UPLINKS");
+    let xdp = count::<u32, XdpUplink>(pins, "XDP_UPLINKS");
+    for (table, used, limit, when_full) in [
+        (
+            "ends of tunnels",
+            vteps,
+            limits::VTEPS,
+            "what one more hands over is dropped",
+        ),
+        (
+            "network namespaces",
+            namespaces,
+            limits::NETNS,
+            "the affinity of one more is one for its sockets and one for its packets",
+        ),
+        (
+            "cgroups that are left alone",
+            cgroups,
+            limits::EXCLUDED_CGROUPS,
+            "the sockets of one more are translated",
+        ),
+        (
+            "interfaces to the outside",
+            uplinks,
+            limits::UPLINKS,
+            "pods do not leave by one more",
+        ),
+        (
+            "interfaces with XDP",
+            xdp,
+            limits::UPLINKS,
+            "one more is served at TC",
+        ),
+    ] {
+        fills.push(Fill::refusing(table, used, limit, when_full));
+    }
+    fills
+}
+
+fn filled_by_programs(pins: &Pins) -> Vec<Fill> {
     let affinity = |table, used| {
         let when_full = "the client whose last connection is longest ago is forgotten";
         Fill::forgetting(table, used, limits::AFFINITY, when_full)

@@ -65,7 +65,7 @@ pub fn arrived<F: Family, M: Maps<F>>(
     Ok(match pod::back::<F, M>(packet, maps)? {
         Back::Reply(_) => Verdict::Forward,
         Back::Request => Verdict::Request,
-        Back::Error | Back::Quoting => Verdict::Icmp,
+        Back::Error => Verdict::Icmp,
         Back::Foreign => Verdict::Pass,
     })
 }

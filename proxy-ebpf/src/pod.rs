@@ -336,7 +336,7 @@ pub fn to_node<F: Family, M: Maps<F>>(
             return deliver(packet, flags as u16);
         }
         Back::Request => Verdict::Request,
-        Back::Error | Back::Quoting => Verdict::Icmp,
+        Back::Error => Verdict::Icmp,
         Back::Reply(_) | Back::Foreign => Verdict::Pass,
     })
 }
@@ -369,8 +369,6 @@ pub enum Back {
     Request,
     /// An ICMP error about no request; perhaps about a reply.
     Error,
-    /// An ICMP error: [`about_request`], by a function of its own.
-    Quoting,
     /// Nothing that is translated.
     Foreign,
 }
@@ -403,20 +401,22 @@ pub(crate) fn back<F: Family, M: Maps<F>>(_: &mut impl Packet, maps: &M) -> Resu
 pub fn about_request<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
-) -> Result<Back, Counter> {
+) -> Result<Option<Back>, Counter> {
     let flags = quoted::about_request::<F, M>(packet, maps)?;
-    Ok(flags.map_or(Back::Error, |flags| Back::Reply(flags.into())))
+    Ok(Some(
+        flags.map_or(Back::Error, |flags| Back::Reply(flags.into())),
+    ))
 }
 
 /// What [`back_itself`] did, as a number of at least 0, or why the packet goes no further, below 0.
 #[inline(always)]
-pub fn encode_back(result: Result<Back, Counter>) -> i32 {
+pub fn encode_back(result: Result<Option<Back>, Counter>) -> i32 {
     match result {
-        Ok(Back::Foreign) => FOREIGN,
-        Ok(Back::Request) => REQUEST,
-        Ok(Back::Error) => ERROR,
-        Ok(Back::Quoting) => QUOTING,
-        Ok(Back::Reply(flags)) => REPLY + (flags & 0xffff) as i32,
+        Ok(Some(Back::Foreign)) => FOREIGN,
+        Ok(Some(Back::Request)) => REQUEST,
+        Ok(Some(Back::Error)) => ERROR,
+        Ok(None) => QUOTING,
+        Ok(Some(Back::Reply(flags))) => REPLY + (flags & 0xffff) as i32,
         Err(reason) => -1 - reason as i32,
     }
 }
@@ -432,35 +432,34 @@ pub fn decode_back(number: i32) -> Result<Back, Counter> {
         FOREIGN => Ok(Back::Foreign),
         REQUEST => Ok(Back::Request),
         ERROR => Ok(Back::Error),
-        QUOTING => Ok(Back::Quoting),
-        REPLY.. => Ok(Back::Reply((number - REPLY) as u32)),
+        _ => Ok(Back::Reply((number - REPLY) as u32)),
     }
 }
 
 const FOREIGN: i32 = 0;
 const REQUEST: i32 = 1;
 const ERROR: i32 = 2;
-/// [`Back::Quoting`], which is answered before anybody decodes it.
-pub const QUOTING: i32 = 3;
-const REPLY: i32 = 4;
+const REPLY: i32 = 3;
+/// None of [`Back`], but an ICMP error, which [`about_request`] has to look at before anybody decodes it.
+pub const QUOTING: i32 = i32::MAX;
 
 /// [`back`], for whoever makes it a function of its own: four of a hook's stages need it, and the
-/// kernel is to check it once.
+/// kernel is to check it once. `None` where [`about_request`] has the say, which needs a stack of its own.
 #[inline(always)]
 pub fn back_itself<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
-) -> Result<Back, Counter> {
+) -> Result<Option<Back>, Counter> {
     let Some(addrs) = parse::addrs::<F>(packet, ETHERNET) else {
-        return Ok(Back::Foreign);
+        return Ok(Some(Back::Foreign));
     };
     let Some(header) = F::network(packet, ETHERNET) else {
-        return Ok(Back::Foreign);
+        return Ok(Some(Back::Foreign));
     };
     if is_error::<F>(packet, &header) {
-        return Ok(Back::Quoting);
+        return Ok(None);
     }
-    reply::<F, M>(packet, maps, &header, addrs)
+    reply::<F, M>(packet, maps, &header, addrs).map(Some)
 }
 
 /// Translates a packet that a backend sent back, if it is one.

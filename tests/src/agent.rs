@@ -1,9 +1,6 @@
 //! The agent as a process on a node.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -211,6 +208,12 @@ impl Agent {
 
     /// Starts it again after [`Self::kill`].
     pub fn restart(&mut self) -> Result<()> {
+        self.begin_again()?;
+        self.wait_until_serving()
+    }
+
+    /// Starts it again, and does not wait.
+    pub fn begin_again(&mut self) -> Result<()> {
         self.process = spawn(
             &self.node,
             &self.source,
@@ -218,7 +221,7 @@ impl Agent {
             &self.log,
             &self.place,
         )?;
-        self.wait_until_serving()
+        Ok(())
     }
 }
 
@@ -269,8 +272,11 @@ pub struct Said {
 impl Node {
     /// `penstock COMMAND OPTIONS` on this node, whether its agent runs or not.
     pub fn penstock(&self, command: &str, options: &[&str]) -> Result<Said> {
-        let mut process = Command::new(binary("penstock")?);
+        let mut process = process::command(binary("penstock")?, &self.place())?;
         process.arg(command).args(options);
+        if command == "cleanup" {
+            process.arg("--cni-conf-dir").arg(self.cni_conf_dir());
+        }
         process.arg("--bpffs").arg(&self.bpffs);
         process.arg("--run-dir").arg(&self.run_dir);
         let output = process.output().with_context(|| format!("{process:?}"))?;

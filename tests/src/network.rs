@@ -1,14 +1,12 @@
 //! Nodes whose pods are on Penstock's own network, and pods that its plugin made.
 
-use std::fs;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::{
     agent::{Agent, Source, binary},
     host::Host,
-    plugin::{CONFIGURATION, Container, Plugin, made},
+    plugin::{Container, Plugin, made},
     process::Place,
     scene::list,
     testbed::{Node, Pod, Testbed},
@@ -142,7 +140,6 @@ impl Testbed {
 impl Node {
     /// Whether the runtime has been told of the network.
     pub fn is_configured(&self) -> Result<bool> {
-        let path = self.cni_conf_dir().join(CONFIGURATION);
-        fs::exists(&path).with_context(|| format!("looking for {}", path.display()))
+        Ok(self.configuration()?.is_some())
     }
 }

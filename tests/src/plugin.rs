@@ -3,9 +3,11 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{self, Write},
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Child, Stdio},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -15,9 +17,6 @@ use crate::{
     process::{self, Place},
     testbed::Node,
 };
-
-/// The agent's configuration. Runtimes take the first by name.
-pub(crate) const CONFIGURATION: &str = "10-penstock.conflist";
 
 /// The folder that Debian keeps the reference plugins in.
 const REFERENCE: &str = "/usr/lib/cni";
@@ -48,8 +47,8 @@ pub struct Container {
     pub id: String,
     /// The file of its network namespace.
     pub netns: PathBuf,
-    /// Ports of the node that lead to it: (the node's, its own).
-    pub host_ports: Vec<(u16, u16)>,
+    /// What its runtime wants for it: the configuration's `runtimeConfig`.
+    pub runtime: Value,
 }
 
 impl Node {
@@ -68,9 +67,24 @@ impl Node {
         self.run_dir.with_file_name("state")
     }
 
+    /// The configuration that its runtime takes: the first by name, if there is any.
+    pub(crate) fn configuration(&self) -> Result<Option<PathBuf>> {
+        let folder = self.cni_conf_dir();
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| folder.display().to_string()),
+        };
+        let paths: io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
+        let is_list = |path: &PathBuf| path.extension().is_some_and(|end| end == "conflist");
+        Ok(paths?.into_iter().filter(is_list).min())
+    }
+
     /// Its plugin, as the agent has configured and installed it.
     pub fn plugin(&self) -> Result<Plugin> {
-        let path = self.cni_conf_dir().join(CONFIGURATION);
+        let path = self
+            .configuration()?
+            .with_context(|| format!("no configuration in {}", self.cni_conf_dir().display()))?;
         let text =
             fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let list: Value = serde_json::from_str(&text)
@@ -83,10 +97,12 @@ impl Node {
         let kind = network.get("type").and_then(Value::as_str);
         let folder = self.cni_bin_dir();
         let program = folder.join(kind.context("a plugin has no type")?);
-        for field in ["cniVersion", "name"] {
-            let value = list.get(field).cloned();
+        // The latest version of those that are offered, as today's runtimes choose.
+        let versions = list.get("cniVersions").and_then(Value::as_array);
+        let version = versions.and_then(|versions| versions.last());
+        for (field, value) in [("cniVersion", version), ("name", list.get("name"))] {
             let value = value.with_context(|| format!("{} has no {field}", path.display()))?;
-            network.insert(field.to_owned(), value);
+            network.insert(field.to_owned(), value.clone());
         }
         Ok(Plugin {
             place: self.place(),
@@ -126,48 +142,23 @@ impl Plugin {
         self.call("STATUS", None).map(drop)
     }
 
+    /// Takes away what no container has that is none of these.
+    pub fn gc(&self, valid: &[&Container]) -> Result<()> {
+        let mut plugin = self.clone();
+        let valid: Value = valid
+            .iter()
+            .map(|container| json!({ "containerID": container.id, "ifname": "eth0" }))
+            .collect();
+        let key = "cni.dev/valid-attachments".to_owned();
+        plugin.network.insert(key, valid);
+        plugin.call("GC", None).map(drop)
+    }
+
     /// Carries a command out; what the plugin answered, which is nothing for most, or a
     /// [`PluginError`].
     pub fn call(&self, command: &str, container: Option<&Container>) -> Result<Value> {
-        let mut process = process::command(&self.program, &self.place)?;
-        process
-            .env_clear()
-            .env("CNI_COMMAND", command)
-            .env("CNI_PATH", &self.folder)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut network = self.network.clone();
-        if command == "STATUS" {
-            // The first version of the specification that has it.
-            network.insert("cniVersion".to_owned(), "1.1.0".into());
-        }
-        if let Some(container) = container {
-            process
-                .env("CNI_CONTAINERID", &container.id)
-                .env("CNI_IFNAME", "eth0")
-                .env("CNI_NETNS", &container.netns)
-                .env(
-                    "CNI_ARGS",
-                    format!(
-                        "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={}",
-                        container.id
-                    ),
-                );
-            network.insert(
-                "runtimeConfig".to_owned(),
-                json!({ "portMappings": port_mappings(container) }),
-            );
-        }
-        let mut child = process
-            .spawn()
-            .with_context(|| format!("starting {}", self.program.display()))?;
-        let mut stdin = child.stdin.take().context("no pipe")?;
-        stdin
-            .write_all(Value::Object(network).to_string().as_bytes())
-            .context("writing to the plugin")?;
-        drop(stdin);
-        let output = child.wait_with_output().context("waiting for the plugin")?;
+        let output = self.begin(command, container)?.wait_with_output();
+        let output = output.context("waiting for the plugin")?;
         let text = String::from_utf8_lossy(&output.stdout);
         let said: Value = if text.trim().is_empty() {
             Value::Null
@@ -185,15 +176,51 @@ impl Plugin {
         let message = format!("{command}: {said}");
         Err(PluginError { code, message }.into())
     }
-}
 
-fn port_mappings(container: &Container) -> Value {
-    let mappings = container.host_ports.iter().flat_map(|(host_port, port)| {
-        ["tcp", "udp"].map(|protocol| {
-            json!({ "hostPort": host_port, "containerPort": port, "protocol": protocol })
-        })
-    });
-    mappings.collect()
+    /// Begins to carry a command out, and kills the plugin after a while; whether it had ended.
+    pub fn interrupt(&self, command: &str, container: &Container, after: Duration) -> Result<bool> {
+        let mut child = self.begin(command, Some(container))?;
+        thread::sleep(after);
+        child.kill().context("killing the plugin")?;
+        let output = child.wait_with_output().context("waiting for the plugin")?;
+        Ok(output.status.success())
+    }
+
+    /// Starts it with all that it needs to know.
+    fn begin(&self, command: &str, container: Option<&Container>) -> Result<Child> {
+        let mut process = process::command(&self.program, &self.place)?;
+        process
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("CNI_COMMAND", command)
+            .env("CNI_PATH", &self.folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut network = self.network.clone();
+        if let Some(container) = container {
+            process
+                .env("CNI_CONTAINERID", &container.id)
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_NETNS", &container.netns)
+                .env(
+                    "CNI_ARGS",
+                    format!(
+                        "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={}",
+                        container.id
+                    ),
+                );
+            network.insert("runtimeConfig".to_owned(), container.runtime.clone());
+        }
+        let mut child = process
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        let mut stdin = child.stdin.take().context("no pipe")?;
+        stdin
+            .write_all(Value::Object(network).to_string().as_bytes())
+            .context("writing to the plugin")?;
+        Ok(child)
+    }
 }
 
 impl Container {
@@ -202,7 +229,7 @@ impl Container {
         Self {
             id: namespace.to_owned(),
             netns: Path::new("/run/netns").join(namespace),
-            host_ports: Vec::new(),
+            runtime: json!({}),
         }
     }
 }

@@ -9,8 +9,10 @@
 )]
 
 use anyhow::{Context, Result, ensure};
+use penstock_common::limits;
 use penstock_testbed::{
-    Host, Pod, Scene, Service, Slice, eventually, frontends, list, require_kernel,
+    Agent, Host, Pod, Scene, Service, Slice, Source, Testbed, eventually, frontends, list,
+    patiently, require_kernel,
 };
 use serde_json::{Value, json};
 
@@ -38,6 +40,95 @@ fn metric(text: &str, name: &str) -> Result<f64> {
     Ok(value
         .with_context(|| format!("no {name} in {text}"))?
         .parse()?)
+}
+
+/// Every table that can be full, with what it holds at most.
+fn tables() -> Vec<(String, u32)> {
+    let families = [
+        ("frontends", limits::FRONTENDS),
+        ("addresses of services", limits::ADDRESSES),
+        ("backends", limits::BACKENDS),
+        ("ranges of clients", limits::SOURCE_RANGES),
+        ("backends' loads", limits::LOADS),
+        ("backends' counts", limits::BACKEND_COUNTS),
+        ("flows", limits::FLOWS),
+        ("clients with affinity", limits::AFFINITY),
+        ("addresses of pods", limits::ENDPOINTS),
+        ("ranges of nodes", limits::ROUTES),
+    ];
+    let both = [
+        ("slots", limits::SLOTS),
+        ("connected UDP sockets", limits::CONNECTED_UDP),
+        ("unconnected UDP sockets' services", limits::DATAGRAMS),
+        ("ends of tunnels", limits::VTEPS),
+        ("network namespaces", limits::NETNS),
+        ("cgroups that are left alone", limits::EXCLUDED_CGROUPS),
+        ("interfaces to the outside", limits::UPLINKS),
+        ("interfaces with XDP", limits::UPLINKS),
+    ];
+    let of = |family| families.map(|(table, capacity)| (format!("{family} {table}"), capacity));
+    let both = both.map(|(table, capacity)| (table.to_owned(), capacity));
+    [of("IPv4").to_vec(), of("IPv6").to_vec(), both.to_vec()].concat()
+}
+
+#[test]
+fn tables_say_what_they_hold() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = Testbed::new()?;
+    let nodes = [testbed.network_node()?, testbed.network_node()?];
+    let node = &nodes[0];
+    node.knows(&[node, &nodes[1]])?;
+    let balanced = Service::new("web", 10)
+        .port("tcp", 80, "TCP")
+        .balanced(30_080, &["192.0.2.10", "2001:db8::10"])
+        .set(
+            "loadBalancerSourceRanges",
+            json!(["198.51.100.0/24", "203.0.113.7/32", "2001:db8:1::/48"]),
+        );
+    let loaded = Service::new("loaded", 11)
+        .port("tcp", 80, "TCP")
+        .annotation("penstock.io/algorithm", "least-connections");
+    let agent = Agent::start_network(node, &Source::Manifests, &[])?;
+    let pods = [testbed.network_pod(node)?, testbed.network_pod(node)?];
+    let pods: Vec<&Pod> = pods.iter().collect();
+    let mut items = vec![balanced.json(), loaded.json()];
+    for name in ["web", "loaded"] {
+        items.extend(Slice::both(name, 8080, &pods));
+    }
+    node.manifest("services.json", &list(&items))?;
+    // Tables are counted every ten seconds.
+    let expected = [
+        ("IPv4 ranges of clients", 2),
+        ("IPv6 ranges of clients", 1),
+        ("IPv4 addresses of pods", 2),
+        ("IPv6 addresses of pods", 2),
+        // Its own, and the other node's.
+        ("IPv4 ranges of nodes", 2),
+        ("IPv6 ranges of nodes", 2),
+        ("IPv4 backends' loads", 2),
+        ("IPv6 backends' loads", 2),
+        // One a family.
+        ("ends of tunnels", 2),
+        ("interfaces with XDP", 0),
+        ("cgroups that are left alone", 0),
+    ];
+    patiently("the tables say so", || {
+        let (_, text) = get(&node.host, METRICS)?;
+        for (table, used) in expected {
+            let name = format!("penstock_table_entries{{table=\"{table}\"}}");
+            let found = metric(&text, &name)?;
+            ensure!(found == f64::from(used), "{table}: {found}");
+        }
+        for table in ["network namespaces", "interfaces to the outside"] {
+            let name = format!("penstock_table_entries{{table=\"{table}\"}}");
+            ensure!(metric(&text, &name)? >= 1.0, "{table}");
+        }
+        Ok(())
+    })?;
+    drop(agent);
+    Ok(())
 }
 
 #[test]
@@ -77,8 +168,10 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
     assert_eq!(metric(&text, drops)?, 0.0);
     assert_eq!(metric(&text, "penstock_services")?, 5.0);
     assert_eq!(metric(&text, "penstock_synced")?, 1.0);
-    let flows = "penstock_table_capacity{table=\"IPv4 flows\"}";
-    assert_eq!(metric(&text, flows)?, 131_072.0);
+    for (table, capacity) in tables() {
+        let name = format!("penstock_table_capacity{{table=\"{table}\"}}");
+        assert_eq!(metric(&text, &name)?, f64::from(capacity), "{table}");
+    }
     // The service "local" has endpoints on the other node only, by TCP and UDP.
     for (family, policy, expected) in [
         ("IPv4", "internal", 2.0),

@@ -9,7 +9,7 @@
 )]
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -17,7 +17,10 @@ use std::{
 };
 
 use anyhow::Result;
+use aya::maps::{Array, Map, MapData};
 use nix::sys::signal::Signal;
+use penstock_agent::dataplane::pins::Pins;
+use penstock_common::Config;
 use penstock_testbed::{
     Agent, Lease, Scene, Source, all_answer, binary, eventually, frontends, require_kernel,
 };
@@ -316,5 +319,42 @@ fn a_command_ends_with_its_reader() -> Result<()> {
         .wait_with_output()?;
     assert_eq!(output.status.signal(), Some(Signal::SIGPIPE as i32));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    Ok(())
+}
+
+#[test]
+fn an_agent_that_knows_its_node_no_more_keeps_the_address_that_it_had() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0];
+    // Its object names an address that is not the first that it has.
+    let second = "172.31.0.77";
+    node.host
+        .run("ip", &["address", "add", "172.31.0.77/24", "dev", "eth0"])?;
+    let object = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": { "name": node.name() },
+        "status": { "addresses": [{ "type": "InternalIP", "address": second }] },
+    });
+    node.manifest("node.json", &object.to_string())?;
+    let mut agent = scene.agent(&[])?;
+    let config: Array<MapData, Config> =
+        Map::Array(Pins::at(&node.bpffs).map("CONFIG")?).try_into()?;
+    let speaks_as = || -> Result<Ipv4Addr> { Ok(Ipv4Addr::from(config.get(&0, 0)?.node4)) };
+    eventually("it speaks as its object says", || {
+        anyhow::ensure!(speaks_as()?.to_string() == second);
+        Ok(())
+    })?;
+    agent.kill();
+    std::fs::write(node.manifests.join("node.json"), "{")?;
+    agent.begin_again()?;
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(5) {
+        assert_eq!(speaks_as()?.to_string(), second);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(agent.status()?["synced"], true);
     Ok(())
 }

@@ -15,10 +15,12 @@ use std::{
 };
 
 use anyhow::Result;
-use aya::maps::{Array, Map, MapError};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use penstock_agent::dataplane::pins::Pins;
-use penstock_common::TcpPeer;
-use penstock_testbed::{PROTOCOLS, Scene, all_answer, eventually, frontends, require_kernel, text};
+use penstock_common::{TcpPeer, limits};
+use penstock_testbed::{
+    Agent, PROTOCOLS, Scene, all_answer, eventually, frontends, require_kernel, text,
+};
 use serde_json::json;
 
 #[test]
@@ -264,17 +266,17 @@ fn pods_with_the_opt_out_label_are_left_to_the_packet_path() -> Result<()> {
             ],
         },
     });
-    let agent = scene.agent(&[])?;
+    let mut agent = scene.agent(&[])?;
     let service = frontends(10, 80)[0].to_string();
-    let goes_by_packets = || -> Result<bool> {
+    let goes_by_packets = |agent: &Agent| -> Result<bool> {
         let before = agent.count("packet_request")?;
         scene.client.host.who_answers("tcp", &service)?;
         Ok(agent.count("packet_request")? > before)
     };
-    assert!(!goes_by_packets()?, "no label yet");
+    assert!(!goes_by_packets(&agent)?, "no label yet");
     scene.nodes[0].manifest("pod.json", &pod.to_string())?;
     eventually("the label is heeded", || {
-        anyhow::ensure!(goes_by_packets()?, "still at the socket");
+        anyhow::ensure!(goes_by_packets(&agent)?, "still at the socket");
         Ok(())
     })?;
     for service in frontends(10, 80) {
@@ -282,11 +284,56 @@ fn pods_with_the_opt_out_label_are_left_to_the_packet_path() -> Result<()> {
             all_answer(&scene.client.host, protocol, service, &scene.names())?;
         }
     }
-    std::fs::remove_file(scene.nodes[0].manifests.join("pod.json"))?;
+    // An agent that begins anew and can't read who opted out believes the one before.
+    let manifests = &scene.nodes[0].manifests;
+    std::fs::write(manifests.join("pod.json"), "{")?;
+    agent.kill();
+    agent.begin_again()?;
+    eventually("it has read what it can", || {
+        anyhow::ensure!(agent.status()?["synced"] == true);
+        Ok(())
+    })?;
+    for _ in 0..10 {
+        assert!(
+            goes_by_packets(&agent)?,
+            "the opt-out outlives the agent that knew of it"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    std::fs::remove_file(manifests.join("pod.json"))?;
     eventually("the label's absence is heeded", || {
-        anyhow::ensure!(!goes_by_packets()?, "still by packets");
+        anyhow::ensure!(!goes_by_packets(&agent)?, "still by packets");
         Ok(())
     })
+}
+
+#[test]
+fn a_full_table_of_cgroups_has_room_for_others_once_some_are_gone() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let mut agent = scene.agent(&[])?;
+    agent.kill();
+    let pins = Pins::at(&scene.nodes[0].bpffs);
+    let map = Map::HashMap(pins.map("EXCLUDED_CGROUPS")?);
+    let mut table: HashMap<MapData, u64, u8> = map.try_into()?;
+    let ids = u64::MAX - u64::from(limits::EXCLUDED_CGROUPS)..u64::MAX;
+    for id in ids {
+        table.insert(id, 1, 0)?;
+    }
+    let agent = scene.agent(&["--exclude-cgroup", "pod1"])?;
+    let service = frontends(10, 80)[0].to_string();
+    eventually("the cgroup is excluded", || {
+        let before = agent.count("packet_request")?;
+        scene.client.host.who_answers("tcp", &service)?;
+        let after = agent.count("packet_request")?;
+        anyhow::ensure!(after > before, "still at the socket: {}", agent.log());
+        Ok(())
+    })?;
+    assert_eq!(table.keys().count(), 1);
+    Ok(())
 }
 
 #[test]

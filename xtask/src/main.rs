@@ -3,10 +3,10 @@
 //! Every command first makes sure that what it needs is there, and says what it installs.
 
 mod bench_vm;
+mod dist;
 mod emulation;
 mod kernels;
 mod lint;
-mod plugin;
 mod run;
 mod setup;
 
@@ -29,7 +29,7 @@ enum Command {
     Setup,
     /// Build everything, the kernel programs included.
     Build {
-        /// With optimisation.
+        /// With optimisation, and what is to be shipped into target/dist.
         #[arg(long)]
         release: bool,
     },
@@ -73,13 +73,8 @@ fn main() -> Result<()> {
             if !release {
                 return in_root(cargo("build").arg("--workspace"));
             }
-            in_root(cargo("build").args([
-                "--workspace",
-                "--exclude",
-                "penstock-cni",
-                "--release",
-            ]))?;
-            plugin::build()
+            in_root(cargo("build").args(["--workspace", "--release"]))?;
+            dist::collect()
         }
         Command::Demo { arguments } => {
             prepare()?;

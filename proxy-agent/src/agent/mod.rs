@@ -5,7 +5,7 @@ mod state;
 
 use std::{
     collections::BTreeSet,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -191,6 +191,14 @@ pub async fn run(options: Options) -> Result<Ending> {
     if network_state.is_some() {
         world.await_host_ports();
     }
+    let config: Array<_, penstock_common::Config> =
+        Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?;
+    // What the node's object said to an earlier agent, for as long as nobody says anything else.
+    let before = config.get(&0, 0).unwrap_or_default();
+    let chosen: [IpAddr; 2] = [
+        Ipv4Addr::from(before.node4).into(),
+        Ipv6Addr::from(before.node6).into(),
+    ];
     let mut agent = Agent {
         reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
         status,
@@ -198,7 +206,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         shared,
         configured: penstock_common::Config::default(),
         changed: Changed::open(&pins)?,
-        config: Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?,
+        config,
         lifetimes: options.lifetimes,
         counted,
         pressure: Pressure::default(),
@@ -223,7 +231,10 @@ pub async fn run(options: Options) -> Result<Ending> {
         triggers: Vec::new(),
         was_settled: false,
         was_synced: false,
-        chosen: Vec::new(),
+        chosen: chosen
+            .into_iter()
+            .filter(|ip| !ip.is_unspecified())
+            .collect(),
         told: BTreeSet::new(),
         network_problem: None,
     };

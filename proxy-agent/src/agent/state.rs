@@ -1,7 +1,7 @@
 //! What the agent knows, and what it does about each thing that happens.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::BTreeSet,
     net::IpAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -262,14 +262,16 @@ impl Agent {
         }
         let addresses = self.chosen.iter().chain(&named).chain(&detected);
         let addresses = addresses.copied().collect();
-        let excluded: HashSet<IpAddr> = world
-            .excluded()
-            .flat_map(|pod| pod.ips.iter().copied())
-            .collect();
+        let are_all = self.knows_who_opted_out();
+        let ips = world.excluded().flat_map(|pod| pod.ips.iter().copied());
+        let opted_out = follow::OptedOut {
+            ips: ips.collect(),
+            are_all,
+        };
         *lock(&self.shared.node_addresses) = addresses;
-        *lock(&self.shared.excluded) = excluded;
-        self.exclusions
-            .set_pods(world.excluded().map(|pod| pod.uid.clone()).collect());
+        *lock(&self.shared.excluded) = opted_out;
+        let uids = world.excluded().map(|pod| pod.uid.clone()).collect();
+        self.exclusions.set_pods(uids, are_all);
         let excluded_cgroups = self.exclusions.count();
         let network = self
             .network
@@ -404,7 +406,16 @@ impl Agent {
         }
     }
 
+    /// Whether no pod may have opted out that is not known.
+    fn knows_who_opted_out(&self) -> bool {
+        let world = &self.reconciler.world;
+        !world.is_doubtful() && !world.awaited().contains(&Kind::Pod)
+    }
+
     pub(super) fn look_for_cgroups(&mut self) {
+        if self.knows_who_opted_out() != lock(&self.shared.excluded).are_all {
+            self.update_node();
+        }
         match self.exclusions.look() {
             Ok(true) => self.update_node(),
             Ok(false) => {}

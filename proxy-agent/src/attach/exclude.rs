@@ -1,7 +1,7 @@
 //! Cgroups whose sockets are left alone: by pattern, and those of pods that asked for it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{HashMap, HashSet},
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
@@ -23,7 +23,9 @@ pub struct Exclusions {
     root: PathBuf,
     patterns: Vec<Pattern>,
     pods: Vec<Arc<str>>,
-    written: BTreeSet<u64>,
+    /// What an earlier agent wrote, until it is known which pods opted out.
+    inherited: HashSet<u64>,
+    written: HashMap<u64, u8>,
 }
 
 impl Exclusions {
@@ -36,13 +38,17 @@ impl Exclusions {
             root: root.to_path_buf(),
             patterns,
             pods: Vec::new(),
-            written: written.into_iter().map(|(id, _)| id).collect(),
+            inherited: written.iter().map(|(id, _)| *id).collect(),
+            written: written.into_iter().collect(),
         })
     }
 
-    /// The uids of pods that opted out.
-    pub fn set_pods(&mut self, uids: Vec<Arc<str>>) {
+    /// The uids of pods that opted out, and whether these are all.
+    pub fn set_pods(&mut self, uids: Vec<Arc<str>>, are_all: bool) {
         self.pods = uids.into_iter().filter(|uid| !uid.is_empty()).collect();
+        if are_all {
+            self.inherited.clear();
+        }
     }
 
     /// How many cgroups are excluded.
@@ -52,23 +58,16 @@ impl Exclusions {
 
     /// Looks for excluded cgroups; whether there are others than before.
     pub fn look(&mut self) -> io::Result<bool> {
-        let mut wanted = BTreeSet::new();
+        let mut found = HashSet::new();
         if !self.patterns.is_empty() || !self.pods.is_empty() {
-            self.search(&self.root, limits::CGROUP_DEPTH, &mut wanted);
+            self.search(&self.root, limits::CGROUP_DEPTH, &mut found);
         }
-        if wanted == self.written {
-            return Ok(false);
-        }
-        let new: Vec<u64> = wanted.difference(&self.written).copied().collect();
-        batch::update(self.map.fd().as_fd(), &new, &vec![1_u8; new.len()])
-            .map_err(|stopped| stopped.source)?;
-        let gone: Vec<u64> = self.written.difference(&wanted).copied().collect();
-        batch::delete(self.map.fd().as_fd(), &gone).map_err(|stopped| stopped.source)?;
-        self.written = wanted;
-        Ok(true)
+        let wanted = found.union(&self.inherited).map(|id| (*id, 1)).collect();
+        let writes = batch::settle(self.map.fd().as_fd(), &mut self.written, &wanted)?;
+        Ok(writes > 0)
     }
 
-    fn search(&self, folder: &Path, depth: u32, found: &mut BTreeSet<u64>) {
+    fn search(&self, folder: &Path, depth: u32, found: &mut HashSet<u64>) {
         let Some(depth) = depth.checked_sub(1) else {
             return;
         };

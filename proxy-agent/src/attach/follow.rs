@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io,
     net::IpAddr,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -90,7 +90,16 @@ pub struct Status {
 }
 
 /// Addresses whose namespaces opted out of socket translation.
-pub type Excluded = Arc<Mutex<HashSet<IpAddr>>>;
+pub type Excluded = Arc<Mutex<OptedOut>>;
+
+/// Pods that want their sockets left alone.
+#[derive(Clone, Debug, Default)]
+pub struct OptedOut {
+    /// Their addresses.
+    pub ips: HashSet<IpAddr>,
+    /// Whether these are all: until then, what an earlier agent knew holds too.
+    pub are_all: bool,
+}
 
 /// What is followed: links come and go, and so do this node's addresses.
 const GROUPS: [MulticastGroup; 3] = [
@@ -167,6 +176,8 @@ pub struct Follower {
     excluded: Excluded,
     own_addresses: watch::Sender<Vec<IpAddr>>,
     known: HashMap<u64, Netns>,
+    /// Namespaces that opted out by what an earlier agent knew, until all that do are known.
+    inherited: HashSet<u64>,
     files: netns::Namespaces,
     wiring: Option<Wiring>,
     /// How many looks an attachment without an interface still gets.
@@ -186,17 +197,26 @@ impl Follower {
         own_addresses: watch::Sender<Vec<IpAddr>>,
         wiring: Option<Wiring>,
     ) -> Result<Self, MapsError> {
+        let namespaces = pins.map("NETNS")?;
+        // What an earlier agent wrote counts. Where it can't be read, all of it is written anew.
+        let known = batch::lookup_all::<u64, Netns>(namespaces.fd().as_fd(), 1_024);
+        let known: HashMap<u64, Netns> = known.unwrap_or_default().into_iter().collect();
+        let opted_out = known
+            .iter()
+            .filter(|(_, netns)| netns.flags & NetnsFlags::EXCLUDED != 0);
+        let inherited = opted_out.map(|(cookie, _)| *cookie).collect();
         Ok(Self {
             hooks,
             names,
             uplinks: Uplinks::open(pins)?,
             xdp_uplinks: XdpUplinks::open(pins)?,
             addresses: Vec::new(),
-            namespaces: pins.map("NETNS")?,
+            namespaces,
             node_addresses,
             excluded,
             own_addresses,
-            known: HashMap::new(),
+            known,
+            inherited,
             files: netns::Namespaces::default(),
             wiring,
             patience: 0,
@@ -624,6 +644,9 @@ impl Follower {
     fn write_namespaces(&mut self) {
         let mut wanted = HashMap::new();
         let excluded = lock(&self.excluded).clone();
+        if excluded.are_all {
+            self.inherited.clear();
+        }
         for followed in lock(&self.status).interfaces.values() {
             let Some(identity) = &followed.identity else {
                 continue;
@@ -634,7 +657,8 @@ impl Follower {
             ]
             .into_iter()
             .flatten()
-            .any(|address| excluded.contains(&address));
+            .any(|address| excluded.ips.contains(&address))
+                || self.inherited.contains(&identity.cookie);
             let mut flags = 0;
             if followed.is_attached {
                 flags |= NetnsFlags::HAS_POD_HOOK;
@@ -662,34 +686,10 @@ impl Follower {
                 entry(NetnsFlags::HOST, addr4.or(host.addr4), addr6.or(host.addr6)),
             );
         }
-        if let Err(error) = self.replace_namespaces(&wanted) {
+        let map = self.namespaces.fd().as_fd();
+        if let Err(error) = batch::settle(map, &mut self.known, &wanted) {
             tracing::warn!("writing map NETNS: {error}; affinity goes by namespace until then");
         }
-    }
-
-    fn replace_namespaces(&mut self, wanted: &HashMap<u64, Netns>) -> io::Result<()> {
-        let map: BorrowedFd<'_> = self.namespaces.fd().as_fd();
-        if self.known.is_empty() {
-            // What an earlier agent wrote counts too.
-            self.known = batch::lookup_all::<u64, Netns>(map, 1_024)?
-                .into_iter()
-                .collect();
-        }
-        let (keys, values): (Vec<u64>, Vec<Netns>) = wanted
-            .iter()
-            .filter(|(cookie, netns)| self.known.get(cookie) != Some(netns))
-            .map(|(cookie, netns)| (*cookie, *netns))
-            .unzip();
-        batch::update(map, &keys, &values).map_err(|stopped| stopped.source)?;
-        let gone: Vec<u64> = self
-            .known
-            .keys()
-            .filter(|cookie| !wanted.contains_key(cookie))
-            .copied()
-            .collect();
-        batch::delete(map, &gone).map_err(|stopped| stopped.source)?;
-        self.known.clone_from(wanted);
-        Ok(())
     }
 }
 

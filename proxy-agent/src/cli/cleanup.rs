@@ -1,31 +1,63 @@
-//! `penstock cleanup`: takes everything out of the kernel again.
+//! `penstock cleanup`: takes everything out of the kernel again, and the network from the runtime.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use anyhow::{Context, Result, bail};
+use penstock_cni::{network::FILE, state};
 
 use super::{CleanupArgs, Place};
 use crate::{
     attach::interface,
     dataplane::pins::{PinError, Pins},
     ipc,
+    network::{self, install::Installed},
 };
 
-/// Removes all pins under the bpffs folder; a program that nothing refers to is gone with them.
+/// Pods that are named; more are counted.
+const NAMED: usize = 5;
+
+/// Removes all pins under the bpffs folder; a program that nothing refers to is gone with them. Then what
+/// connects nodes, and what tells the runtime that pods can be connected.
 pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
     let place = &args.place;
+    let configuration = args.cni_conf_dir.join(&args.cni_conf_name);
+    let installed = Installed::find(&configuration, &place.run_dir)?;
     if !args.force {
         refuse_beside_an_agent(place).await?;
+        installed.as_ref().map_or(Ok(()), refuse_beside_pods)?;
+    }
+    let mut removed = Vec::new();
+    // First of all: what comes after it takes pods' network away, and no more are to be added.
+    if let Some(installed) = &installed {
+        installed.withdraw()?;
+        removed.push(installed.path().display().to_string());
+    }
+    let described = place.run_dir.join(FILE);
+    match fs::remove_file(&described) {
+        Ok(()) => removed.push(described.display().to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("removing {}", described.display()));
+        }
     }
     let filters = interface::remove_filters();
     let pins = remove(&place.bpffs)?;
-    if pins + filters == 0 {
+    let kernel = network::remove().await?;
+    if pins > 0 {
+        removed.push(format!("{pins} pins under {}", place.bpffs.display()));
+    }
+    for (count, what) in [(filters, "filters"), (kernel.routes, "routes")] {
+        if count > 0 {
+            removed.push(format!("{count} {what}"));
+        }
+    }
+    if kernel.device {
+        removed.push(format!("the device {}", network::DEVICE));
+    }
+    if removed.is_empty() {
         println!("nothing to remove under {}", place.bpffs.display());
     } else {
-        println!(
-            "removed {pins} pins under {} and {filters} filters",
-            place.bpffs.display()
-        );
+        println!("removed {}", removed.join(", "));
     }
     Ok(())
 }
@@ -59,6 +91,36 @@ async fn refuse_beside_an_agent(place: &Place) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Fails if the network has pods: they would reach nobody, and the runtime could not end them.
+fn refuse_beside_pods(installed: &Installed) -> Result<()> {
+    let path = installed.state();
+    let pods = match path.exists() {
+        true => state::read(&path).with_context(
+            || "finding out who is on the network; pass --force to take it away from whoever is",
+        )?,
+        false => return Ok(()),
+    };
+    if pods.is_empty() {
+        return Ok(());
+    }
+    let names = pods.iter().take(NAMED).map(|pod| match &pod.pod {
+        Some(name) => format!("{}/{}", name.namespace, name.name),
+        None => pod.key.container.clone(),
+    });
+    let names: Vec<String> = names.collect();
+    let more = pods.len().saturating_sub(NAMED);
+    let and = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    bail!(
+        "pods of this node are on the network that would go: {}{and}; drain the node first (all but \
+         pods with hostNetwork have to end), or pass --force",
+        names.join(", ")
+    );
 }
 
 /// Removes a folder and what is in it; how many files there were.

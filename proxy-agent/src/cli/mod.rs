@@ -58,7 +58,8 @@ enum Command {
     Nodes(Look),
     /// What was dropped or refused, and why.
     Drops(Look),
-    /// Take everything out of the kernel: programs, maps, flows.
+    /// Take everything out of the kernel (programs, maps, flows, overlay, routes), and the network from
+    /// the container runtime.
     Cleanup(CleanupArgs),
 }
 
@@ -217,6 +218,15 @@ struct NetworkArgs {
         requires = "network"
     )]
     cni_conf_dir: PathBuf,
+    /// The configuration's file there: runtimes take the first by name.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = network::install::CONFIGURATION,
+        requires = "network",
+        value_parser = conf_name
+    )]
+    cni_conf_name: String,
     /// Where the runtime looks for CNI plugins.
     #[arg(
         long,
@@ -232,7 +242,7 @@ struct NetworkArgs {
     #[arg(
         long,
         value_name = "DIR",
-        default_value = "/run/penstock/cni",
+        default_value = "/var/lib/penstock/cni",
         requires = "network"
     )]
     cni_state_dir: PathBuf,
@@ -271,6 +281,7 @@ impl NetworkArgs {
             non_masquerade: self.non_masquerade,
             places: network::install::Places {
                 conf_dir: self.cni_conf_dir,
+                conf_name: self.cni_conf_name,
                 bin_dir: self.cni_bin_dir,
                 plugin: self.cni_plugin.or(beside),
                 state_dir: self.cni_state_dir,
@@ -279,6 +290,18 @@ impl NetworkArgs {
             },
         }))
     }
+}
+
+/// The name of a file that runtimes take for a list of plugins.
+fn conf_name(name: &str) -> Result<String, String> {
+    let stem = name.strip_suffix(".conflist").unwrap_or_default();
+    if stem.is_empty() || stem.starts_with('.') || stem.contains('/') {
+        return Err(format!(
+            "write a file's name that ends with .conflist: {}",
+            network::install::CONFIGURATION
+        ));
+    }
+    Ok(name.to_owned())
 }
 
 /// Where to listen, if anywhere.
@@ -333,7 +356,18 @@ struct Counting {
 struct CleanupArgs {
     #[command(flatten)]
     place: Place,
-    /// Even while an agent is running.
+    /// Where the runtime looks for CNI configurations.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+    /// The configuration's file there.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = network::install::CONFIGURATION,
+        value_parser = conf_name
+    )]
+    cni_conf_name: String,
+    /// Even while an agent is running, or pods are on its network.
     #[arg(long)]
     force: bool,
 }

@@ -5,6 +5,8 @@
 #![expect(unsafe_code, reason = "bpf(2) takes pointers as integers")]
 
 use std::{
+    collections::HashMap,
+    hash::Hash,
     io,
     os::fd::{AsRawFd, BorrowedFd},
 };
@@ -102,6 +104,36 @@ pub fn delete<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> Result<(), Stopped> 
         }
     }
     Ok(())
+}
+
+/// Makes a map that holds `known` hold `wanted`; how many elements that took. What is gone goes first, so
+/// that a full map has room for what is new. Where it fails, `known` is what was done.
+pub fn settle<K: Plain + Eq + Hash, V: Plain + PartialEq>(
+    map: BorrowedFd<'_>,
+    known: &mut HashMap<K, V>,
+    wanted: &HashMap<K, V>,
+) -> io::Result<usize> {
+    let gone = known.keys().filter(|key| !wanted.contains_key(key));
+    let gone: Vec<K> = gone.copied().collect();
+    let deleted = delete(map, &gone);
+    let done = deleted
+        .as_ref()
+        .map_or_else(|stopped| stopped.done, |()| gone.len());
+    for key in gone.iter().take(done) {
+        known.remove(key);
+    }
+    deleted.map_err(|stopped| stopped.source)?;
+    let new = wanted
+        .iter()
+        .filter(|(key, value)| known.get(key) != Some(value));
+    let (keys, values): (Vec<K>, Vec<V>) = new.map(|(key, value)| (*key, *value)).unzip();
+    let updated = update(map, &keys, &values);
+    let done = updated
+        .as_ref()
+        .map_or_else(|stopped| stopped.done, |()| keys.len());
+    known.extend(keys.iter().copied().zip(values).take(done));
+    updated.map_err(|stopped| stopped.source)?;
+    Ok(gone.len() + keys.len())
 }
 
 /// How far a failed batch came. Where the kernel could not even begin it left the count alone, or

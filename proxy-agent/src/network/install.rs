@@ -10,17 +10,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use penstock_cni::{state::State, version::Version};
 use serde_json::{Value, json};
 
 /// The plugin's name, which is its file's and its type's.
 pub const PLUGIN: &str = "penstock-cni";
-/// The configuration's file. Runtimes take the first by name.
-const CONFIGURATION: &str = "10-penstock.conflist";
+/// The configuration's file, unless the operator says otherwise. Runtimes take the first by name.
+pub const CONFIGURATION: &str = "10-penstock.conflist";
 
-/// A file could not be installed.
+/// A file could not be installed, or taken away.
 #[derive(Debug, thiserror::Error)]
-#[error("installing {path}: {source}")]
+#[error("{what} {path}: {source}")]
 pub struct InstallError {
+    what: &'static str,
     path: PathBuf,
     #[source]
     source: io::Error,
@@ -31,6 +33,8 @@ pub struct InstallError {
 pub struct Places {
     /// The runtime's configurations.
     pub conf_dir: PathBuf,
+    /// The file of ours among them.
+    pub conf_name: String,
     /// The runtime's plugins.
     pub bin_dir: PathBuf,
     /// The plugin to be installed; none if somebody else does it.
@@ -47,11 +51,14 @@ impl Places {
     /// The configuration.
     fn configuration(&self) -> Value {
         json!({
-            "cniVersion": "1.0.0",
+            // What runtimes know that don't look at the list. Those that do take the last of it that
+            // they know, and ask for STATUS and GC from 1.1.0 on.
+            "cniVersion": Version::V1_0_0.as_str(),
+            "cniVersions": Version::ALL.map(Version::as_str),
             "name": self.network,
             "plugins": [{
                 "type": PLUGIN,
-                "capabilities": { "portMappings": true, "bandwidth": true },
+                "capabilities": { "portMappings": true, "bandwidth": true, "ips": true },
                 "runDir": self.run_dir,
                 "stateDir": self.state_dir,
             }],
@@ -63,29 +70,69 @@ impl Places {
         let mut is_changed = false;
         if let Some(plugin) = &self.plugin {
             let to = self.bin_dir.join(PLUGIN);
-            let content = fs::read(plugin).map_err(failed(plugin))?;
-            is_changed |= put(&to, &content, 0o755).map_err(failed(&to))?;
+            let content = fs::read(plugin).map_err(failed("reading", plugin))?;
+            is_changed |= put(&to, &content, 0o755).map_err(failed("installing", &to))?;
         }
-        let to = self.conf_dir.join(CONFIGURATION);
+        let to = self.conf_dir.join(&self.conf_name);
         let text = format!("{:#}\n", self.configuration());
-        is_changed |= put(&to, text.as_bytes(), 0o644).map_err(failed(&to))?;
+        is_changed |= put(&to, text.as_bytes(), 0o644).map_err(failed("installing", &to))?;
         Ok(is_changed)
-    }
-
-    /// Takes the configuration away: no new pod is given this network.
-    pub fn withdraw(&self) -> Result<bool, InstallError> {
-        let path = self.conf_dir.join(CONFIGURATION);
-        match fs::remove_file(&path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(failed(&path)(error)),
-        }
     }
 }
 
-fn failed(path: &Path) -> impl FnOnce(io::Error) -> InstallError {
+/// A configuration that an agent installed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installed {
+    path: PathBuf,
+    network: String,
+    state_dir: PathBuf,
+}
+
+impl Installed {
+    /// The one in a file, if it is of the agent with that run directory.
+    pub fn find(path: &Path, run_dir: &Path) -> Result<Option<Self>, InstallError> {
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed("reading", path)(error)),
+        };
+        // What is no JSON is not ours.
+        let list: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let plugins = list.get("plugins").and_then(Value::as_array);
+        let ours = plugins.into_iter().flatten().find(|plugin| {
+            let says = |key: &str| plugin.get(key).and_then(Value::as_str);
+            says("type") == Some(PLUGIN) && says("runDir").map(Path::new) == Some(run_dir)
+        });
+        let text = |value: Option<&Value>| {
+            let text = value.and_then(Value::as_str);
+            text.unwrap_or_default().to_owned()
+        };
+        Ok(ours.map(|plugin| Self {
+            path: path.to_path_buf(),
+            network: text(list.get("name")),
+            state_dir: PathBuf::from(text(plugin.get("stateDir"))),
+        }))
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the plugin keeps what it gave to whom.
+    pub fn state(&self) -> PathBuf {
+        State::path(&self.state_dir, &self.network)
+    }
+
+    /// Takes it away: no pod is given this network from now on.
+    pub fn withdraw(&self) -> Result<(), InstallError> {
+        fs::remove_file(&self.path).map_err(failed("removing", &self.path))
+    }
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> InstallError {
     let path = path.to_path_buf();
-    move |source| InstallError { path, source }
+    move |source| InstallError { what, path, source }
 }
 
 /// Makes a file hold this, unless it does.
@@ -118,6 +165,7 @@ mod tests {
         fs::write(&plugin, "binary").unwrap();
         let places = Places {
             conf_dir: folder.path().join("net.d"),
+            conf_name: "05-mine.conflist".to_owned(),
             bin_dir: folder.path().join("bin"),
             plugin: Some(plugin),
             state_dir: folder.path().join("state"),
@@ -129,12 +177,28 @@ mod tests {
         let binary = places.bin_dir.join(PLUGIN);
         let mode = binary.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o755);
-        let text = fs::read_to_string(places.conf_dir.join(CONFIGURATION)).unwrap();
+        let path = places.conf_dir.join("05-mine.conflist");
+        let text = fs::read_to_string(&path).unwrap();
         let value: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["plugins"][0]["type"], PLUGIN);
         let files = fs::read_dir(&places.conf_dir).unwrap().count();
         assert_eq!(files, 1);
-        assert!(places.withdraw().unwrap());
-        assert!(!places.withdraw().unwrap());
+        let installed = Installed::find(&path, &places.run_dir).unwrap().unwrap();
+        assert_eq!(installed.state(), places.state_dir.join("penstock.json"));
+        installed.withdraw().unwrap();
+        assert_eq!(Installed::find(&path, &places.run_dir).unwrap(), None);
+    }
+
+    #[test]
+    fn what_others_installed_is_not_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(CONFIGURATION);
+        let other = r#"{"name": "other", "plugins": [{"type": "bridge", "runDir": "/run"}]}"#;
+        let elsewhere = r#"{"name": "a", "plugins": [{"type": "penstock-cni", "runDir": "/x"}]}"#;
+        for text in ["", "{", "[]", "{}", other, elsewhere] {
+            fs::write(&path, text).unwrap();
+            let found = Installed::find(&path, Path::new("/run")).unwrap();
+            assert_eq!(found, None, "{text}");
+        }
     }
 }

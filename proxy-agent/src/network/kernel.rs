@@ -17,7 +17,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressHeaderFlags, CacheInfo},
-        link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo},
+        link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
     },
 };
@@ -40,6 +40,13 @@ pub struct KernelError {
     /// Why not.
     #[source]
     source: rtnetlink::Error,
+}
+
+impl KernelError {
+    /// There is no talking to it at all.
+    pub(super) fn connecting(error: io::Error) -> Self {
+        failed("opening rtnetlink")(rtnetlink::Error::NamespaceError(error.to_string()))
+    }
 }
 
 fn failed(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> KernelError {
@@ -195,14 +202,43 @@ async fn set_up(handle: &Handle, index: u32, wanted: Overlay) -> Result<(), Kern
         .map_err(failed(format!("switching {DEVICE} on")))
 }
 
+/// Takes our routes and the overlay device away; how many routes there were, and whether it was there.
+pub async fn remove(handle: &Handle) -> Result<(usize, bool), KernelError> {
+    // Those into the device go with it, so they come first: to be counted, and whatever becomes of it.
+    let routes = routes(handle, 0, &BTreeMap::new()).await?;
+    // Whose device it is its Ethernet address says, whatever its port.
+    let Some((index, mac)) = device(handle).await?.map(|message| {
+        let mac = message.attributes.iter().find_map(|a| match a {
+            LinkAttribute::Address(mac) => Some(mac.clone()),
+            _ => None,
+        });
+        (message.header.index, mac)
+    }) else {
+        return Ok((routes, false));
+    };
+    if mac.as_deref() != Some(&OVERLAY_MAC[..]) {
+        return Ok((routes, false));
+    }
+    let removed = handle.link().del(index).execute().await;
+    removed.map_err(failed(format!("removing {DEVICE}")))?;
+    Ok((routes, true))
+}
+
+/// The overlay device as the kernel describes it.
+async fn device(handle: &Handle) -> Result<Option<LinkMessage>, KernelError> {
+    let mut links = handle.link().get().match_name(DEVICE.to_owned()).execute();
+    match links.try_next().await {
+        Ok(message) => Ok(message),
+        // Not there (ENODEV).
+        Err(rtnetlink::Error::NetlinkError(_)) => Ok(None),
+        Err(error) => Err(failed(format!("looking for {DEVICE}"))(error)),
+    }
+}
+
 /// The overlay device's index, and whether it can stay.
 async fn existing(handle: &Handle, wanted: Overlay) -> Result<Option<(u32, bool)>, KernelError> {
-    let mut links = handle.link().get().match_name(DEVICE.to_owned()).execute();
-    let message = match links.try_next().await {
-        Ok(Some(message)) => message,
-        // Not there (ENODEV).
-        Ok(None) | Err(rtnetlink::Error::NetlinkError(_)) => return Ok(None),
-        Err(error) => return Err(failed(format!("looking for {DEVICE}"))(error)),
+    let Some(message) = device(handle).await? else {
+        return Ok(None);
     };
     let mut is_ours = [false; 3];
     for attribute in &message.attributes {

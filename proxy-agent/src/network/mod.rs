@@ -18,7 +18,7 @@ use rtnetlink::Handle;
 use tokio::sync::watch;
 
 pub use handover::Obstacles;
-pub use kernel::DEVICE;
+pub use kernel::{DEVICE, KernelError};
 pub use maps::{Endpoints, MapsError, Uplinks, XdpUplinks};
 use maps::{Routes, Vteps};
 use plan::{Plan, Routing};
@@ -93,6 +93,25 @@ pub struct State {
     pub remote: Vec<plan::Remote>,
     /// What of the nodes can't be used.
     pub rejections: Vec<Rejection>,
+}
+
+/// What [`remove`] took away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Our routes.
+    pub routes: usize,
+    /// Whether the overlay device was there.
+    pub device: bool,
+}
+
+/// Takes the network's routes and its device out of the kernel. Pods' links stay: they are the plugin's.
+pub async fn remove() -> Result<Removed, KernelError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(KernelError::connecting)?;
+    let connection = tokio::spawn(connection);
+    let removed = kernel::remove(&handle).await;
+    connection.abort();
+    let (routes, device) = removed?;
+    Ok(Removed { routes, device })
 }
 
 /// Why the network can't be what it should be.

@@ -7,7 +7,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use penstock_testbed::{Container, Node, Testbed, eventually, require_kernel};
+use penstock_testbed::{Container, Node, Random, Testbed, eventually, require_kernel};
+use serde_json::json;
 
 use crate::{net::Net, traces::traces, undisturbed::undisturbed};
 
@@ -78,6 +79,82 @@ fn a_thousand_pods_come_and_go_and_leave_nothing() -> Result<()> {
             ensure!(count == expected.count(), "{pods}");
             Ok(())
         })?;
+    }
+    net.nothing_was_dropped()
+}
+
+/// How many calls of the plugin are killed.
+const KILLS: u32 = 300;
+
+#[test]
+fn plugins_that_are_killed_leave_nothing_in_the_kernel() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = Testbed::new()?;
+    let nodes = vec![
+        testbed
+            .network_node()?
+            .with_pod_ranges("10.244.16.0/20", "fd00:244:1::/64"),
+    ];
+    let mut net = Net::on(testbed, nodes, &["--log-level", "info"], &[0, 0])?;
+    let seed = u64::from(std::process::id()) << 20 | 1;
+    eprintln!("seed {seed}");
+    let mut random = Random(seed);
+    let mut containers = Vec::new();
+    for number in 0..AT_ONCE as u16 {
+        let mut container = net.testbed.container_on(&net.nodes[0])?;
+        let port = json!({ "hostPort": 9000 + number, "containerPort": 8080, "protocol": "tcp" });
+        container.runtime = json!({ "portMappings": [port] });
+        containers.push(container);
+    }
+    let before = all_traces(&net)?;
+    let frontends = net.agents[0].show("services")?;
+    let plugin = net.nodes[0].plugin()?;
+    // How long a call takes that is not killed.
+    let mut typical = Duration::MAX;
+    for container in &containers {
+        let started = Instant::now();
+        plugin.add(container)?;
+        typical = typical.min(started.elapsed());
+        plugin.del(container)?;
+    }
+    let [client, server] = [0, 1].map(|index: usize| &net.pods[index].host);
+    let ended = undisturbed(&[(client, server)], || {
+        let mut ended = 0;
+        for _ in 0..KILLS {
+            let container = &containers[random.below(containers.len())];
+            let command = if random.chance(60) { "ADD" } else { "DEL" };
+            let after = Duration::from_micros(random.below(typical.as_micros() as usize) as u64);
+            ended += u32::from(plugin.interrupt(command, container, after)?);
+        }
+        Ok(ended)
+    })?;
+    eprintln!("{typical:?} a call; {ended} of {KILLS} ended before they were killed");
+    ensure!(ended < KILLS * 3 / 4, "too late to kill: {ended}");
+    // Half of them are ended by their runtime, the others are found by GC.
+    let (deleted, forgotten) = containers.split_at(AT_ONCE / 2);
+    for container in deleted {
+        plugin.del(container)?;
+    }
+    let known: Vec<Container> = net
+        .pods
+        .iter()
+        .map(|pod| Container::named(&pod.host.name))
+        .collect();
+    plugin.gc(&known.iter().collect::<Vec<_>>())?;
+    eventually("nothing is left of them", || {
+        let after = all_traces(&net)?;
+        let difference: Vec<_> = after.symmetric_difference(&before).collect();
+        ensure!(difference.is_empty(), "{difference:?}");
+        let after = net.agents[0].show("services")?;
+        ensure!(after == frontends, "{after}");
+        Ok(())
+    })?;
+    // And they can be had again.
+    for container in forgotten {
+        plugin.add(container)?;
+        plugin.del(container)?;
     }
     net.nothing_was_dropped()
 }

@@ -135,3 +135,70 @@ fn routes(node: &Node) -> Result<BTreeSet<String>> {
     }
     Ok(routes)
 }
+
+#[test]
+fn cleanup_leaves_nothing_of_a_network_without_pods() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut net = Net::new(&["--cni-conf-name", "05-mine.conflist"])?;
+    let conf_dir = net.nodes[0].cni_conf_dir();
+    let own = "05-mine.conflist";
+    // Somebody else's, which is nobody's business.
+    fs::write(conf_dir.join("99-other.conflist"), "{}")?;
+    let cleanup = |net: &Net, options: &[&str]| {
+        net.nodes[0].penstock("cleanup", &[&["--cni-conf-name", own], options].concat())
+    };
+    let said = cleanup(&net, &[])?;
+    ensure!(
+        said.code == 1 && said.errors.contains("stop it first"),
+        "{said:?}"
+    );
+    net.agents[0].kill();
+    // Pods would reach nobody any more, and the runtime could not end them.
+    let said = cleanup(&net, &[])?;
+    ensure!(
+        said.code == 1 && said.errors.contains("drain the node"),
+        "{said:?}"
+    );
+    for pod in &net.pods[..2] {
+        ensure!(said.errors.contains(&pod.host.name), "{said:?}");
+    }
+    let there = |net: &Net| -> Result<[bool; 4]> {
+        let node = &net.nodes[0];
+        let links = node.host.run("ip", &["-o", "link"])?;
+        Ok([
+            links.contains("penstock0"),
+            !routes(node)?.is_empty(),
+            files(&conf_dir)?.contains(own),
+            node.run_dir.join("network.json").exists(),
+        ])
+    };
+    assert_eq!(there(&net)?, [true; 4], "what is refused changes nothing");
+    for pod in net.pods.split_off(0) {
+        if pod.node == net.nodes[0].name() {
+            net.testbed.end_network_pod(&net.nodes[0], &pod)?;
+        }
+    }
+    let said = cleanup(&net, &[])?;
+    assert_eq!(said.code, 0, "{said:?}");
+    for word in [own, "pins", "routes", "penstock0", "network.json"] {
+        ensure!(said.output.contains(word), "{word}: {said:?}");
+    }
+    assert_eq!(there(&net)?, [false; 4]);
+    assert_eq!(
+        files(&conf_dir)?,
+        BTreeSet::from(["99-other.conflist".to_owned()])
+    );
+    let said = cleanup(&net, &[])?;
+    ensure!(
+        said.code == 0 && said.output.contains("nothing to remove"),
+        "{said:?}"
+    );
+    // And an agent that starts makes all of it anew.
+    net.agents[0].restart()?;
+    eventually("the network is there again", || {
+        assert_eq!(there(&net)?, [true; 4]);
+        Ok(())
+    })
+}

@@ -8,6 +8,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod capabilities;
 mod changes;
 mod churn;
 mod install;
