@@ -101,6 +101,27 @@ fn what_is_tagged_is_not_the_interfaces() -> Result<()> {
     Ok(())
 }
 
+/// A tag that names no VLAN but a priority only (IEEE 802.1Q, 9.6) leaves a frame the interface's: the kernel takes
+/// it as if it had none, and a service has to, too.
+#[test]
+fn what_has_a_priority_alone_is_the_interfaces() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(Pods::Routed)?;
+    stage.web(&[&stage.servers[0]], |web| web)?;
+    let count = || stage.agents[0].count("external_request");
+    for tag in [None, Some(5 << 13)] {
+        let before = count()?;
+        eventually("it is served", || {
+            stage.client.send_frame("eth0", &frame(&stage, tag)?)?;
+            ensure!(count()? > before, "{tag:?}: {before}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Puts a host into the VLAN.
 fn join(host: &Host, addresses: [&str; 2]) -> Result<()> {
     let link = format!("eth0.{VLAN}");
