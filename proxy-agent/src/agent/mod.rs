@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result};
@@ -228,6 +228,10 @@ pub async fn run(options: Options) -> Result<Ending> {
         unmonitored,
         syncs: Syncs::default(),
         started: Instant::now(),
+        started_since_1970: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default(),
+        triggers: Vec::new(),
         was_settled: false,
         was_synced: false,
         chosen: chosen
