@@ -14,7 +14,7 @@ use crate::{
 const RUN_DIR: &str = "/run/penstock";
 /// Where the plugin's own files are, unless the configuration says otherwise. Attachments end with the
 /// boot; whose turn it is does not.
-const STATE_DIR: &str = "/var/lib/penstock/cni";
+pub const STATE_DIR: &str = "/var/lib/penstock/cni";
 /// What IPv6 asks of every link (RFC 8200, section 5), and the most that a veth carries.
 const MTUS: std::ops::RangeInclusive<u64> = 1_280..=65_535;
 

@@ -108,12 +108,18 @@ impl Syncs {
     /// Notes that it was tried to write all that was to be, and for how many services that failed.
     pub fn done(&self, took: Duration, failed: usize) {
         self.durations.observe(took.as_secs_f64());
-        self.endpoints.pending.set(0);
-        let failed = i64::try_from(failed).unwrap_or(i64::MAX);
-        self.services.pending.set(failed);
+        self.nothing_pends(failed);
         if failed == 0 {
             self.last.set(now());
         }
+    }
+
+    /// Notes that all that is wanted was compared with what is written, and for how many services that
+    /// can't be.
+    pub fn nothing_pends(&self, failed: usize) {
+        self.endpoints.pending.set(0);
+        let failed = i64::try_from(failed).unwrap_or(i64::MAX);
+        self.services.pending.set(failed);
     }
 
     /// Notes that a change of endpoints is written that began at some moment, in time since 1970.

@@ -29,11 +29,19 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
+    let verdict = sort::<F, M>(packet, maps)?;
+    if verdict != Verdict::Pass {
+        packet.forget_priority();
+    }
+    Ok(verdict)
+}
+
+#[inline(always)]
+fn sort<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Verdict, Counter> {
     // What is tagged meets this program again, without its tag, at the VLAN's own interface.
     if packet.is_for_another_host() || packet.is_tagged() {
         return Ok(Verdict::Pass);
     }
-    packet.forget_priority();
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };

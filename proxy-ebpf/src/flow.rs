@@ -360,13 +360,14 @@ pub fn take_port<F: Family, M: Maps<F>>(maps: &M, id: FlowId, port: u16) -> bool
     let Some(record) = maps.record(id) else {
         return false;
     };
-    let mut reply = record.key(FlowKey::<F::Addr>::REPLY);
-    reply.dst_port = Be16::from_host(port);
-    if !link(maps, &reply, id) {
-        return false;
+    // Before the key is there to be found, lest another flow take it for one that is left over.
+    record.set_source_port(Be16::from_host(port));
+    let reply = record.key(FlowKey::<F::Addr>::REPLY);
+    // Looked at first: where most ports are taken, an insert at each costs all processors a lock.
+    match maps.flow_id(&reply) {
+        Some(other) if !is_left_over::<F, M>(maps, &reply, other) => false,
+        _ => link(maps, &reply, id),
     }
-    record.set_source_port(reply.dst_port);
-    true
 }
 
 /// Goes on looking for a free port from a chunk of the range on, which is counted from where this
@@ -538,14 +539,19 @@ fn link<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> 
     let Some(other) = maps.flow_id(key) else {
         return false;
     };
-    let Some(record) = maps.record(other) else {
-        return false;
-    };
-    if record.state() != FlowState::FREE && record.key(key.direction) == *key {
+    if !is_left_over::<F, M>(maps, key, other) {
         return false;
     }
     unlink::<F, M>(maps, key, other);
     maps.link(key, id)
+}
+
+/// Whether a key leads to a record that is no longer the key's.
+#[inline(always)]
+fn is_left_over<F: Family, M: Maps<F>>(maps: &M, key: &FlowKey<F::Addr>, id: FlowId) -> bool {
+    maps.record(id).is_some_and(|record| {
+        record.state() == FlowState::FREE || record.key(key.direction) != *key
+    })
 }
 
 /// Embryonic and closing flows go first, established ones only once they have expired; half of one is

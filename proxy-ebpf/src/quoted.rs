@@ -6,7 +6,7 @@ use penstock_common::{Be16, Counter, FlowFlags, FlowId, FlowKey, Proto, V4};
 use crate::{
     checksum::Delta,
     env::{Maps, Record},
-    family::{ETHERNET, Family},
+    family::{ETHERNET, Family, MAX_TRANSPORT},
     flow,
     packet::{Covers, Packet, Refused, Zero},
     parse, pod, rewrite,
@@ -96,7 +96,10 @@ fn quote<F: Family>(packet: &impl Packet) -> Option<Quote> {
     let network = header.transport + ICMP_HEADER;
     // A quote may be cut short: only the ports must be there (RFC 792; RFC 1812, 4.3.2.3).
     let inner = F::network(packet, network)?;
-    if inner.fragment.is_later || !(pod::is_translated(inner.proto) || inner.proto == F::ICMP) {
+    if inner.transport > MAX_TRANSPORT || inner.fragment.is_later {
+        return None;
+    }
+    if !(pod::is_translated(inner.proto) || inner.proto == F::ICMP) {
         return None;
     }
     let quote = Quote {

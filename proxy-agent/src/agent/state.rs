@@ -145,6 +145,9 @@ impl Agent {
         let outcome = self.reconciler.step(self.started.elapsed());
         if outcome.services > 0 || outcome.writes > 0 {
             self.syncs.done(began.elapsed(), self.reconciler.failed());
+        } else if self.reconciler.world.is_synced() {
+            // Sources also speak of what makes no difference.
+            self.syncs.nothing_pends(self.reconciler.failed());
         }
         self.tell_triggers();
         if outcome.writes > 0 {

@@ -22,9 +22,20 @@ pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
     let place = &args.place;
     let configuration = args.cni_conf_dir.join(&args.cni_conf_name);
     let installed = Installed::find(&configuration, &place.run_dir)?;
+    let described = place.run_dir.join(FILE);
+    let has_network = installed.is_some() || described.exists();
     if !args.force {
         refuse_beside_an_agent(place).await?;
-        installed.as_ref().map_or(Ok(()), refuse_beside_pods)?;
+        match &installed {
+            Some(installed) => refuse_beside_pods(installed)?,
+            None if has_network => bail!(
+                "{} says that an agent had a network for pods, and {} is not its configuration: say where \
+                 that is (--cni-conf-dir, --cni-conf-name), so that no pod loses its network, or pass --force",
+                described.display(),
+                configuration.display()
+            ),
+            None => {}
+        }
     }
     let mut removed = Vec::new();
     // First of all: what comes after it takes pods' network away, and no more are to be added.
@@ -32,7 +43,6 @@ pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
         installed.withdraw()?;
         removed.push(installed.path().display().to_string());
     }
-    let described = place.run_dir.join(FILE);
     match fs::remove_file(&described) {
         Ok(()) => removed.push(described.display().to_string()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -42,7 +52,12 @@ pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
     }
     let filters = interface::remove_filters();
     let pins = remove(&place.bpffs)?;
-    let kernel = network::remove().await?;
+    // The overlay of an agent with another run directory is not this one's to remove.
+    let kernel = if has_network || args.force {
+        network::remove().await?
+    } else {
+        network::Removed::default()
+    };
     if pins > 0 {
         removed.push(format!("{pins} pins under {}", place.bpffs.display()));
     }

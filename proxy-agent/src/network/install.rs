@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use penstock_cni::{state::State, version::Version};
+use penstock_cni::{config::STATE_DIR, state::State, version::Version};
 use serde_json::{Value, json};
 
 /// The plugin's name, which is its file's and its type's.
@@ -110,7 +110,10 @@ impl Installed {
         Ok(ours.map(|plugin| Self {
             path: path.to_path_buf(),
             network: text(list.get("name")),
-            state_dir: PathBuf::from(text(plugin.get("stateDir"))),
+            state_dir: plugin
+                .get("stateDir")
+                .and_then(Value::as_str)
+                .map_or_else(|| PathBuf::from(STATE_DIR), PathBuf::from),
         }))
     }
 

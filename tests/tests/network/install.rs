@@ -155,6 +155,12 @@ fn cleanup_leaves_nothing_of_a_network_without_pods() -> Result<()> {
         "{said:?}"
     );
     net.agents[0].kill();
+    // Who is on the network is not known without its configuration.
+    let said = net.nodes[0].penstock("cleanup", &[])?;
+    ensure!(
+        said.code == 1 && said.errors.contains("--cni-conf-name"),
+        "{said:?}"
+    );
     // Pods would reach nobody any more, and the runtime could not end them.
     let said = cleanup(&net, &[])?;
     ensure!(
