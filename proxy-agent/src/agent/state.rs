@@ -73,6 +73,8 @@ pub(super) struct Agent {
     pub(super) unmonitored: monitor::Problems,
     pub(super) syncs: Syncs,
     pub(super) started: Instant,
+    /// What is other than it was said to be, and hurts nobody.
+    pub(super) notes: Vec<String>,
     pub(super) was_settled: bool,
     pub(super) was_synced: bool,
     /// The addresses that stand for this node, one a family.
@@ -415,6 +417,7 @@ impl Agent {
                     self.started.elapsed(),
                 );
                 report.problems.extend(self.problems());
+                report.notes.clone_from(&self.notes);
                 report.lifetimes = self.lifetimes;
                 report.tables = self.fills();
                 let _ = answer.send(report);

@@ -47,6 +47,10 @@ static ATTEMPTS: Global<u32> = Global::new(8);
 #[unsafe(no_mangle)]
 static REACH: Global<u32> = Global::new(64);
 
+/// How many flows of one family the maps were made for.
+#[unsafe(no_mangle)]
+static RECORDS: Global<u32> = Global::new(limits::FLOWS);
+
 /// The kernel, on behalf of the program that runs in `context`.
 pub(crate) struct Kernel<'a, C> {
     /// What traces are sent with.
@@ -719,7 +723,7 @@ macro_rules! family {
 
             #[inline(always)]
             fn records(&self) -> u32 {
-                limits::FLOWS
+                RECORDS.load()
             }
 
             #[inline(always)]
