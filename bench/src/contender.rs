@@ -31,6 +31,8 @@ pub enum Counts {
     Packets,
     /// Nine of ten packets from client to server, or more.
     MostPackets,
+    /// Each answer of the server's, or one for a connection that only takes.
+    Answers,
     /// What hardly happens on this way.
     Nothing,
 }
@@ -56,6 +58,13 @@ impl Witness {
     pub fn agent(agent: &Rc<Agent>, counter: &'static str, counts: Counts) -> Self {
         let agent = agent.clone();
         Self::new(counter, counts, move || agent.count(counter))
+    }
+
+    /// The same, said to be somebody's.
+    #[must_use]
+    pub fn of(mut self, whose: &str) -> Self {
+        self.what = format!("{}, {whose}", self.what);
+        self
     }
 
     /// The packets that an interface of a host sent.
@@ -165,6 +174,7 @@ pub fn testimony(
             Counts::Flows => expected.flows..=u64::MAX,
             Counts::Packets => expected.packets..=u64::MAX,
             Counts::MostPackets => expected.packets / 10 * 9..=u64::MAX,
+            Counts::Answers => expected.answers..=u64::MAX,
             // A neighbour or a multicast group may be asked for now and then.
             Counts::Nothing => 0..=1 + expected.packets / 100,
         };
@@ -266,6 +276,8 @@ pub struct Expected {
     pub flows: u64,
     /// Packets from client to server.
     pub packets: u64,
+    /// Packets from server to client.
+    pub answers: u64,
 }
 
 impl Expected {
@@ -280,21 +292,32 @@ impl Expected {
                 connections: count,
                 flows: count,
                 packets: count,
+                answers: count,
             },
             Workload::UdpSendto => Self {
                 connections: count,
                 flows: turns.len() as u64,
                 packets: count,
+                answers: count,
             },
-            Workload::TcpRr | Workload::UdpRr | Workload::UdpPackets => Self {
+            Workload::TcpRr | Workload::UdpRr => Self {
                 connections: turns.len() as u64,
                 flows: turns.len() as u64,
                 packets: count,
+                answers: count,
+            },
+            // One of many asks for an answer.
+            Workload::UdpPackets => Self {
+                connections: turns.len() as u64,
+                flows: turns.len() as u64,
+                packets: count,
+                answers: turns.len() as u64,
             },
             Workload::Stream | Workload::Iperf => Self {
                 connections: count,
                 flows: count,
                 packets: (octets / LARGEST) as u64,
+                answers: count,
             },
         }
     }

@@ -18,51 +18,86 @@ use plotters::{
 
 use crate::{
     report,
-    turns::{Metric, Outcome},
+    turns::{Metric, Outcome, Turns},
 };
 
-/// The first contender, and the others.
-const COLOURS: [RGBColor; 2] = [RGBColor(150, 150, 150), RGBColor(60, 110, 180)];
+/// Ways of Penstock's, of kube-proxy's, and all others.
+const OURS: RGBColor = RGBColor(40, 100, 180);
+const KUBE_PROXY: RGBColor = RGBColor(225, 145, 60);
+const OTHERS: RGBColor = RGBColor(165, 165, 165);
 /// Pixels.
 const WIDTH: i32 = 860;
 const HEADING: i32 = 34;
 const BAR: i32 = 22;
 /// Where bars begin, and how long the longest is.
-const LEFT: i32 = 300;
-const LENGTH: i32 = 400;
+const LEFT: i32 = 270;
+const LENGTH: i32 = 310;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// Drawing fails where writing does.
 type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
-/// Draws all outcomes of a comparison into a file.
-pub fn draw(path: &Path, title: &str, outcomes: &[&Outcome]) -> Result<()> {
-    let panel = |outcome: &Outcome| HEADING + BAR * (outcome.turns.len() as i32 + 1);
-    let panels = |outcome: &&Outcome| panel(outcome) * outcome.metrics.len() as i32;
-    let height = HEADING + outcomes.iter().map(panels).sum::<i32>();
+/// Draws an outcome into a file: a panel for each metric.
+pub fn draw(path: &Path, outcome: &Outcome) -> Result<()> {
+    let panel = HEADING + BAR * outcome.turns.len() as i32 + BAR / 2;
+    let height = 2 * HEADING + panel * outcome.metrics.len() as i32;
     let area = SVGBackend::new(path, (WIDTH as u32, height as u32)).into_drawing_area();
     area.fill(&WHITE)?;
-    label(&area, title, (WIDTH / 2, HEADING / 2), HPos::Center, 20)?;
-    let mut top = HEADING;
-    for outcome in outcomes {
-        for metric in &outcome.metrics {
-            bars(&area, outcome, *metric, top)?;
-            top += panel(outcome);
-        }
+    let (title, what) = (&outcome.title, &outcome.what);
+    label(&area, title, (20, HEADING * 2 / 3), HPos::Left, 19)?;
+    label(&area, what, (20, HEADING * 3 / 2), HPos::Left, 15)?;
+    for (number, metric) in outcome.metrics.iter().enumerate() {
+        bars(&area, outcome, *metric, 2 * HEADING + panel * number as i32)?;
     }
     area.present()?;
     Ok(())
 }
 
+/// A number as it is read easily: three digits at least that count, and thousands apart.
+fn number(value: f64) -> String {
+    let digits = match value.abs() {
+        small if small < 10.0 => 2,
+        small if small < 100.0 => 1,
+        _ => 0,
+    };
+    let text = format!("{value:.digits$}");
+    let (whole, rest) = text.split_once('.').unwrap_or((&text, ""));
+    let mut shown = String::new();
+    for (place, digit) in whole.chars().enumerate() {
+        if place > 0 && (whole.len() - place).is_multiple_of(3) {
+            shown.push(',');
+        }
+        shown.push(digit);
+    }
+    if !rest.is_empty() {
+        shown.push('.');
+        shown.push_str(rest);
+    }
+    shown
+}
+
+/// What stands behind a bar: the median, and for a way of Penstock's how much of kube-proxy's that is, where
+/// that can be told.
+fn behind(outcome: &Outcome, turns: &Turns, metric: Metric, scale: f64) -> String {
+    let mut text = number(turns.median(metric).value / scale);
+    if turns.is_ours() {
+        let ratios = report::ratios_to_kube_proxy(outcome, turns, metric);
+        let ratios: Vec<String> = ratios
+            .into_iter()
+            .filter(|(_, ratio)| ratio.is_difference())
+            .map(|(mode, ratio)| format!("{:.2} × {mode}", ratio.value))
+            .collect();
+        if !ratios.is_empty() {
+            text.push_str(&format!("  ({})", ratios.join(", ")));
+        }
+    }
+    text
+}
+
 fn bars(area: &Area, outcome: &Outcome, metric: Metric, top: i32) -> Drawn {
     let (unit, scale) = report::unit(outcome, metric);
-    let better = if metric.is_less_better() {
-        "less is better"
-    } else {
-        "more is better"
-    };
-    let heading = format!("{}, {} in {unit} ({better})", outcome.what, metric.name());
-    label(area, &heading, (20, top + HEADING / 2), HPos::Left, 15)?;
+    let heading = format!("{}, {unit} ({})", metric.name(), metric.better());
+    label(area, &heading, (LEFT, top + HEADING / 2), HPos::Left, 14)?;
     let medians: Vec<_> = outcome
         .turns
         .iter()
@@ -73,8 +108,11 @@ fn bars(area: &Area, outcome: &Outcome, metric: Metric, top: i32) -> Drawn {
     for (number, (turns, median)) in outcome.turns.iter().zip(&medians).enumerate() {
         let middle = top + HEADING + BAR * number as i32 + BAR / 2;
         label(area, &turns.contender, (LEFT - 10, middle), HPos::Right, 14)?;
-        let [first, others] = COLOURS;
-        let colour = if number == 0 { first } else { others };
+        let colour = match turns.mode() {
+            _ if turns.is_ours() => OURS,
+            Some(_) => KUBE_PROXY,
+            None => OTHERS,
+        };
         let corners = [
             (LEFT, middle - BAR / 3),
             (at(median.value), middle + BAR / 3),
@@ -88,22 +126,23 @@ fn bars(area: &Area, outcome: &Outcome, metric: Metric, top: i32) -> Drawn {
         ] {
             area.draw(&PathElement::new(line, BLACK.stroke_width(1)))?;
         }
-        let value = format!("{:.2}", median.value / scale);
-        label(area, &value, (high + 8, middle), HPos::Left, 13)?;
+        let text = behind(outcome, turns, metric, scale);
+        label(area, &text, (high + 8, middle), HPos::Left, 13)?;
     }
     Ok(())
 }
 
 /// The trial whose median is shown by the number of services.
-const GROWING: &str = "TCP connect, request, close, one processor for both";
+pub const GROWING: &str = "TCP connect, request, close, one processor for both";
 /// The lines of a picture's ways, in their order.
-const LINES: [RGBColor; 6] = [
-    RGBColor(150, 150, 150),
-    RGBColor(100, 160, 220),
+const LINES: [RGBColor; 7] = [
+    RGBColor(190, 190, 190),
+    RGBColor(110, 110, 110),
     RGBColor(30, 80, 160),
-    RGBColor(90, 60, 160),
+    RGBColor(100, 160, 220),
     RGBColor(200, 80, 60),
-    RGBColor(220, 150, 50),
+    RGBColor(140, 80, 160),
+    RGBColor(225, 145, 60),
 ];
 
 /// Draws how long connecting takes by the number of services, where the last of them is asked, if two
@@ -172,7 +211,7 @@ fn decade(value: f64, side: fn(f64) -> f64) -> f64 {
 }
 
 /// How many services there are where the last one is asked, or the only one.
-fn asked_last(title: &str) -> Option<f64> {
+pub fn asked_last(title: &str) -> Option<f64> {
     if title == "1 service" {
         return Some(1.0);
     }
@@ -189,7 +228,7 @@ fn label(area: &Area, text: &str, at: (i32, i32), horizontal: HPos, size: i32) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{load::Summary, turns::Turns};
+    use crate::load::Summary;
 
     fn outcome(title: &str, nanos: u64) -> Outcome {
         let turns = |name: &str, p50| Turns {
@@ -209,6 +248,51 @@ mod tests {
             metrics: vec![Metric::P50],
             turns: vec![turns("direct", 20_000), turns("other", nanos)],
         }
+    }
+
+    #[test]
+    fn numbers_are_short() {
+        let shown = [0.5, 9.994, 12.34, 999.6, 12_345.6, 1_234_567.0].map(number);
+        let expected = ["0.50", "9.99", "12.3", "1,000", "12,346", "1,234,567"];
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn bars_say_how_much_of_kube_proxys_they_are() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("bars.svg");
+        let turns = |name: &str, per_second| Turns {
+            contender: name.to_owned(),
+            summaries: vec![
+                Summary {
+                    per_second,
+                    ..Summary::default()
+                };
+                6
+            ],
+            evidence: Vec::new(),
+        };
+        let outcome = Outcome {
+            title: "Packets".to_owned(),
+            what: "UDP packets".to_owned(),
+            metrics: vec![Metric::Packets],
+            turns: vec![
+                turns("kube-proxy, iptables", 400_000.0),
+                turns("kube-proxy's rules, nftables", 500_000.0),
+                turns("Penstock, XDP", 1_500_000.0),
+                turns("no service", 900_000.0),
+            ],
+        };
+        draw(&path, &outcome)?;
+        let text = std::fs::read_to_string(&path)?;
+        for wanted in [
+            "1,500  (3.75 × iptables, 3.00 × nftables)",
+            "UDP packets",
+            "900",
+        ] {
+            assert!(text.contains(wanted), "{wanted} is not in {text}");
+        }
+        Ok(())
     }
 
     #[test]

@@ -247,6 +247,8 @@ fn turn(
         (subject.request, Kind::Known, &known),
         (subject.reply, Kind::Reply, &replies),
     ] {
+        // What the first of a flow and direction finds out, the others need not ask.
+        programs.run_all(name, frames)?;
         let runs = programs.run_all(name, frames)?;
         let worked = runs
             .iter()

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::{
     figures::{self, Median},
+    plot,
     results::Results,
     turns::{Metric, Outcome, Turns},
 };
@@ -74,23 +75,26 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
          1, is called no difference.\n",
     );
     slower(&mut text, results);
+    beside_kube_proxy(&mut text, results);
     for (title, file) in plots.iter().filter(|(title, _)| title == GROWTH) {
-        let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})");
+        let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})\n");
+        growth(&mut text, results);
     }
     let mut title = "";
     for outcome in &results.outcomes {
         if outcome.title != title {
             title = &outcome.title;
             let _ = writeln!(text, "\n## {title}\n");
-            for (_, file) in plots.iter().filter(|(plotted, _)| plotted == title) {
-                let _ = writeln!(text, "![{title}]({file})\n");
-            }
         }
         let rounds = outcome
             .turns
             .first()
             .map_or(0, |turns| turns.summaries.len());
         let _ = writeln!(text, "### {}, {rounds} rounds\n", outcome.what);
+        let name = outcome.name();
+        for (_, file) in plots.iter().filter(|(plotted, _)| *plotted == name) {
+            let _ = writeln!(text, "![{name}]({file})\n");
+        }
         table(&mut text, outcome);
     }
     text.push_str(&programming(results));
@@ -184,10 +188,8 @@ fn programmed(agent: &Value) -> String {
 fn slower(text: &mut String, results: &Results) {
     let mut rows = Vec::new();
     for outcome in &results.outcomes {
-        let (ours, others): (Vec<_>, Vec<_>) = outcome
-            .turns
-            .iter()
-            .partition(|turns| turns.contender.starts_with("Penstock"));
+        let (ours, others): (Vec<_>, Vec<_>) =
+            outcome.turns.iter().partition(|turns| turns.is_ours());
         for metric in &outcome.metrics {
             for (ours, other) in ours
                 .iter()
@@ -220,6 +222,95 @@ fn slower(text: &mut String, results: &Results) {
     for row in rows {
         text.push_str(&row);
         text.push('\n');
+    }
+}
+
+/// How a way of Penstock's compares with each of kube-proxy's modes, by mode.
+pub fn ratios_to_kube_proxy<'a>(
+    outcome: &'a Outcome,
+    ours: &Turns,
+    metric: Metric,
+) -> Vec<(&'a str, Median)> {
+    let modes = outcome.turns.iter();
+    modes
+        .filter_map(|turns| Some((turns.mode()?, ours.ratio(turns, metric))))
+        .collect()
+}
+
+/// How much longer connecting takes than to the first contender, by the number of services: whatever is different
+/// from one number to the next for all of them is not in it.
+fn growth(text: &mut String, results: &Results) {
+    let outcomes = results.outcomes.iter();
+    let mut growing: Vec<(f64, &Outcome)> = outcomes
+        .filter(|outcome| outcome.what == plot::GROWING)
+        .filter_map(|outcome| Some((plot::asked_last(&outcome.title)?, outcome)))
+        .collect();
+    growing.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut names: Vec<&str> = Vec::new();
+    for (_, outcome) in &growing {
+        for turns in outcome.turns.iter().skip(1) {
+            if !names.contains(&turns.contender.as_str()) {
+                names.push(&turns.contender);
+            }
+        }
+    }
+    let heads: Vec<String> = growing.iter().map(|(count, _)| count.to_string()).collect();
+    let _ = writeln!(
+        text,
+        "p50, and its ratio to that of the first contender with as many services.\n\n\
+         | services | {} |\n| --- |{}",
+        heads.join(" | "),
+        " --- |".repeat(heads.len())
+    );
+    for name in names {
+        let cells: Vec<String> = growing
+            .iter()
+            .map(|(_, outcome)| {
+                let first = outcome.turns.first();
+                let own = outcome.turns.iter().find(|turns| turns.contender == name);
+                let Some((own, first)) = own.zip(first) else {
+                    return String::new();
+                };
+                let micros = spread(own.median(Metric::P50), 1e3);
+                format!("{micros} µs, {}", own.ratio(first, Metric::P50).shown())
+            })
+            .collect();
+        let _ = writeln!(text, "| {name} | {} |", cells.join(" | "));
+    }
+}
+
+/// All ways of Penstock's beside kube-proxy's, in short.
+fn beside_kube_proxy(text: &mut String, results: &Results) {
+    let mut rows = String::new();
+    for outcome in &results.outcomes {
+        for metric in &outcome.metrics {
+            for ours in outcome.turns.iter().filter(|turns| turns.is_ours()) {
+                let ratios = ratios_to_kube_proxy(outcome, ours, *metric);
+                let ratios: Vec<String> = ratios
+                    .into_iter()
+                    .map(|(mode, ratio)| format!("{mode}: {}", ratio.shown()))
+                    .collect();
+                if ratios.is_empty() {
+                    continue;
+                }
+                let _ = writeln!(
+                    rows,
+                    "| {}, {} ({}) | {} | {} |",
+                    outcome.name(),
+                    metric.name(),
+                    metric.better(),
+                    ours.contender,
+                    ratios.join("<br>")
+                );
+            }
+        }
+    }
+    if !rows.is_empty() {
+        text.push_str("\n## Penstock to kube-proxy\n\n");
+        text.push_str(
+            "| measured | Penstock | times as much as kube-proxy, by mode |\n| --- | --- | --- |\n",
+        );
+        text.push_str(&rows);
     }
 }
 
@@ -291,6 +382,49 @@ mod tests {
             metrics: vec![metric],
             turns: medians.iter().map(turns).collect(),
         }
+    }
+
+    #[test]
+    fn how_connecting_grows_is_a_table_too() {
+        let at = |title: &str, nanos| Outcome {
+            what: plot::GROWING.to_owned(),
+            ..outcome(
+                title,
+                Metric::P50,
+                &[("pod", 20_000), ("Penstock, socket", nanos)],
+            )
+        };
+        let results = Results {
+            outcomes: vec![
+                at("44000 services, the last", 22_000),
+                at("44000 services, the first", 1),
+                at("1 service", 21_000),
+            ],
+            ..Results::new(Machine::look())
+        };
+        let text = markdown(&results, &[(GROWTH.to_owned(), "growth.svg".to_owned())]);
+        assert!(text.contains("| services | 1 | 44000 |"), "{text}");
+        let row = "| Penstock, socket | 21.00 (21.00 to 21.00) µs, 1.050 (95 % interval 1.050 to 1.050) | 22.00 \
+                   (22.00 to 22.00) µs, 1.100 (95 % interval 1.100 to 1.100) |";
+        assert!(text.contains(row), "{text}");
+    }
+
+    #[test]
+    fn ratios_to_every_mode_of_kube_proxy_are_named() {
+        let medians = [
+            ("kube-proxy, iptables", 400),
+            ("kube-proxy's rules, nftables", 500),
+            ("Penstock, XDP", 1_500),
+            ("no service", 900),
+        ];
+        let results = Results {
+            outcomes: vec![outcome("Packets", Metric::Packets, &medians)],
+            ..Results::new(Machine::look())
+        };
+        let text = markdown(&results, &[]);
+        let row = "| Packets: UDP request, packets (more is better) | Penstock, XDP | iptables: 3.750 (95 % \
+                   interval 3.750 to 3.750)<br>nftables: 3.000 (95 % interval 3.000 to 3.000) |";
+        assert!(text.contains(row), "{text}");
     }
 
     #[test]

@@ -80,16 +80,11 @@ impl Results {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         let mut files = Vec::new();
         let mut plots = Vec::new();
-        for title in self.titles() {
-            let outcomes: Vec<&Outcome> = self
-                .outcomes
-                .iter()
-                .filter(|one| one.title == title)
-                .collect();
-            let file = format!("{name}-{}.svg", slug(title));
+        for outcome in &self.outcomes {
+            let file = format!("{name}-{}.svg", slug(&outcome.name()));
             let path = folder.join(&file);
-            plot::draw(&path, title, &outcomes)?;
-            plots.push((title.to_owned(), file));
+            plot::draw(&path, outcome)?;
+            plots.push((outcome.name(), file));
             files.push(path);
         }
         let file = format!("{name}-growth.svg");

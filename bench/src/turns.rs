@@ -170,6 +170,15 @@ impl Metric {
         }
     }
 
+    /// Whether less of it is better, in words.
+    pub const fn better(self) -> &'static str {
+        if self.is_less_better() {
+            "less is better"
+        } else {
+            "more is better"
+        }
+    }
+
     /// Whether less of it is better.
     pub const fn is_less_better(self) -> bool {
         matches!(self, Self::P50 | Self::P99)
@@ -189,6 +198,13 @@ pub struct Outcome {
     pub turns: Vec<Turns>,
 }
 
+impl Outcome {
+    /// Its name among all outcomes.
+    pub fn name(&self) -> String {
+        format!("{}: {}", self.title, self.what)
+    }
+}
+
 /// A contender's turns.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Turns {
@@ -201,6 +217,17 @@ pub struct Turns {
 }
 
 impl Turns {
+    /// Whether this is a way of Penstock's.
+    pub fn is_ours(&self) -> bool {
+        self.contender.starts_with("Penstock")
+    }
+
+    /// Which of kube-proxy's modes this is, if it is one.
+    pub fn mode(&self) -> Option<&str> {
+        let (proxy, mode) = self.contender.rsplit_once(", ")?;
+        proxy.starts_with("kube-proxy").then_some(mode)
+    }
+
     /// The median of a metric.
     pub fn median(&self, metric: Metric) -> Median {
         Median::of(&self.values(metric))

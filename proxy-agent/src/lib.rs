@@ -19,6 +19,7 @@ pub mod model;
 pub mod monitor;
 pub mod network;
 pub mod plan;
+mod process;
 pub mod reconcile;
 pub mod report;
 pub mod signals;

@@ -3,7 +3,10 @@
 //! Numbers that the agent or the kernel has anyway are read when asked; only how long changes take is
 //! kept. Where kube-proxy has the same metric, it has kube-proxy's name.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::atomic::AtomicU64,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use aya::maps::{Map, PerCpuArray};
 use penstock_common::Counter as Event;
@@ -20,15 +23,36 @@ use prometheus_client::{
 
 use crate::{
     dataplane::pins::{PinError, Pins},
+    model::object::{self, Kind},
+    process::Process,
     usage::Fill,
 };
 
-/// How long changes took to reach the kernel.
+/// The family of addresses, as kube-proxy calls it.
+type FamilyLabel = [(&'static str, &'static str); 1];
+/// A number that may have a fraction.
+type Real = Gauge<f64, AtomicU64>;
+
+/// How changes reach the kernel.
 #[derive(Clone, Debug)]
 pub struct Syncs {
     durations: Histogram,
-    /// When the last one was done, in seconds since 1970.
-    last: Gauge<f64, std::sync::atomic::AtomicU64>,
+    /// When all that had changed was written last, in seconds since 1970.
+    last: Real,
+    /// When something was to be written last, in seconds since 1970.
+    queued: Real,
+    services: Changes,
+    endpoints: Changes,
+    /// From what made endpoints change until that was written.
+    programming: Family<FamilyLabel, Histogram, fn() -> Histogram>,
+}
+
+/// Changes of one kind of objects.
+#[derive(Clone, Debug, Default)]
+struct Changes {
+    seen: Counter,
+    /// Those that were not written yet.
+    pending: Gauge,
 }
 
 impl Default for Syncs {
@@ -36,17 +60,113 @@ impl Default for Syncs {
         Self {
             // kube-proxy's buckets: from a millisecond to 16 seconds.
             durations: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
-            last: Gauge::default(),
+            last: Real::default(),
+            queued: Real::default(),
+            services: Changes::default(),
+            endpoints: Changes::default(),
+            programming: Family::new_with_constructor(programming_times),
         }
     }
 }
 
+/// kube-proxy's buckets: they get wider up to five minutes, so that queries over nodes of both fit.
+fn programming_times() -> Histogram {
+    let steps = |first: u32, step: u32, count: u32| {
+        (0..count).map(move |number| f64::from(first + step * number))
+    };
+    let buckets = [0.25, 0.5].into_iter();
+    let buckets = buckets.chain(steps(1, 1, 59)).chain(steps(60, 5, 12));
+    Histogram::new(buckets.chain(steps(120, 30, 7)))
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs_f64()
+}
+
 impl Syncs {
-    /// Notes that all that was to be written was, or was tried.
-    pub fn done(&self, took: Duration) {
+    /// Notes that a source spoke of so many objects of a kind.
+    pub fn changed(&self, kind: Kind, count: usize) {
+        let changes = match kind {
+            Kind::Service => &self.services,
+            Kind::EndpointSlice => &self.endpoints,
+            Kind::Node | Kind::Pod => return,
+        };
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
+        changes.seen.inc_by(count);
+        changes
+            .pending
+            .inc_by(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Notes that there is something to be written.
+    pub fn queued(&self) {
+        self.queued.set(now());
+    }
+
+    /// Notes that it was tried to write all that was to be, and for how many services that failed.
+    pub fn done(&self, took: Duration, failed: usize) {
         self.durations.observe(took.as_secs_f64());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        self.last.set(now.unwrap_or_default().as_secs_f64());
+        self.endpoints.pending.set(0);
+        let failed = i64::try_from(failed).unwrap_or(i64::MAX);
+        self.services.pending.set(failed);
+        if failed == 0 {
+            self.last.set(now());
+        }
+    }
+
+    /// Notes that a change of endpoints is written that began at some moment, in time since 1970.
+    pub fn programmed(&self, family: object::Family, began: Duration) {
+        // Whoever wrote down when may have a clock that is ahead.
+        let took = (now() - began.as_secs_f64()).max(0.0);
+        let programming = self
+            .programming
+            .get_or_create(&[("ip_family", family.label())]);
+        programming.observe(took);
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "kubeproxy_sync_proxy_rules_duration_seconds",
+            "How long it took to write what events changed",
+            self.durations.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+            "When all that had changed was written last",
+            self.last.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+            "When something was to be written last",
+            self.queued.clone(),
+        );
+        registry.register(
+            "kubeproxy_network_programming_duration_seconds",
+            "From what made endpoints change until that was written",
+            self.programming.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_service_changes",
+            "How often services were told of",
+            self.services.seen.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_service_changes_pending",
+            "Services that were told of and are not written",
+            self.services.pending.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_endpoint_changes",
+            "How often endpoint slices were told of",
+            self.endpoints.seen.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+            "Endpoint slices that were told of since anything was written",
+            self.endpoints.pending.clone(),
+        );
     }
 }
 
@@ -67,6 +187,9 @@ pub struct Vitals {
     pub tables: Vec<Fill>,
     /// How long changes took.
     pub syncs: Syncs,
+    /// How many ports of services have endpoints on other nodes only, and a policy that leaves these out: for
+    /// clients inside and outside, of each family.
+    pub lonely: Vec<(object::Family, [usize; 2])>,
 }
 
 /// How often each health check was answered how, by path and status code.
@@ -163,16 +286,11 @@ pub fn text(
     let labels = [("version", env!("CARGO_PKG_VERSION").to_owned())];
     version.get_or_create(&labels).set(1);
     registry.register("penstock_build_info", "The agent's version", version);
-    registry.register(
-        "kubeproxy_sync_proxy_rules_duration_seconds",
-        "How long it took to write what events changed",
-        vitals.syncs.durations.clone(),
-    );
-    registry.register(
-        "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
-        "When something was last written",
-        vitals.syncs.last.clone(),
-    );
+    vitals.syncs.register(&mut registry);
+    register_lonely(&mut registry, vitals);
+    if let Some(process) = Process::look() {
+        process.register(&mut registry);
+    }
     registry.register(
         "kubeproxy_proxy_healthz",
         "Answers of /healthz",
@@ -182,6 +300,23 @@ pub fn text(
     let mut text = String::new();
     text::encode(&mut text, &registry)?;
     Ok(text)
+}
+
+/// Policies that nobody on this node can serve, as kube-proxy counts them.
+fn register_lonely(registry: &mut Registry, vitals: &Vitals) {
+    let lonely = Family::<[(&str, &str); 2], Gauge>::default();
+    for (family, counts) in &vitals.lonely {
+        for (policy, count) in ["internal", "external"].into_iter().zip(counts) {
+            let labels = [("ip_family", family.label()), ("traffic_policy", policy)];
+            let count = i64::try_from(*count).unwrap_or(i64::MAX);
+            lonely.get_or_create(&labels).set(count);
+        }
+    }
+    registry.register(
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+        "Services' ports with a Local policy, and endpoints on other nodes only",
+        lonely,
+    );
 }
 
 /// Metrics can't be had.

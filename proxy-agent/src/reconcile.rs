@@ -272,6 +272,11 @@ impl<D: Dataplane> Reconciler<D> {
             .collect()
     }
 
+    /// How many services can't be programmed for now.
+    pub fn failed(&self) -> usize {
+        self.retries.len() + self.unasked.0.len()
+    }
+
     /// Whether the kernel holds everything that is wanted and nothing else.
     pub fn is_settled(&self) -> bool {
         let is_known = self.world.is_synced() && !self.world.is_dirty();

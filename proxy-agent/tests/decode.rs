@@ -8,6 +8,8 @@
     reason = "a test fails by panicking"
 )]
 
+use std::time::Duration;
+
 use penstock_agent::{
     api::{Decoded, Decoder},
     model::object::{Kind, Object},
@@ -120,6 +122,25 @@ fn annotations_say_how_backends_are_reached() {
         panic!("{found:?}");
     };
     assert_eq!(service.forwarding, Forwarding::Snat);
+}
+
+#[test]
+fn an_endpoint_slice_says_when_what_it_tells_of_happened() {
+    let at = |text: &str| {
+        let annotation = format!("endpoints.kubernetes.io/last-change-trigger-time: {text}");
+        match objects(&annotated("", &annotation)).as_slice() {
+            [_, Object::EndpointSlice(slice)] => slice.triggered,
+            found => panic!("{found:?}"),
+        }
+    };
+    let second = Duration::from_secs(1_704_067_201);
+    assert_eq!(at("'2024-01-01T00:00:01Z'"), Some(second));
+    let precise = at("'2024-01-01T02:00:01.25+02:00'");
+    assert_eq!(precise, Some(second + Duration::from_millis(250)));
+    // It is somebody else's, and no reason to do without the endpoints.
+    for text in ["yesterday", "''", "'1950-01-01T00:00:00Z'"] {
+        assert_eq!(at(text), None, "{text}");
+    }
 }
 
 #[test]

@@ -290,6 +290,7 @@ fn object(step: &Step) -> Option<Object> {
                         for_nodes: Box::new([]),
                     })
                     .collect(),
+                triggered: None,
             })
         }
         Step::Zone(zone) => Object::Node(Node {
@@ -642,6 +643,88 @@ fn a_load_balancer_is_not_told_of_endpoints_without_weight() {
             .collect();
         assert_eq!(counts, [expected], "{algorithm:?}");
     }
+}
+
+/// Slice 0 of service 0, with the endpoints of those hosts on this node or another one.
+fn slice(hosts: &[u8], is_here: bool, triggered: Option<Duration>) -> Event {
+    let bits = if is_here { 9 } else { 1 };
+    let slice = Step::Slice {
+        name: 0,
+        service: 0,
+        v6: false,
+        endpoints: hosts.iter().map(|host| (*host, bits)).collect(),
+        weights: 1,
+        port: 1,
+    };
+    let Some(Object::EndpointSlice(slice)) = object(&slice) else {
+        panic!("a slice");
+    };
+    Event::Applied(Object::EndpointSlice(EndpointSlice { triggered, ..slice }))
+}
+
+#[test]
+fn what_made_endpoints_change_is_told_once_and_only_if_they_did() {
+    let truth = services(0..1);
+    let mut reconciler = start(Memory::default(), &truth, &Local::default());
+    let mut told = |event| {
+        let world = &mut reconciler.world;
+        world.apply(event).expect("a good event");
+        let times: Vec<Duration> = world
+            .take_triggers()
+            .into_iter()
+            .map(|trigger| {
+                assert_eq!(
+                    (trigger.service, trigger.family),
+                    (name("web", 0), Family::V4)
+                );
+                trigger.since_1970
+            })
+            .collect();
+        times
+    };
+    let at = Duration::from_secs;
+    assert_eq!(told(slice(&[1], true, Some(at(5)))), [at(5)]);
+    // The same endpoints, whatever is said of them.
+    assert!(told(slice(&[1], true, Some(at(6)))).is_empty());
+    assert_eq!(told(slice(&[1, 2], true, Some(at(7)))), [at(7)]);
+    assert!(told(slice(&[1], true, None)).is_empty());
+    let gone = Event::Deleted(Kind::EndpointSlice, name("slice", 0));
+    assert!(told(gone).is_empty());
+    // What nobody serves takes no time to be served.
+    told(Event::Deleted(Kind::Service, name("web", 0)));
+    assert!(told(slice(&[1], true, Some(at(8)))).is_empty());
+}
+
+#[test]
+fn policies_that_nobody_here_can_serve_are_counted() {
+    let truth = services(0..1);
+    let Some(Object::Service(service)) = truth.0.into_values().next() else {
+        panic!("there is a service");
+    };
+    let mut world = World::new("here");
+    let ports = service.ports.len();
+    let mut counts = |internal_policy, external_policy, event: Event| {
+        let service = Service {
+            internal_policy,
+            external_policy,
+            ..service.clone()
+        };
+        world.apply(event).expect("a slice");
+        let event = Event::Applied(Object::Service(service));
+        world.apply(event).expect("a service");
+        let [(Family::V4, v4), (Family::V6, _)] = world.without_local_endpoints() else {
+            panic!("both families");
+        };
+        v4
+    };
+    let (cluster, local) = (TrafficPolicy::Cluster, TrafficPolicy::Local);
+    assert_eq!(ports, 1);
+    assert_eq!(counts(local, local, slice(&[1], false, None)), [1, 1]);
+    assert_eq!(counts(cluster, local, slice(&[1], false, None)), [0, 1]);
+    assert_eq!(counts(cluster, cluster, slice(&[1], false, None)), [0, 0]);
+    assert_eq!(counts(local, cluster, slice(&[1], true, None)), [0, 0]);
+    // Without any endpoint it is not the policy that keeps clients away.
+    assert_eq!(counts(local, cluster, slice(&[], true, None)), [0, 0]);
 }
 
 #[test]

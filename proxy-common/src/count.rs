@@ -6,6 +6,7 @@
 //! of its id, so that they begin at zero without the agent's doing.
 
 use crate::{
+    hop::Hop,
     plain::map_types,
     service::{BackendId, ServiceId},
 };
@@ -40,10 +41,15 @@ pub struct FlowCounts {
     /// The timestamp (RFC 7323) of the client's FIN, 0 without one: here, since it is the same
     /// direction's cache line.
     pub last_stamp: u32,
-    pad: [u32; 11],
+    pad: u32,
+    /// Where they went: here for the same reason, since XDP asks for it whenever it counts.
+    pub request_hop: Hop,
+    pad_between: u64,
     /// From the backend.
     pub reply: Traffic,
-    pad_after: [u64; 6],
+    /// Where they went.
+    pub reply_hop: Hop,
+    pad_after: [u64; 2],
 }
 
 impl FlowCounts {
@@ -52,9 +58,12 @@ impl FlowCounts {
         Self {
             request,
             last_stamp: 0,
-            pad: [0; 11],
+            pad: 0,
+            request_hop: Hop::NONE,
+            pad_between: 0,
             reply,
-            pad_after: [0; 6],
+            reply_hop: Hop::NONE,
+            pad_after: [0; 2],
         }
     }
 

@@ -20,6 +20,7 @@
 //! | `FLOW_COUNTS4/6` | array, mmapable | [`FlowId`] → [`FlowCounts`] | programs; who ends a flow takes them | |
 //! | `FLOW_VTEPS4/6` | array | [`FlowId`] → [`Vtep`] that a flow's requests come from through the overlay, where replies go back | programs | |
 //! | `FREE_FLOWS4/6` | queue | free [`FlowId`]s (hints: `Flow::state` decides) | both | |
+//! | `HINTS4/6` | array | [`HintPlace`] of a [`FlowKey`] → [`Hints`] | programs | the older one is forgotten |
 //! | `PORT_CHUNKS` | array, mmapable | [`PortPlace`] → [`PortChunk`] | both | destinations share elements |
 //! | `RESPONDERS` | array, mmapable | [`Responder`] → how many replies' keys `FLOW_INDEX` has, or is about to have or has just had | both | responders share elements |
 //! | `CONNECTIONS4/6` | array | [`BackendId`] → [`Connections`] | programs | |
@@ -37,7 +38,7 @@
 //! | `ENDPOINTS4/6` | hash | address → [`Endpoint`] | agent | the pod is routed by the kernel |
 //! | `ROUTES4/6` | LPM trie | range → [`Route`] | agent | reported |
 //! | `SHORTCUTS4/6` | per-CPU array | a hash of interface and ends → [`Shortcut`] | programs | ends share elements: the last one has it |
-//! | `CHANGED` | array of 1 | 0 → when a table was last written that shortcuts spare, in nanoseconds since boot | agent | |
+//! | `CHANGED` | array of 1 | 0 → when a table, or the kernel's routes or neighbours, last changed that shortcuts and [`Hop`]s spare, in nanoseconds since boot | agent | |
 //! | `VTEPS` | hash | [`Vtep`] of another node → 1 | agent | reported; nothing is handed over |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
@@ -51,6 +52,8 @@ mod count;
 mod counter;
 mod flow;
 mod forwarding;
+mod hint;
+mod hop;
 mod net;
 mod network;
 mod plain;
@@ -67,6 +70,8 @@ pub use flow::{
     SCTP_ESTABLISHED_SECS,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
+pub use hint::{HintPlace, Hints};
+pub use hop::{Hop, Said};
 pub use net::{Addr, Be16, Proto, V4, V6};
 pub use network::{
     Endpoint, EndpointFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Route, RouteKind, Shortcut,
@@ -119,6 +124,8 @@ pub mod limits {
         keys.saturating_sub(SPARE_KEYS) / 2
     }
 
+    /// Elements that flows' keys are spread over which XDP has met, two to each.
+    pub const HINTS: u32 = 65_536;
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;

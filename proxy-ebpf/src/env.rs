@@ -5,8 +5,8 @@
 
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, PortChunk, Proto,
-    Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, HintPlace, Hints, Hop,
+    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
 };
 
 use crate::{family::Family, pod::Back, quoted::Quote};
@@ -20,6 +20,8 @@ pub struct NextHop {
     pub to: [u8; 6],
     /// The interface's own.
     pub from: [u8; 6],
+    /// How long a packet may be there, in bytes, IP header included: what was asked for at least.
+    pub mtu: u32,
 }
 
 /// The device that leads to other nodes' pods.
@@ -64,7 +66,7 @@ pub trait Env {
     fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
-    /// When a table was last written that [`Maps::way`] spares.
+    /// When something last changed that [`Maps::way`] or [`Maps::hop`] spares.
     fn changed(&self) -> u64;
     /// Whether an address is another node's.
     fn is_vtep(&self, vtep: &Vtep) -> bool;
@@ -195,6 +197,16 @@ pub trait Maps<F: Family>: Env {
     fn set_flow_vtep(&self, id: FlowId, vtep: &Vtep);
     /// Counts a packet of a flow; whether it is the first in its direction.
     fn count_packet(&self, id: FlowId, is_reply: bool, bytes: u32) -> bool;
+    /// What is known of the flows whose keys have this place.
+    fn hints(&self, place: HintPlace) -> Hints;
+    /// Replaces it.
+    fn set_hints(&self, place: HintPlace, hints: Hints);
+    /// Whether a packet of a flow's direction was counted.
+    fn has_counted(&self, id: FlowId, is_reply: bool) -> bool;
+    /// Where packets of a flow's direction went a moment ago, if [`Hop::holds`].
+    fn hop(&self, id: FlowId, is_reply: bool) -> Hop;
+    /// Notes where they go.
+    fn set_hop(&self, id: FlowId, is_reply: bool, hop: &Hop);
     /// The timestamp of the FIN of a flow's client, 0 if it had none.
     fn last_stamp(&self, id: FlowId) -> u32;
     /// Sets [`Self::last_stamp`].
@@ -211,6 +223,8 @@ pub trait Maps<F: Family>: Env {
     fn hand(&self) -> u32;
     /// Moves the hand on to there, unless another program has moved it further.
     fn move_hand(&self, hand: u32);
+    /// The bits that records' ids take.
+    fn ids(&self) -> u32;
     /// How many records there are.
     fn records(&self) -> u32;
     /// The pod of this node that has an address.

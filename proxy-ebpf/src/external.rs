@@ -33,6 +33,7 @@ pub fn from_uplink<F: Family, M: Maps<F>>(
     if packet.is_for_another_host() || packet.is_tagged() {
         return Ok(Verdict::Pass);
     }
+    packet.forget_priority();
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };

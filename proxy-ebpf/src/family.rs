@@ -196,6 +196,9 @@ pub trait Family: Copy + 'static {
     /// are: told without walking.
     fn plain(packet: &impl Packet, at: usize) -> Option<Proto>;
 
+    /// How long is what follows the header at `at` of such a packet.
+    fn payload(packet: &impl Packet, at: usize) -> Option<u16>;
+
     /// This family's of a pair of addresses.
     fn of(v4: V4, v6: V6) -> Self::Addr;
 
@@ -312,6 +315,12 @@ impl Family for V4 {
             return None;
         }
         packet.load(at + 9)
+    }
+
+    #[inline(always)]
+    fn payload(packet: &impl Packet, at: usize) -> Option<u16> {
+        let total = u16::from_be(packet.load(at + 2)?);
+        total.checked_sub(Self::HEADER as u16)
     }
 
     #[inline(always)]
@@ -445,6 +454,11 @@ impl Family for V6 {
         let version: u8 = packet.load(at)?;
         let next: u8 = packet.load(at + 6)?;
         (version >> 4 == 6 && !is_extension(next)).then_some(Proto(next))
+    }
+
+    #[inline(always)]
+    fn payload(packet: &impl Packet, at: usize) -> Option<u16> {
+        packet.load(at + 4).map(u16::from_be)
     }
 
     #[inline(always)]

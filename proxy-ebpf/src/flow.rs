@@ -55,7 +55,16 @@ pub fn find<F: Family, M: Maps<F>>(
     maps: &M,
     key: &FlowKey<F::Addr>,
 ) -> Option<Known<F::Addr, M::Record>> {
-    let id = maps.flow_id(key)?;
+    known::<F, M>(maps, maps.flow_id(key)?, key)
+}
+
+/// The flow in a record, if it is the one that `key` belongs to.
+#[inline(always)]
+pub fn known<F: Family, M: Maps<F>>(
+    maps: &M,
+    id: FlowId,
+    key: &FlowKey<F::Addr>,
+) -> Option<Known<F::Addr, M::Record>> {
     let record = maps.record(id)?;
     let known = Known {
         id,
@@ -136,6 +145,19 @@ pub fn follow<F: Family, M: Maps<F>>(
     segment: &Segment<F::Addr>,
     is_reply: bool,
 ) {
+    follow_at::<F, M>(packet, maps, known, segment, is_reply, maps.now_secs());
+}
+
+/// The same for who knows what time it is.
+#[inline(always)]
+pub fn follow_at<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    known: &Known<F::Addr, M::Record>,
+    segment: &Segment<F::Addr>,
+    is_reply: bool,
+    now: u32,
+) {
     let state = known.state;
     if !is_reply {
         succession::note_request::<F, M>(packet, maps, known, segment);
@@ -155,7 +177,6 @@ pub fn follow<F: Family, M: Maps<F>>(
     if next != state {
         known.record.exchange_state(state, next);
     }
-    let now = maps.now_secs();
     if now != known.record.last_seen().1 {
         known.record.touch(now);
     }

@@ -418,14 +418,17 @@ pub(crate) fn take_hop<F: Family>(packet: &mut impl Packet, old: u16) -> Result<
 /// Gives a frame its receiver and sender (IEEE 802.3, 3.2).
 #[inline(always)]
 pub(crate) fn frame(packet: &mut impl Packet, to: [u8; 6], from: [u8; 6]) -> Result<(), Refused> {
+    packet.store(0, &ethernet(to, from))
+}
+
+/// Both as they lie in a frame.
+#[inline(always)]
+pub(crate) fn ethernet(to: [u8; 6], from: [u8; 6]) -> [u32; 3] {
     let [a, b, c, d, e, f] = to;
     let [g, h, i, j, k, l] = from;
-    packet.store(
-        0,
-        &[
-            u32::from_ne_bytes([a, b, c, d]),
-            u32::from_ne_bytes([e, f, g, h]),
-            u32::from_ne_bytes([i, j, k, l]),
-        ],
-    )
+    [
+        u32::from_ne_bytes([a, b, c, d]),
+        u32::from_ne_bytes([e, f, g, h]),
+        u32::from_ne_bytes([i, j, k, l]),
+    ]
 }

@@ -68,8 +68,12 @@ pub trait Packet {
     /// Whether the frame is several that were joined, or are yet to be cut apart.
     fn is_joined(&self) -> bool;
 
-    /// Whether the frame came with a VLAN tag, which is no longer among its bytes.
+    /// Whether the frame came with the tag of a VLAN, which is no longer among its bytes.
     fn is_tagged(&self) -> bool;
+
+    /// Takes a tag away that names no VLAN but a priority (IEEE 802.1Q, 6.9): nobody else looks at it,
+    /// and it would go on with the frame.
+    fn forget_priority(&mut self);
 
     /// Makes as many first bytes readable, if the frame has them.
     fn reach(&mut self, length: usize);

@@ -75,6 +75,12 @@ pub enum Verdict {
     Icmp,
     /// It leaves by this interface, for whatever neighbour the kernel's routes say.
     Routed(u32),
+    /// Which flow it is of only the index knows, if any does: `xdp::look`.
+    Look,
+    /// It is of this flow: `xdp::carry`. It is a reply, or not.
+    Known(FlowId, bool),
+    /// How packets of this flow leave is not known, or no longer: `xdp::seek`. It is a reply, or not.
+    Seek(FlowId, bool),
     /// It came in by this interface.
     In(u32),
     /// It is too long, and its sender has to hear of it: `external::shorten`.

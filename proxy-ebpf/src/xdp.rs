@@ -4,13 +4,18 @@
 //! Invariant: a packet is either translated and sent as the TC hook would have done it, or passed on
 //! to that hook with no byte changed. All is decided before the first byte is written; from then on
 //! a packet is sent or, if the kernel refuses a change, dropped and counted.
+//!
+//! A flow's packets find beside its counts what was decided for one of them a moment ago ([`seek`]),
+//! and by which way it left. [`carry`] asks for nothing that this says.
 
-use penstock_common::{AddressKind, Counter, FlowFlags, FlowKey, Proto};
+use penstock_common::{
+    Addr, AddressKind, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto, Said,
+};
 
 use crate::{
     env::{Maps, Record},
     external,
-    family::{ETHERNET, Family, Fragment},
+    family::{ETHERNET, Family, Fragment, Network},
     flow::{self, succession},
     forward,
     packet::Packet,
@@ -32,16 +37,13 @@ const OPENED_BELOW: u32 = 16;
 #[inline(always)]
 fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segment<F::Addr>> {
     let addrs = parse::addrs::<F>(packet, ETHERNET)?;
-    let mut header = F::network(packet, ETHERNET)?;
-    if header.transport != ETHERNET + F::HEADER
-        || header.fragment.is_part
-        || !pod::is_translated(header.proto)
-    {
-        return None;
-    }
-    // What was just compared, as constants: the verifier need not follow them.
-    header.transport = ETHERNET + F::HEADER;
-    header.fragment = Fragment::NONE;
+    let proto = F::plain(packet, ETHERNET).filter(|proto| pod::is_translated(*proto))?;
+    let header = Network {
+        transport: ETHERNET + F::HEADER,
+        proto,
+        transport_length: F::payload(packet, ETHERNET)?,
+        fragment: Fragment::NONE,
+    };
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs).ok()?;
     let is_left_open = if segment.proto == Proto::SCTP {
         sctp::is_left_open(packet, segment.transport)
@@ -56,11 +58,68 @@ fn plain<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<Segmen
     }
 }
 
-/// Translates a packet of a known flow and sends it on; [`Verdict::Open`] where it may begin one.
+/// The key of a packet's flow if it is a reply, or a request.
+#[inline(always)]
+fn key<A: Addr>(segment: &Segment<A>, is_reply: bool) -> FlowKey<A> {
+    let direction = if is_reply {
+        FlowKey::<A>::REPLY
+    } else {
+        FlowKey::<A>::REQUEST
+    };
+    FlowKey::new(
+        direction,
+        segment.proto,
+        (segment.src, segment.src_port),
+        (segment.dst, segment.dst_port),
+    )
+}
+
+/// Whether a packet may be a reply.
+#[inline(always)]
+fn may_be_reply<F: Family>(maps: &impl Maps<F>, segment: &Segment<F::Addr>) -> bool {
+    // Whom this node speaks for has a port of these; others need not be looked for.
+    let (low, high) = MASQUERADE_PORTS;
+    (low..=high).contains(&segment.dst_port.to_host())
+        && maps.may_respond(key(segment, true).responder())
+}
+
+/// What a [`Hop`] is said of for this packet to `to`, of a flow with this key in the other direction.
+#[inline(always)]
+fn said<F: Family>(
+    packet: &impl Packet,
+    changed: u64,
+    to: F::Addr,
+    other: &FlowKey<F::Addr>,
+) -> Option<Said<F::Addr>> {
+    Some(Said {
+        changed,
+        ifindex: packet.ifindex(),
+        receiver: packet.load(0)?,
+        to,
+        ends: (other.dst, other.src),
+    })
+}
+
+/// A packet's flow that [`look`] has found, if it has. No `Option`: see [`crate::env::Way`].
+#[derive(Clone, Copy, Default)]
+pub struct Found {
+    /// Whether it has.
+    pub is_found: bool,
+    /// The flow.
+    pub id: FlowId,
+    /// Whether the packet is a reply.
+    pub is_reply: bool,
+}
+
+/// Translates a packet of a known flow and sends it on: of the one that [`look`] has found, or that
+/// a hint leads to.
+///
+/// [`Verdict::Look`] where there is none, and [`Verdict::Seek`] where [`seek`] has to be asked first.
 #[inline(always)]
 pub fn carry<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
+    found: Found,
 ) -> Result<Verdict, Counter> {
     let Some(dst) = packet.load(ETHERNET + F::ADDRS + size_of::<F::Addr>()) else {
         return Ok(Verdict::Pass);
@@ -68,29 +127,97 @@ pub fn carry<F: Family, M: Maps<F>>(
     if tunnel::is_own::<F, M>(packet, maps, &dst) {
         return Ok(Verdict::Pass);
     }
-    let Some(address) = maps.address(&dst) else {
+    // This node's own address needs no looking up; others are mostly nobody's here.
+    if dst != maps.node() && maps.address(&dst).is_none() {
+        return Ok(Verdict::Pass);
+    }
+    let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };
+    let is_reply = if found.is_found {
+        found.is_reply
+    } else {
+        may_be_reply(maps, &segment)
+    };
+    let key = key(&segment, is_reply);
+    let mut id = found.id;
+    if !found.is_found {
+        let place = key.hint_place(maps.ids());
+        id = maps.hints(place).at(place);
+        // Of a flow without a packet it is not sure yet that the index has its key.
+        if !maps.has_counted(id, is_reply) {
+            return Ok(Verdict::Look);
+        }
+    }
+    let Some(known) = flow::known::<F, M>(maps, id, &key) else {
+        return Ok(Verdict::Look);
+    };
+    let is_over = if is_reply {
+        flow::is_anothers(&known, &segment)
+    } else {
+        !flow::may_continue(maps, &known, &segment)
+    };
+    let is_late = is_reply && succession::is_late::<F, M>(packet, &known, &segment);
+    let now = maps.now_secs();
+    let (_, seen) = known.record.last_seen();
+    let is_due = (seen ^ now) >> PERIOD != 0;
+    let kind = known.flags & !FlowFlags::SUCCESSOR;
+    if kind != FlowFlags::EXTERNAL || is_over || is_late || is_due {
+        return Ok(Verdict::Pass);
+    }
+    let Some(hops) = forward::hops::<F>(packet) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(said) = said::<F>(packet, maps.changed(), segment.dst, &known.other) else {
+        return Ok(Verdict::Pass);
+    };
+    let hop = maps.hop(known.id, is_reply);
+    let holds = hop.holds(&said, now);
+    if holds && hop.ifindex == LEFT_TO_TC {
+        return Ok(Verdict::Pass);
+    }
+    if !holds || !packet.fits(hop.ifindex, hop.mtu) {
+        return Ok(Verdict::Seek(known.id, is_reply));
+    }
+
+    let (src, dst) = known.ends();
+    flow::follow_at(packet, maps, &known, &segment, is_reply, now);
+    rewrite::translate::<F>(packet, &segment, src, dst)?;
+    forward::take_hop::<F>(packet, hops).map_err(forward::refused)?;
+    packet.store(0, &hop.ethernet).map_err(forward::refused)?;
+    maps.count(if is_reply {
+        Counter::ExternalReply
+    } else {
+        Counter::ExternalRequest
+    });
+    maps.count(Counter::ExternalXdp);
+    Ok(Verdict::Routed(hop.ifindex))
+}
+
+/// In place of the interface that packets leave by which are the TC hook's.
+const LEFT_TO_TC: u32 = 0;
+
+/// Finds the flow of a packet in the index, and notes it among the hints; [`Verdict::Open`] where it may
+/// begin one.
+#[inline(always)]
+pub fn look<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Result<Verdict, Counter> {
     if packet.is_for_another_host() {
         return Ok(Verdict::Pass);
     }
     let Some(segment) = plain::<F, M>(packet, maps) else {
         return Ok(Verdict::Pass);
     };
-    let mut key = FlowKey::new(
-        FlowKey::<F::Addr>::REPLY,
-        segment.proto,
-        (segment.src, segment.src_port),
-        (segment.dst, segment.dst_port),
-    );
+    let Some(address) = maps.address(&segment.dst) else {
+        return Ok(Verdict::Pass);
+    };
+    let mut is_reply = address.kind == AddressKind::NODE && may_be_reply(maps, &segment);
     let mut known = None;
-    if address.kind == AddressKind::NODE && maps.may_respond(key.responder()) {
-        known = flow::find::<F, M>(maps, &key);
+    if is_reply {
+        known = flow::find::<F, M>(maps, &key(&segment, true));
+        is_reply = known.is_some();
     }
-    let is_reply = known.is_some();
     if !is_reply {
-        key.direction = FlowKey::<F::Addr>::REQUEST;
-        known = flow::find::<F, M>(maps, &key);
+        known = flow::find::<F, M>(maps, &key(&segment, false));
     }
     let Some(known) = known else {
         return Ok(if begins(maps, &segment) {
@@ -99,44 +226,68 @@ pub fn carry<F: Family, M: Maps<F>>(
             Verdict::Pass
         });
     };
-    let is_over = if is_reply {
-        flow::is_anothers(&known, &segment)
-    } else {
-        !flow::may_continue(maps, &known, &segment)
-    };
-    let is_late = is_reply && succession::is_late::<F, M>(packet, &known, &segment);
-    let (_, seen) = known.record.last_seen();
-    let is_due = (seen ^ maps.now_secs()) >> PERIOD != 0;
-    let kind = known.flags & !FlowFlags::SUCCESSOR;
-    if kind != FlowFlags::EXTERNAL || is_over || is_late || is_due {
-        return Ok(Verdict::Pass);
-    }
-    let (src, dst) = known.ends();
-    let Some(hops) = forward::hops::<F>(packet) else {
-        return Ok(Verdict::Pass);
-    };
-    if !external::leaves::<F, M>(maps, &src.0, &dst.0) {
-        return Ok(Verdict::Pass);
-    }
-    let Some(hop) = maps.next_hop(packet.ifindex(), &src.0, &dst.0) else {
-        return Ok(Verdict::Pass);
-    };
-    // Of other interfaces nobody knows whether they take frames from XDP, or lose them.
-    if hop.ifindex != packet.ifindex() && maps.xdp_uplink(hop.ifindex).is_none() {
-        return Ok(Verdict::Pass);
-    }
+    let place = key(&segment, is_reply).hint_place(maps.ids());
+    maps.set_hints(place, maps.hints(place).with(place, known.id));
+    Ok(Verdict::Known(known.id, is_reply))
+}
 
-    flow::follow(packet, maps, &known, &segment, is_reply);
-    rewrite::translate::<F>(packet, &segment, src, dst)?;
-    forward::take_hop::<F>(packet, hops).map_err(forward::refused)?;
-    forward::frame(packet, hop.to, hop.from).map_err(forward::refused)?;
-    maps.count(if is_reply {
-        Counter::ExternalReply
+/// Asks the tables and the kernel how packets of a flow leave that go the way of this one, and notes
+/// that for [`carry`]: [`Verdict::Forward`] where they do.
+#[inline(always)]
+pub fn seek<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    id: FlowId,
+    is_reply: bool,
+) -> Result<Verdict, Counter> {
+    // Before all that it is about.
+    let changed = maps.changed();
+    let Some(to) = for_us::<F, M>(packet, maps) else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(record) = maps.record(id) else {
+        return Ok(Verdict::Pass);
+    };
+    // Should they be another flow's by now, nobody believes what is noted.
+    let other = record.key(if is_reply {
+        FlowKey::<F::Addr>::REQUEST
     } else {
-        Counter::ExternalRequest
+        FlowKey::<F::Addr>::REPLY
     });
-    maps.count(Counter::ExternalXdp);
-    Ok(Verdict::Routed(hop.ifindex))
+    let Some(said) = said::<F>(packet, changed, to, &other) else {
+        return Ok(Verdict::Pass);
+    };
+    let mut hop = Hop {
+        noted_secs: maps.now_secs(),
+        ..Hop::NONE
+    };
+    let is_in_place = !is_reply || maps.is(&said.to, AddressKind::NODE);
+    if is_in_place && external::leaves::<F, M>(maps, &said.ends.0, &said.ends.1) {
+        let Some(next) = maps.next_hop(said.ifindex, &said.ends.0, &said.ends.1) else {
+            // The kernel may think otherwise of the next.
+            return Ok(Verdict::Pass);
+        };
+        // Of other interfaces nobody knows whether they take frames from XDP, or lose them.
+        if next.ifindex == said.ifindex || maps.xdp_uplink(next.ifindex).is_some() {
+            hop.ifindex = next.ifindex;
+            hop.ethernet = forward::ethernet(next.to, next.from);
+            hop.mtu = next.mtu;
+        }
+    }
+    hop.check = said.check(&hop);
+    maps.set_hop(id, is_reply, &hop);
+    Ok(if hop.ifindex == LEFT_TO_TC {
+        Verdict::Pass
+    } else {
+        Verdict::Forward
+    })
+}
+
+/// The address of interest that a packet is for, if it came for this node and not for another host.
+#[inline(always)]
+fn for_us<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Option<F::Addr> {
+    let dst = packet.load(ETHERNET + F::ADDRS + size_of::<F::Addr>())?;
+    (!packet.is_for_another_host() && maps.address(&dst).is_some()).then_some(dst)
 }
 
 /// Whether a packet that is of no flow begins one here. What is in the middle of a connection is

@@ -164,6 +164,16 @@ impl Host {
             .with_context(|| format!("{to} did not take it: {said}"))
     }
 
+    /// Sends datagrams in one piece, which the kernel cuts apart, to who serves; how long each of them was, of
+    /// those that were answered.
+    pub fn burst(&self, to: &str, count: usize, size: usize) -> Result<Vec<usize>> {
+        let (count, size) = (count.to_string(), size.to_string());
+        let text = self.run_traffic(&["burst", to, "--count", &count, "--size", &size])?;
+        let said: Value = serde_json::from_str(&text)?;
+        serde_json::from_value(said.get("reached").cloned().unwrap_or_default())
+            .with_context(|| format!("{text:?} is no answer"))
+    }
+
     /// Asks once; what was answered, or the error's name under "error".
     pub fn ask(&self, protocol: &str, to: &str, options: &[&str]) -> Result<Value> {
         let arguments = [&["ask", protocol, to], options].concat();

@@ -18,6 +18,7 @@ mod image;
 mod kube_proxy;
 mod kubernetes;
 mod lease;
+mod link;
 mod manifest;
 mod network;
 mod plugin;
@@ -42,7 +43,9 @@ pub use manifest::{PodObject, Service, Slice};
 pub use plugin::{Container, Plugin, PluginError};
 pub use process::Process;
 pub use random::Random;
-pub use requirement::{require_api_server, require_kernel, require_kube_proxy, require_kubelet};
+pub use requirement::{
+    require_api_server, require_kernel, require_kube_proxy, require_kubelet, require_vlans,
+};
 pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};
 pub use sctp::{Checksum, SctpEnd, SctpPacket, chunk};
 pub use survey::{Answer, Findings, Question};

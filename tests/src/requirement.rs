@@ -14,6 +14,17 @@ pub fn require_kernel() -> Option<()> {
     Some(())
 }
 
+/// `None`, after saying so, unless interfaces can have VLANs as well.
+#[must_use]
+pub fn require_vlans() -> Option<()> {
+    require_kernel()?;
+    // It is where the module is there, or has been built in.
+    if Path::new("/proc/net/vlan").exists() {
+        return Some(());
+    }
+    missing("a kernel with VLANs (modprobe 8021q)")
+}
+
 /// Where etcd and kube-apiserver are; `None`, after saying so, if that is not known.
 #[must_use]
 pub fn require_api_server() -> Option<PathBuf> {

@@ -174,10 +174,24 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
         let name = format!("penstock_table_capacity{{table=\"{table}\"}}");
         assert_eq!(metric(&text, &name)?, f64::from(capacity), "{table}");
     }
+    // The service "local" has endpoints on the other node only, by TCP and UDP.
+    for (family, policy, expected) in [
+        ("IPv4", "internal", 2.0),
+        ("IPv6", "internal", 2.0),
+        ("IPv4", "external", 0.0),
+    ] {
+        let labels = format!("ip_family=\"{family}\",traffic_policy=\"{policy}\"");
+        let name = format!("kubeproxy_sync_proxy_rules_no_local_endpoints_total{{{labels}}}");
+        assert_eq!(metric(&text, &name)?, expected, "{name}");
+    }
+    let used = metric(&text, "process_resident_memory_bytes")?;
+    assert!((1e6..1e10).contains(&used), "{used}");
     let syncs = "kubeproxy_sync_proxy_rules_duration_seconds_count";
     assert!(metric(&text, syncs)? >= 1.0, "{text}");
     let last = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
     assert!(metric(&text, last)? > 1.7e9, "{text}");
+    let queued = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds";
+    assert!(metric(&text, queued)? <= metric(&text, last)?, "{text}");
     assert_eq!(get(&node.host, "http://127.0.0.1:10249/none")?.0, 404);
 
     let url = |path: &str| format!("http://{}:10256/{path}", node.host.ip4);
@@ -201,5 +215,60 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
     let (_, text) = get(&node.host, METRICS)?;
     assert!(metric(&text, "kubeproxy_proxy_healthz_total{code=\"503\"}")? >= 1.0);
     assert!(metric(&text, "kubeproxy_proxy_livez_total{code=\"200\"}")? >= 1.0);
+    Ok(())
+}
+
+#[test]
+fn a_change_of_endpoints_is_timed_from_what_made_it() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0];
+    let agent = scene.agent(&[])?;
+    let web = Service::new("timed", 20).port("tcp", 80, "TCP");
+    // One object, as an API server tells of it, and how many changes of each kind there were.
+    let write = |when: &str, pods: &[&Pod]| -> Result<[f64; 2]> {
+        let slice = Slice::new("timed", true).port("tcp", 8080, "TCP");
+        let slice = pods.iter().fold(slice, |slice, pod| slice.pod(pod));
+        let trigger = "endpoints.kubernetes.io/last-change-trigger-time";
+        let items = [web.json(), slice.annotation(trigger, when).json()];
+        node.manifest("timed.json", &list(&items))?;
+        eventually("it is served", || {
+            let ports = agent.show("services")?;
+            let mut ports = ports.as_array().context("a list")?.iter();
+            let port = ports.find(|port| port["service"] == "default/timed");
+            let backends = port.context("the service")?["backends"].as_array();
+            ensure!(backends.context("backends")?.len() == pods.len());
+            Ok(())
+        })?;
+        let (_, text) = get(&node.host, METRICS)?;
+        let changes = ["service", "endpoint"].map(|kind| {
+            let pending = format!("kubeproxy_sync_proxy_rules_{kind}_changes_pending");
+            assert_eq!(metric(&text, &pending).expect("a number"), 0.0);
+            let seen = format!("kubeproxy_sync_proxy_rules_{kind}_changes_total");
+            metric(&text, &seen).expect("a number")
+        });
+        Ok(changes)
+    };
+    let timed = |end: &str| -> Result<f64> {
+        let (_, text) = get(&node.host, METRICS)?;
+        let name = "kubeproxy_network_programming_duration_seconds";
+        let name = format!("{name}_{end}{{ip_family=\"IPv4\"}}");
+        Ok(metric(&text, &name).unwrap_or_default())
+    };
+    let [a, b] = &scene.servers;
+    // What was before the agent does not say how long it takes.
+    let first = write("1970-01-01T00:00:01Z", &[a])?;
+    assert_eq!(timed("count")?, 0.0);
+    let now = node
+        .host
+        .run("date", &["--utc", "+%Y-%m-%dT%H:%M:%S.%NZ"])?;
+    let second = write(now.trim(), &[a, b])?;
+    assert_eq!(timed("count")?, 1.0);
+    let took = timed("sum")?;
+    assert!((0.0..5.0).contains(&took) && took > 0.0, "{took}");
+    assert!(second[1] > first[1], "{first:?}, then {second:?}");
     Ok(())
 }

@@ -21,7 +21,7 @@ use crate::{
 type Group = (&'static str, &'static [&'static str]);
 
 /// Sockets, packets, hairpin; UDP that moves (needs the pid of a socket's owner); turns (counted
-/// atomically); XDP beside TC; both refusals, errors about packets, traces, and agents that are replaced.
+/// atomically); XDP beside TC; VLANs, which not every kernel has; both refusals, errors about packets, traces, and agents that are replaced.
 const TESTS: &[Group] = &[
     (
         "services",
@@ -43,6 +43,7 @@ const TESTS: &[Group] = &[
             "overlay::what_comes_through_a_tunnel_goes_into_its_pod",
         ],
     ),
+    ("external", &["tagged::clients_of_a_vlan_reach_node_ports"]),
     (
         "trouble",
         &[

@@ -9,11 +9,13 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use penstock_common::Forwarding;
 use penstock_testbed::{Agent, Host, Node, Pod, Process, Source, Testbed, eventually};
 use serde_json::Value;
 
 use crate::{
     contender::{Contender, Counts, PORT, Witness, serve},
+    pods,
     services::{
         kube_proxy::{self, KubeProxy},
         nftables,
@@ -33,6 +35,16 @@ pub enum Way {
     Tc,
     /// Penstock, at XDP in the driver of that interface.
     Xdp,
+    /// Penstock at TC, with its overlay between nodes.
+    Overlay,
+    /// The same, for services that keep the client's address there and back through the overlay.
+    Tunnel,
+    /// The same, for services whose backends' nodes answer the client directly.
+    Dsr,
+    /// Penstock at XDP, which leaves to TC what goes through the overlay, there and back.
+    XdpTunnel,
+    /// The same for services whose backends' nodes answer the client directly.
+    XdpDsr,
     /// kube-proxy in iptables mode.
     Iptables,
     /// The rules of kube-proxy's nftables mode.
@@ -41,10 +53,15 @@ pub enum Way {
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 10] = [
         Self::Direct,
         Self::Tc,
         Self::Xdp,
+        Self::Overlay,
+        Self::Tunnel,
+        Self::Dsr,
+        Self::XdpTunnel,
+        Self::XdpDsr,
         Self::Iptables,
         Self::Nftables,
     ];
@@ -54,9 +71,36 @@ impl Way {
             Self::Direct => "no service, routed to the pod",
             Self::Tc => "Penstock, TC",
             Self::Xdp => "Penstock, XDP",
+            Self::Overlay => "Penstock, TC, overlay",
+            Self::Tunnel => "Penstock, TC, tunnel",
+            Self::Dsr => "Penstock, TC, dsr",
+            Self::XdpTunnel => "Penstock, XDP, tunnel",
+            Self::XdpDsr => "Penstock, XDP, dsr",
             Self::Iptables => "kube-proxy, iptables",
             Self::Nftables => "kube-proxy's rules, nftables",
         }
+    }
+
+    /// Whether clients are met at XDP.
+    const fn is_at_xdp(self) -> bool {
+        matches!(self, Self::Xdp | Self::XdpTunnel | Self::XdpDsr)
+    }
+
+    /// How services say that backends of other nodes are reached, where nodes have an overlay. A backend of
+    /// the node itself is reached in one way only.
+    pub const fn through_overlay(self) -> Option<Forwarding> {
+        match self {
+            Self::Overlay => Some(Forwarding::Snat),
+            Self::Tunnel | Self::XdpTunnel => Some(Forwarding::Tunnel),
+            Self::Dsr | Self::XdpDsr => Some(Forwarding::Dsr),
+            Self::Direct | Self::Tc | Self::Xdp | Self::Iptables | Self::Nftables => None,
+        }
+    }
+
+    /// What Penstock's agents are told.
+    fn options(self) -> [&'static str; 4] {
+        let mode = if self.is_at_xdp() { "native" } else { "off" };
+        ["--log-level", "info", "--xdp", mode]
     }
 }
 
@@ -76,6 +120,9 @@ pub enum Backend {
     Remote,
 }
 
+/// The node that is asked, the backend, and agents that run already.
+type Served = (Node, Pod, Vec<Rc<Agent>>);
+
 /// A contender's nodes, client and server.
 pub struct Lane {
     /// How it serves node ports.
@@ -87,20 +134,17 @@ pub struct Lane {
     /// The backend.
     pub server: Pod,
     serving: Rc<Process>,
-    agent: Option<Rc<Agent>>,
+    /// The agents: that of the node that is asked, and with an overlay that of the backend's.
+    agents: Vec<Rc<Agent>>,
     _kube_proxy: Option<KubeProxy>,
 }
 
 impl Lane {
     /// Nodes without any service.
     pub fn new(testbed: &mut Testbed, way: Way, backend: Backend) -> Result<Self> {
-        let node = testbed.node()?;
-        let server = match backend {
-            Backend::Local => testbed.pod(&node)?,
-            Backend::Remote => {
-                let other = testbed.node()?;
-                testbed.pod(&other)?
-            }
+        let (node, server, agents) = match way.through_overlay() {
+            Some(_) => connected(testbed, way)?,
+            None => routed(testbed, backend)?,
         };
         let client = testbed.client()?;
         let (pod, via) = (server.host.ip4.to_string(), node.host.ip4.to_string());
@@ -118,7 +162,7 @@ impl Lane {
             node,
             client,
             server,
-            agent: None,
+            agents,
             _kube_proxy: None,
         })
     }
@@ -130,28 +174,20 @@ impl Lane {
         assets: Option<&PathBuf>,
         count: usize,
     ) -> Result<()> {
-        let (server, kind) = (&self.server.host, Kind::NodePort);
+        let server = &self.server.host;
+        let kind = Kind::NodePort(self.way.through_overlay().unwrap_or_default());
         match self.way {
             Way::Direct => {}
             Way::Tc | Way::Xdp => {
                 objects::write(&self.node.manifests, count, kind, server)?;
-                let mode = if self.way == Way::Xdp {
-                    "native"
-                } else {
-                    "off"
-                };
-                let options = ["--log-level", "info", "--xdp", mode];
+                let options = self.way.options();
                 let agent = Agent::start(&self.node, &Source::Manifests, &options)?;
-                if self.way == Way::Xdp {
-                    // What a sender leaves to its interface to complete, as on veth, is TC's. On a wire
-                    // frames are complete.
-                    self.client.without_checksum_offload(UPLINK)?;
-                    self.server.host.without_checksum_offload(UPLINK)?;
+                self.agents.push(Rc::new(agent));
+            }
+            Way::Overlay | Way::Tunnel | Way::Dsr | Way::XdpTunnel | Way::XdpDsr => {
+                for agent in &self.agents {
+                    objects::write(&agent.node().manifests, count, kind, server)?;
                 }
-                eventually("hooks are on the node's link", || {
-                    is_served(&agent, self.way == Way::Xdp)
-                })?;
-                self.agent = Some(Rc::new(agent));
             }
             Way::Iptables => {
                 let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
@@ -162,7 +198,25 @@ impl Lane {
                 nftables::load(count, kind, server, &self.node, testbed.folder())?;
             }
         }
+        if self.way.is_at_xdp() {
+            // What a sender leaves to its interface to complete, as on veth, is TC's. On a wire
+            // frames are complete.
+            self.client.without_checksum_offload(UPLINK)?;
+            self.server.host.without_checksum_offload(UPLINK)?;
+        }
+        for agent in &self.agents {
+            eventually("hooks are on the node's link", || {
+                is_served(agent, self.way.is_at_xdp())
+            })?;
+        }
         Ok(())
+    }
+
+    /// The bridge's ends of the links of nodes that meet clients at XDP: without a program there, veth loses
+    /// what these send from theirs.
+    pub fn opposites(&self) -> Vec<String> {
+        let agents = self.agents.iter().filter(|_| self.way.is_at_xdp());
+        agents.map(|agent| agent.node().port()).collect()
     }
 
     /// What tells that traffic took this way.
@@ -173,20 +227,49 @@ impl Lane {
             Backend::Remote => UPLINK,
         };
         let mut all = vec![Witness::interface(&node, towards_it)];
-        let ours = |counter, counts| {
-            let agent = self.agent.iter();
-            agent.map(move |agent| Witness::agent(agent, counter, counts))
-        };
         match (self.way, self.backend) {
             (Way::Direct, _) => {}
-            (Way::Tc, _) => all.extend(ours("external_request", Counts::Packets)),
-            // What leads out of the node again, but for now and then one that the kernel is to see.
-            (Way::Xdp, Backend::Remote) => all.extend(ours("external_xdp", Counts::MostPackets)),
-            (Way::Xdp, Backend::Local) => all.extend(ours("external_request", Counts::Packets)),
             (Way::Iptables, _) => all.push(kube_proxy::witness(&node)),
             (Way::Nftables, _) => all.push(nftables::witness(&node)),
+            // What leads out of the node again, but for now and then one that the kernel is to see.
+            (Way::Xdp, Backend::Remote) => {
+                all.extend(self.counters(&[(0, "external_xdp", Counts::MostPackets)]));
+            }
+            (Way::Tc, _) | (Way::Xdp, Backend::Local) => {
+                all.extend(self.counters(&[(0, "external_request", Counts::Packets)]));
+            }
+            (Way::Overlay, _) => all.extend(self.counters(&[
+                (0, "external_request", Counts::Packets),
+                (0, "overlay_sent", Counts::Packets),
+                (0, "handed_over", Counts::Nothing),
+            ])),
+            (Way::Tunnel | Way::XdpTunnel, _) => all.extend(self.counters(&[
+                (0, "handed_over", Counts::Packets),
+                (1, "handed_back", Counts::Answers),
+                (0, "external_reply", Counts::Answers),
+            ])),
+            // The backend's node answers by itself.
+            (Way::Dsr | Way::XdpDsr, _) => all.extend(self.counters(&[
+                (0, "handed_over", Counts::Packets),
+                (1, "external_reply", Counts::Answers),
+                (1, "handed_back", Counts::Nothing),
+                (0, "external_reply", Counts::Nothing),
+            ])),
         }
         all
+    }
+
+    /// Counters of its agents', by their numbers.
+    fn counters(&self, wanted: &[(usize, &'static str, Counts)]) -> Vec<Witness> {
+        let witness = |(number, counter, counts): &(usize, &'static str, Counts)| {
+            let agent = self.agents.get(*number)?;
+            let witness = Witness::agent(agent, counter, *counts);
+            Some(match number {
+                0 => witness,
+                _ => witness.of("the backend's node"),
+            })
+        };
+        wanted.iter().filter_map(witness).collect()
     }
 
     /// Where clients send what is for service `number`.
@@ -207,6 +290,33 @@ impl Lane {
             self.witnesses(),
         ))
     }
+}
+
+/// A node and the backend, connected by the kernel's routes.
+fn routed(testbed: &mut Testbed, backend: Backend) -> Result<Served> {
+    let node = testbed.node()?;
+    let other = match backend {
+        Backend::Local => node.clone(),
+        Backend::Remote => testbed.node()?,
+    };
+    let server = testbed.pod(&other)?;
+    pods::set_mtu(&other.host, &server.interface)?;
+    pods::set_mtu(&server.host, pods::INTERFACE)?;
+    Ok((node, server, Vec::new()))
+}
+
+/// A node and a backend of another one, connected by Penstock's overlay.
+fn connected(testbed: &mut Testbed, way: Way) -> Result<Served> {
+    let nodes = [testbed.network_node()?, testbed.network_node()?];
+    let [node, other] = &nodes;
+    let mut agents = Vec::new();
+    for one in &nodes {
+        one.knows(&[node, other])?;
+        let agent = Agent::start_network(one, &Source::Manifests, &way.options())?;
+        agents.push(Rc::new(agent));
+    }
+    let server = testbed.network_pod(other)?;
+    Ok((node.clone(), server, agents))
 }
 
 /// Whether an agent serves clients outside at the node's link, and at XDP if it should.

@@ -1,5 +1,6 @@
 //! A client outside of the cluster asks a node port, and the backend is a pod of that node or of
-//! another one: Penstock, kube-proxy, and the pod itself by way of the same node.
+//! another one: Penstock with every way to another node, kube-proxy, and the pod itself by way of the same
+//! node.
 //!
 //! Every contender has nodes, a client and a server of its own.
 
@@ -18,15 +19,17 @@ use crate::{
 };
 
 /// What is measured. Connections only at a rate: every one leaves its source port taken for a while,
-/// of which one node has some ten thousands towards one backend.
-const TRIALS: [Trial; 7] = [
+/// of which one node has some ten thousands towards one backend. For the same reason there is no short HTTP.
+const TRIALS: [Trial; 9] = [
     Trial::open(Workload::Connect, 500),
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::together(Workload::UdpRr),
     Trial::closed(Workload::UdpRr),
+    Trial::together(Workload::UdpPackets),
     Trial::together(Workload::Stream),
     Trial::closed(Workload::Stream),
+    Trial::streams(8),
 ];
 
 /// Measures some ways with so many services, of which the first is asked.
@@ -38,11 +41,16 @@ pub fn measure(count: usize, ways: &[Way], effort: &Effort) -> Result<Vec<Outcom
     for (backend, place) in [(Backend::Local, "the same"), (Backend::Remote, "another")] {
         let mut testbed = Testbed::new()?;
         let (mut lanes, mut opposites) = (Vec::new(), Vec::new());
-        for way in &ways {
+        // What goes through an overlay has another node to go to.
+        let through = |way: &&Way| backend == Backend::Remote || way.through_overlay().is_none();
+        for way in ways.iter().filter(through) {
+            if !effort.names(way.name()) {
+                continue;
+            }
             let mut lane = Lane::new(&mut testbed, *way, backend)?;
             lane.program(&mut testbed, assets.as_ref(), count)?;
-            if *way == Way::Xdp {
-                opposites.push(opposite(&testbed, &lane)?);
+            for port in lane.opposites() {
+                opposites.push(opposite(&testbed, &port)?);
             }
             lanes.push(lane);
         }
@@ -60,7 +68,7 @@ pub fn measure(count: usize, ways: &[Way], effort: &Effort) -> Result<Vec<Outcom
 }
 
 /// A program at the other end of a node's link, without which veth loses what the node sends from XDP.
-fn opposite(testbed: &Testbed, lane: &Lane) -> Result<Process> {
+fn opposite(testbed: &Testbed, port: &str) -> Result<Process> {
     let network = testbed.network()?;
-    contender::start(&network, &["load", "pass", &lane.node.port()])
+    contender::start(&network, &["load", "pass", port])
 }

@@ -15,7 +15,7 @@ use crate::{
 const MTU: u32 = 1_430;
 
 /// A pod's interface.
-const INTERFACE: &str = "eth0";
+pub const INTERFACE: &str = "eth0";
 
 /// What is measured between pods.
 const TRIALS: [Trial; 10] = [
@@ -38,8 +38,8 @@ pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
-/// Sets what an interface carries.
-fn set_mtu(host: &Host, interface: &str) -> Result<()> {
+/// Has an interface carry what pods' interfaces carry.
+pub fn set_mtu(host: &Host, interface: &str) -> Result<()> {
     let mtu = MTU.to_string();
     host.run("ip", &["link", "set", interface, "mtu", &mtu])
         .map(drop)

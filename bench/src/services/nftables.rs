@@ -99,7 +99,7 @@ fn rules(count: usize, kind: Kind, server: &Host, node: &Node) -> Result<String>
                  add rule ip kube-proxy {service} numgen random mod 1 vmap {{ 0 : goto {endpoint} }}\n\
                  add element ip kube-proxy service-ips {{ {ip} . {protocol} . {port} : goto {service} }}\n",
             );
-            if kind == Kind::NodePort {
+            if matches!(kind, Kind::NodePort(_)) {
                 let (external, port) = (format!("external-{name}"), objects::node_port(number)?);
                 let _ = write!(
                     text,

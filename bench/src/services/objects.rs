@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
+use penstock_common::Forwarding;
 use penstock_testbed::Host;
 use serde_json::{Value, json};
 
@@ -15,6 +16,8 @@ pub const SERVICE_PORT: u16 = 80;
 const IPERF: &str = "iperf";
 /// One service of so many has a UDP port beside its TCP port.
 const WITH_UDP: usize = 50;
+/// What says how clients outside reach backends of other nodes.
+const FORWARDING: &str = "penstock.io/forwarding";
 /// Objects in a file.
 const PER_FILE: usize = 500;
 /// The first node port.
@@ -25,8 +28,8 @@ const FIRST_NODE_PORT: usize = 30_000;
 pub enum Kind {
     /// By the service's own address.
     ClusterIp,
-    /// By a port of the node, too.
-    NodePort,
+    /// By a port of the node, too; backends of other nodes in a way that only Penstock knows of.
+    NodePort(Forwarding),
 }
 
 /// A service's node port, both of TCP and of UDP.
@@ -72,9 +75,13 @@ fn ports(number: usize, kind: Kind, port: impl Fn(&str) -> Value, iperf: Value) 
 /// Service `number`.
 fn service(number: usize, kind: Kind) -> Value {
     let ip = service_ip(number);
-    let (spec, node_port) = match kind {
-        Kind::ClusterIp => ("ClusterIP", None),
-        Kind::NodePort => ("NodePort", Some(FIRST_NODE_PORT + number)),
+    let (spec, node_port, forwarding) = match kind {
+        Kind::ClusterIp => ("ClusterIP", None, Forwarding::default()),
+        Kind::NodePort(forwarding) => ("NodePort", Some(FIRST_NODE_PORT + number), forwarding),
+    };
+    let annotations = match forwarding {
+        Forwarding::Snat => json!({}),
+        other => json!({ FORWARDING: other.label() }),
     };
     let port = |protocol: &str| {
         let name = protocol.to_lowercase();
@@ -87,7 +94,9 @@ fn service(number: usize, kind: Kind) -> Value {
         json!({ "name": IPERF, "port": IPERF_PORT, "protocol": "TCP", "targetPort": IPERF_PORT });
     json!({
         "apiVersion": "v1", "kind": "Service",
-        "metadata": { "name": format!("s{number}"), "namespace": "default" },
+        "metadata": {
+            "name": format!("s{number}"), "namespace": "default", "annotations": annotations,
+        },
         "spec": { "type": spec, "clusterIP": ip, "ports": ports(number, kind, port, iperf) },
     })
 }
@@ -123,12 +132,13 @@ pub fn lists(count: usize, kind: Kind, server: &Host) -> impl Iterator<Item = Va
     })
 }
 
-/// Writes them as manifests.
+/// Writes them as manifests, each of which is there at once: an agent may be looking.
 pub fn write(folder: &Path, count: usize, kind: Kind, server: &Host) -> Result<()> {
     for (number, list) in lists(count, kind, server).enumerate() {
-        let path = folder.join(format!("services-{number:04}.json"));
-        fs::write(&path, list.to_string())
-            .with_context(|| format!("writing {}", path.display()))?;
+        let name = format!("services-{number:04}.json");
+        let (path, new) = (folder.join(&name), folder.join(format!(".{name}.new")));
+        let written = fs::write(&new, list.to_string()).and_then(|()| fs::rename(&new, &path));
+        written.with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result};
@@ -23,7 +23,7 @@ use crate::{
         exclude::Exclusions,
         follow::{Follower, Names, Wiring},
         interface::{PacketHooks, Role},
-        netns, xdp,
+        netns, routes, xdp,
     },
     dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
     flows::Lifetimes,
@@ -145,6 +145,9 @@ pub async fn run(options: Options) -> Result<Ending> {
     roles.extend(options.network.is_some().then_some(Role::Overlay));
     let has_tcx = version >= (6, 6);
     let hooks = PacketHooks::load(ebpf, pins.clone(), has_tcx, options.xdp, &roles)?;
+    if options.xdp != xdp::Choice::Off {
+        tokio::spawn(routes::watch(Changed::open(&pins)?));
+    }
     tracing::info!("socket hooks are on {}", options.cgroup.display());
 
     let (sender, mut events) = mpsc::channel(BATCH);
@@ -249,6 +252,10 @@ pub async fn run(options: Options) -> Result<Ending> {
         syncs: Syncs::default(),
         started: Instant::now(),
         notes,
+        started_since_1970: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default(),
+        triggers: Vec::new(),
         was_settled: false,
         was_synced: false,
         chosen: chosen

@@ -25,7 +25,10 @@ use crate::{
     health,
     ipc::Query,
     metrics::{Syncs, Vitals},
-    model::object::{Event, Family, Kind, ObjectName},
+    model::{
+        object::{Event, Family, Kind, ObjectName},
+        world::Trigger,
+    },
     monitor, network,
     plan::planner::Watched,
     reconcile::Reconciler,
@@ -75,6 +78,10 @@ pub(super) struct Agent {
     pub(super) started: Instant,
     /// What is other than it was said to be, and hurts nobody.
     pub(super) notes: Vec<String>,
+    /// The same, in time since 1970.
+    pub(super) started_since_1970: Duration,
+    /// What made endpoints change that are not written yet.
+    pub(super) triggers: Vec<Trigger>,
     pub(super) was_settled: bool,
     pub(super) was_synced: bool,
     /// The addresses that stand for this node, one a family.
@@ -114,12 +121,21 @@ impl Agent {
             if let About::Object(kind, _) | About::List(kind, _) = &about {
                 touches_node |= matches!(kind, Kind::Node | Kind::Pod);
             }
+            match &event {
+                Event::Listed(kind, objects, _) => self.syncs.changed(*kind, objects.len()),
+                Event::Applied(object) => self.syncs.changed(object.kind(), 1),
+                Event::Deleted(kind, _) => self.syncs.changed(*kind, 1),
+                Event::Doubt(_) | Event::Rejected(_) => {}
+            }
             match (self.reconciler.world.apply(event), about) {
                 (Err(rejection), _) => self.status.reject(&rejection),
                 (Ok(()), About::Object(kind, name)) => self.status.accept(kind, &name),
                 (Ok(()), About::List(kind, kept)) => self.status.accept_others(kind, &kept),
                 (Ok(()), About::Nothing) => {}
             }
+        }
+        if self.reconciler.world.is_dirty() {
+            self.syncs.queued();
         }
         if touches_node {
             self.update_node();
@@ -130,8 +146,9 @@ impl Agent {
         let began = Instant::now();
         let outcome = self.reconciler.step(self.started.elapsed());
         if outcome.services > 0 || outcome.writes > 0 {
-            self.syncs.done(began.elapsed());
+            self.syncs.done(began.elapsed(), self.reconciler.failed());
         }
+        self.tell_triggers();
         if outcome.writes > 0 {
             tracing::debug!("{} services, {} writes", outcome.services, outcome.writes);
         }
@@ -149,6 +166,32 @@ impl Agent {
             let (services, _, endpoints) = self.reconciler.world.sizes();
             tracing::info!("serving {services} services with {endpoints} endpoints");
         }
+    }
+
+    /// Notes how long it took from what made endpoints change until that is in the kernel.
+    fn tell_triggers(&mut self) {
+        // What happened before this agent was there does not say how long it takes. Those before the first
+        // lists are all of this kind, but for the last ones.
+        let triggers = self.reconciler.world.take_triggers().into_iter();
+        let new = triggers.filter(|trigger| trigger.since_1970 >= self.started_since_1970);
+        self.triggers.extend(new);
+        if !self.reconciler.world.is_synced() {
+            return;
+        }
+        let waiting = self.reconciler.errors();
+        let syncs = &self.syncs;
+        self.triggers.retain(|trigger| {
+            let is_waiting = waiting.contains_key(&trigger.service);
+            if !is_waiting {
+                syncs.programmed(trigger.family, trigger.since_1970);
+            }
+            is_waiting
+        });
+        // A service that can't be written may go on changing: its first change says how long it waits.
+        self.triggers.sort_unstable();
+        self.triggers.dedup_by(|later, first| {
+            (&later.service, later.family) == (&first.service, first.family)
+        });
     }
 
     /// Tells for which ports connections are to be counted.
@@ -457,6 +500,7 @@ impl Agent {
             problems: told + self.reconciler.errors().len() + self.problems().len(),
             tables: self.fills(),
             syncs: self.syncs.clone(),
+            lonely: world.without_local_endpoints().into(),
         }
     }
 

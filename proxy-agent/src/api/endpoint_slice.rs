@@ -1,9 +1,9 @@
 //! EndpointSlices.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
 use super::{
-    Decoded, HEADLESS, Interner, SERVICE_NAME, WEIGHTS, check_name, cut, object_name,
+    Decoded, HEADLESS, Interner, SERVICE_NAME, TRIGGERED, WEIGHTS, check_name, cut, object_name,
     raw::{Endpoint as RawEndpoint, Hint, Raw},
     service::{port_number, protocol},
     usable_ip, weights,
@@ -65,8 +65,15 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         family,
         ports,
         endpoints: endpoints?,
+        triggered: raw.metadata.annotation(TRIGGERED).and_then(moment),
     };
     Ok(Decoded::Object(Object::EndpointSlice(slice)))
+}
+
+/// A time of RFC 3339 as time since 1970. One that can't be read costs a measurement and nothing else.
+fn moment(text: &str) -> Option<Duration> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    time.as_duration().try_into().ok()
 }
 
 fn endpoint(

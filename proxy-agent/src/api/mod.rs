@@ -30,6 +30,8 @@ pub const ALGORITHM: &str = "penstock.io/algorithm";
 pub const FORWARDING: &str = "penstock.io/forwarding";
 /// The annotation by which an endpoint slice says how much its endpoints get.
 pub const WEIGHTS: &str = "penstock.io/weights";
+/// The annotation by which the controller of endpoint slices says what moment a change is from.
+const TRIGGERED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// What all of Penstock's labels and annotations begin with.
 const OWN_PREFIX: &str = "penstock.io/";
 

@@ -56,8 +56,8 @@ pub(super) struct Metadata {
     pub(super) deletion_timestamp: Option<String>,
     #[serde(default, deserialize_with = "unique::texts")]
     pub(super) labels: HashMap<String, String>,
-    /// Penstock's own.
-    #[serde(default, deserialize_with = "unique::own_texts")]
+    /// Those that Penstock knows.
+    #[serde(default, deserialize_with = "unique::known_texts")]
     pub(super) annotations: HashMap<String, String>,
 }
 

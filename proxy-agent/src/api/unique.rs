@@ -22,13 +22,13 @@ pub(super) fn texts<'de, D: Deserializer<'de>>(
     Ok(texts.map(|Texts(texts)| texts).unwrap_or_default())
 }
 
-/// Reads names of Penstock's own with their texts. Others' may be large, and are not kept.
-pub(super) fn own_texts<'de, D: Deserializer<'de>>(
+/// Reads names that Penstock knows with their texts. Others' may be large, and are not kept.
+pub(super) fn known_texts<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<HashMap<String, String>, D::Error> {
-    struct Own;
+    struct Known;
 
-    impl<'de> Visitor<'de> for Own {
+    impl<'de> Visitor<'de> for Known {
         type Value = HashMap<String, String>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -53,7 +53,7 @@ pub(super) fn own_texts<'de, D: Deserializer<'de>>(
         fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
             let mut texts = HashMap::new();
             while let Some(key) = access.next_key::<String>()? {
-                if !key.starts_with(super::OWN_PREFIX) {
+                if !key.starts_with(super::OWN_PREFIX) && key != super::TRIGGERED {
                     access.next_value::<IgnoredAny>()?;
                     continue;
                 }
@@ -66,7 +66,7 @@ pub(super) fn own_texts<'de, D: Deserializer<'de>>(
         }
     }
 
-    deserializer.deserialize_option(Own)
+    deserializer.deserialize_option(Known)
 }
 
 fn twice<E: Error>(key: &str) -> E {

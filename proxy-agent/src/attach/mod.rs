@@ -9,6 +9,7 @@ pub mod exclude;
 pub mod follow;
 pub mod interface;
 pub mod netns;
+pub mod routes;
 mod syscall;
 pub mod xdp;
 

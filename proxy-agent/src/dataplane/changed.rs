@@ -1,7 +1,8 @@
-//! Tells the programs that tables changed which they spare themselves by shortcuts.
+//! Tells the programs that something changed which they spare themselves by what they remember.
 //!
-//! Invariant: whoever writes to `ADDRESSES`, `ENDPOINTS`, `ROUTES`, `UPLINKS` or `CONFIG` says so afterwards,
-//! whether all of it was written or not.
+//! Invariant: whoever writes to `ADDRESSES`, `ENDPOINTS`, `ROUTES`, `UPLINKS`, `XDP_UPLINKS` or `CONFIG` says so
+//! afterwards, whether all of it was written or not; and who hears that the kernel's routes or neighbours
+//! are others says that.
 
 use std::os::fd::AsFd;
 

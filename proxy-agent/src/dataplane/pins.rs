@@ -289,8 +289,9 @@ impl Pins {
             self.check(&name, Definition { entries, ..wanted })?;
         }
         let traced = if is_tracing { 4_u8 } else { 0 };
+        let sizes = sizes::Sizes::new(flows);
         let mut loader = EbpfLoader::new();
-        sizes::size(&mut loader, &flows);
+        sizes.tell(&mut loader);
         loader
             .default_map_pin_directory(&self.root)
             .map_pin_path("SOCKETS", self.root.join("SOCKETS"))

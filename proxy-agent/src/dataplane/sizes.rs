@@ -3,7 +3,7 @@
 //! Invariant: all maps of the table are for the same number of flows, and the programs are told it.
 
 use aya::EbpfLoader;
-use penstock_common::limits;
+use penstock_common::{Hints, limits};
 
 /// Maps with an element for each flow.
 const BY_FLOW: [&str; 8] = [
@@ -46,14 +46,31 @@ pub(super) fn flows(map: &str, entries: u32) -> u32 {
     }
 }
 
-/// Has maps made for so many flows of each family, and programs that know it.
-pub fn size<'a>(loader: &mut EbpfLoader<'a>, flows: &'a u32) {
-    for map in maps() {
-        if let Some(entries) = entries(map, *flows) {
-            loader.map_max_entries(map, entries);
+/// What maps and programs are made with for a number of flows of each family.
+pub struct Sizes {
+    flows: u32,
+    ids: u32,
+}
+
+impl Sizes {
+    /// For so many flows of each family.
+    pub fn new(flows: u32) -> Self {
+        Self {
+            flows,
+            ids: Hints::ids(flows),
         }
     }
-    loader.override_global("RECORDS", flows, true);
+
+    /// Has maps made of these sizes, and programs that know them.
+    pub fn tell<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        for map in maps() {
+            if let Some(entries) = entries(map, self.flows) {
+                loader.map_max_entries(map, entries);
+            }
+        }
+        loader.override_global("RECORDS", &self.flows, true);
+        loader.override_global("IDS", &self.ids, true);
+    }
 }
 
 /// As many flows of each family as kube-proxy would have the kernel track; nothing where that is to

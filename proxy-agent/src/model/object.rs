@@ -4,7 +4,7 @@
 //! them may rely on what the types say. Names are shared strings, since a cluster repeats a few
 //! node, zone and port names a hundred thousand times.
 
-use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
+use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc, time::Duration};
 
 use ipnetwork::IpNetwork;
 use penstock_common::{Algorithm, Forwarding};
@@ -83,6 +83,14 @@ impl Family {
             Self::V6
         }
     }
+
+    /// What Kubernetes calls it.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
 }
 
 /// Which endpoints a service's traffic may use (KEP-2086).
@@ -153,6 +161,8 @@ pub struct EndpointSlice {
     pub ports: Vec<EndpointPort>,
     /// Its endpoints.
     pub endpoints: Vec<Endpoint>,
+    /// When what it tells of happened, in time since 1970, if it says so: a pod became ready, say.
+    pub triggered: Option<Duration>,
 }
 
 /// A port that all endpoints of a slice listen on.

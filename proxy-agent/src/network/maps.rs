@@ -273,12 +273,18 @@ impl Uplinks {
 }
 
 /// `XDP_UPLINKS`.
-pub struct XdpUplinks(Mirror<u32, XdpUplink, HashMap<MapData, u32, XdpUplink>>);
+pub struct XdpUplinks {
+    changed: Changed,
+    mirror: Mirror<u32, XdpUplink, HashMap<MapData, u32, XdpUplink>>,
+}
 
 impl XdpUplinks {
     /// The pinned map, with what is in it.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
-        Mirror::open(pins, "XDP_UPLINKS").map(Self)
+        Ok(Self {
+            changed: Changed::open(pins)?,
+            mirror: Mirror::open(pins, "XDP_UPLINKS")?,
+        })
     }
 
     /// Makes the map hold these interfaces and their Ethernet addresses.
@@ -287,7 +293,7 @@ impl XdpUplinks {
         wanted: impl Iterator<Item = (u32, [u8; 6])>,
     ) -> Result<usize, MapsError> {
         let uplinks = wanted.map(|(index, mac)| (index, XdpUplink { mac, pad: 0 }));
-        self.0.set(&uplinks.collect())
+        written(&self.changed, || self.mirror.set(&uplinks.collect()))
     }
 }
 

@@ -15,8 +15,8 @@ use aya_ebpf::{
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId, Shortcut, SourceRange,
-    Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
+    FrontendKey, HintPlace, Hints, Hop, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId,
+    Shortcut, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
 };
 use penstock_ebpf::{
     env::{Env, Maps, NextHop, Overlay, Way},
@@ -50,6 +50,10 @@ static REACH: Global<u32> = Global::new(64);
 /// How many flows of one family the maps were made for.
 #[unsafe(no_mangle)]
 static RECORDS: Global<u32> = Global::new(limits::FLOWS);
+
+/// The bits that their ids take.
+#[unsafe(no_mangle)]
+static IDS: Global<u32> = Global::new(Hints::ids(limits::FLOWS));
 
 /// The kernel, on behalf of the program that runs in `context`.
 pub(crate) struct Kernel<'a, C> {
@@ -312,13 +316,26 @@ fn move_traffic(sum: Option<*mut Traffic>, ended: *mut Traffic) {
     }
 }
 
+/// Where a flow's packets of a direction go.
+#[inline(always)]
+fn hop_of(counts: *mut FlowCounts, is_reply: bool) -> *mut Hop {
+    // SAFETY: fields' addresses inside the mapped element; nothing is read.
+    unsafe {
+        if is_reply {
+            addr_of_mut!((*counts).reply_hop)
+        } else {
+            addr_of_mut!((*counts).request_hop)
+        }
+    }
+}
+
 /// What a backend's counts begin with: where an insertion gets it from, stacks having no room.
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
     ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident, $about:ident, $quote:ident, $requote:ident, $evict:ident, $take_port:ident, $evict_port:ident, $succeed:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
-        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $node:ident, $overlay:ident) => {
+        $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $hints:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
         #[inline(always)]
         fn $counts_of(life: &BackendLife, service: ServiceId) -> Option<*mut BackendCounts> {
@@ -605,6 +622,52 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn hints(&self, place: HintPlace) -> Hints {
+                $hints.get_ptr(place.index).map(copy).unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_hints(&self, place: HintPlace, hints: Hints) {
+                if let Some(element) = $hints.get_ptr_mut(place.index) {
+                    // SAFETY: a mapped array element (see `copy`); an aligned word is written whole.
+                    unsafe { element.write_volatile(hints) };
+                }
+            }
+
+            #[inline(always)]
+            fn has_counted(&self, id: FlowId, is_reply: bool) -> bool {
+                let Some(counts) = $counts.get_ptr_mut(id.0) else {
+                    return false;
+                };
+                // SAFETY: fields of a mapped element (see `copy`).
+                unsafe {
+                    let way = if is_reply {
+                        addr_of!((*counts).reply)
+                    } else {
+                        addr_of!((*counts).request)
+                    };
+                    addr_of!((*way).packets).read_volatile() != 0
+                }
+            }
+
+            #[inline(always)]
+            fn hop(&self, id: FlowId, is_reply: bool) -> Hop {
+                $counts
+                    .get_ptr_mut(id.0)
+                    .map(|counts| copy(hop_of(counts, is_reply)))
+                    .unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn set_hop(&self, id: FlowId, is_reply: bool, hop: &Hop) {
+                if let Some(counts) = $counts.get_ptr_mut(id.0) {
+                    // SAFETY: a field of a mapped element (see `copy`); whoever reads half of it sees
+                    // that.
+                    unsafe { hop_of(counts, is_reply).write_volatile(*hop) };
+                }
+            }
+
+            #[inline(always)]
             fn last_stamp(&self, id: FlowId) -> u32 {
                 // SAFETY: a field's address inside the mapped element; nothing is read.
                 let field = |counts: *const FlowCounts| unsafe { addr_of!((*counts).last_stamp) };
@@ -722,6 +785,11 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn ids(&self) -> u32 {
+                IDS.load()
+            }
+
+            #[inline(always)]
             fn records(&self) -> u32 {
                 RECORDS.load()
             }
@@ -788,6 +856,6 @@ macro_rules! family {
 }
 
 family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4, about_request4, quote4, requote4, evict4, take_port4, evict_port4, succeed4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
-    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, node4, overlay4);
+    SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, HINTS4, node4, overlay4);
 family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6, about_request6, quote6, requote6, evict6, take_port6, evict_port6, succeed6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
-    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, node6, overlay6);
+    SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, HINTS6, node6, overlay6);

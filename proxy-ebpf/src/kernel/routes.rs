@@ -134,6 +134,10 @@ pub(crate) fn next_hop<A: Routable>(
             ifindex: addr_of!((*way).ifindex).read(),
             to: addr_of!((*way).dmac).read(),
             from: addr_of!((*way).smac).read(),
+            // In the place of the packet's length, which stays where the kernel is older than 5.12
+            // (commit e1850ea9bd9e); 0 where it does not fit.
+            mtu: u32::from(addr_of!((*way).__bindgen_anon_1.mtu_result).read())
+                .max(hook.length().into()),
         }
     })
 }

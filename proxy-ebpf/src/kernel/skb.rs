@@ -19,7 +19,7 @@ use aya_ebpf::{
         bpf_check_mtu, bpf_csum_level, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect,
         bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_adjust_room, bpf_skb_change_tail,
         bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
-        bpf_skb_store_bytes,
+        bpf_skb_store_bytes, bpf_skb_vlan_pop,
     },
     programs::TcContext,
 };
@@ -41,6 +41,9 @@ const LOOKED_AT: u32 = 256;
 /// `BPF_MTU_CHK_SEGS` of the kernel's uapi/linux/bpf.h: also look at the segments of a packet that
 /// is yet to be cut.
 const BPF_MTU_CHK_SEGS: u64 = 1;
+
+/// The bits of a VLAN tag that name the VLAN (IEEE 802.1Q, 9.6); 0 where it says a priority alone.
+const VLAN_ID: u32 = 0x0fff;
 
 /// From the kernel's uapi/linux/if_packet.h, as the one below.
 const PACKET_HOST: u32 = 0;
@@ -330,8 +333,18 @@ impl Packet for Skb<'_> {
 
     #[inline(always)]
     fn is_tagged(&self) -> bool {
-        // SAFETY: a field of the program's own context.
-        unsafe { (*self.0.skb.skb).vlan_present != 0 }
+        // SAFETY: fields of the program's own context.
+        unsafe { (*self.0.skb.skb).vlan_present != 0 && (*self.0.skb.skb).vlan_tci & VLAN_ID != 0 }
+    }
+
+    #[inline(always)]
+    fn forget_priority(&mut self) {
+        // SAFETY: a field of the program's own context, which the helper is called with.
+        unsafe {
+            if (*self.0.skb.skb).vlan_present != 0 {
+                bpf_skb_vlan_pop(self.0.skb.skb);
+            }
+        }
     }
 
     #[inline(always)]

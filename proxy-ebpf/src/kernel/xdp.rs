@@ -147,6 +147,9 @@ impl Packet for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn forget_priority(&mut self) {}
+
+    #[inline(always)]
     fn reach(&mut self, _: usize) {}
 
     #[inline(always)]

@@ -279,7 +279,8 @@ fn conclude_stage(
     verdict: Verdict,
 ) -> i32 {
     match verdict {
-        Verdict::Pass => NEXT,
+        // All but the first are XDP's alone.
+        Verdict::Pass | Verdict::Look | Verdict::Known(..) | Verdict::Seek(..) => NEXT,
         Verdict::TurnAround => skb.turn_around(),
         Verdict::Open => OPEN,
         Verdict::Opening => OPENING,

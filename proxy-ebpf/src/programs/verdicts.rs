@@ -4,6 +4,7 @@
 
 /// Leaves the packet to whoever is next at the hook, and else to the kernel.
 pub(super) const NEXT: i32 = -1;
+pub(super) const LOOK: i32 = -27;
 pub(super) const WRAPPED: i32 = -26;
 pub(super) const TOO_LONG_AS_IT_CAME: i32 = -25;
 pub(super) const HAND_OVER: i32 = -24;
@@ -35,3 +36,8 @@ pub(super) const REFUSED: i32 = 2_000;
 pub(super) const CLAIMED: i32 = 1 << 20;
 // Plus the chunk.
 pub(super) const SEARCH: i32 = 1 << 20;
+// Plus twice the `FlowId`, and one for a reply.
+pub(super) const FOUND: i32 = 1 << 20;
+pub(super) const SOUGHT: i32 = 1 << 21;
+/// In place of such a number.
+pub(super) const NOT_FOUND: u32 = u32::MAX;

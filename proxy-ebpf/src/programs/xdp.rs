@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::xdp,
     programs::XdpContext,
 };
-use penstock_common::{V4, V6};
+use penstock_common::{FlowId, V4, V6};
 use penstock_ebpf::{family::Family, packet::Packet, pod::Verdict, xdp};
 
 use super::{
@@ -21,44 +21,84 @@ use crate::kernel::{env::Kernel, xdp::Xdp};
 
 /// XDP's functions for one family; their answers are as the other hooks'.
 macro_rules! xdp_family {
-    ($family:ty: $before_stack:ident, $carry:ident, $admit:ident, $begin:ident) => {
-        xdp_family!(stage $carry, xdp::carry, $family);
-        xdp_family!(stage $admit, xdp::open, $family);
+    ($family:ty: $before_stack:ident, $carry:ident, $look:ident, $seek:ident, $admit:ident, $begin:ident) => {
+        xdp_family!(stage $carry, $family, (found: u32), |xdp, kernel| {
+            let found = xdp::Found {
+                is_found: found != NOT_FOUND,
+                id: FlowId(found >> 1),
+                is_reply: found & 1 != 0,
+            };
+            xdp::carry::<$family, _>(xdp, kernel, found)
+        });
+        xdp_family!(stage $look, $family, (), |xdp, kernel| {
+            xdp::look::<$family, _>(xdp, kernel)
+        });
+        xdp_family!(stage $seek, $family, (found: u32), |xdp, kernel| {
+            xdp::seek::<$family, _>(xdp, kernel, FlowId(found >> 1), found & 1 != 0)
+        });
+        xdp_family!(stage $admit, $family, (), |xdp, kernel| {
+            xdp::open::<$family, _>(xdp, kernel)
+        });
 
         #[inline(always)]
         fn $before_stack(xdp: *mut xdp_md) -> i32 {
-            let mut verdict = $carry(xdp);
-            if verdict == OPEN {
-                verdict = $admit(xdp);
-                if verdict == OPENING {
-                    verdict = $begin();
+            let mut verdict = $carry(xdp, NOT_FOUND);
+            if verdict == LOOK {
+                verdict = $look(xdp);
+                if verdict == OPEN {
+                    verdict = $admit(xdp);
+                    if verdict == OPENING {
+                        verdict = $begin();
+                    }
+                    if verdict == OPENED {
+                        verdict = $look(xdp);
+                    }
                 }
-                if verdict == OPENED {
-                    verdict = $carry(xdp);
+                if (FOUND..SOUGHT).contains(&verdict) {
+                    verdict = $carry(xdp, (verdict - FOUND) as u32);
                 }
             }
-            verdict
+            if verdict >= SOUGHT {
+                let found = (verdict - SOUGHT) as u32;
+                verdict = $seek(xdp, found);
+                if verdict == FORWARD {
+                    verdict = $carry(xdp, found);
+                }
+            }
+            // What was noted is no longer so, once more.
+            if verdict >= FOUND { NEXT } else { verdict }
         }
     };
-    (stage $name:ident, $module:ident::$path:ident, $family:ty) => {
+    (stage $name:ident, $family:ty, ($($argument:ident: u32)?), |$xdp:ident, $kernel:ident| $body:block) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $name(xdp: *mut xdp_md) -> i32 {
+        pub(crate) extern "C" fn $name(xdp: *mut xdp_md $(, $argument: u32)?) -> i32 {
             let context = XdpContext::new(xdp);
-            let kernel = Kernel { context: &context };
-            let mut xdp = Xdp::new(&context);
-            match $module::$path::<$family, _>(&mut xdp, &kernel) {
-                Ok(Verdict::Routed(ifindex)) => xdp.send(ifindex),
+            let $kernel = &Kernel { context: &context };
+            let $xdp = &mut Xdp::new(&context);
+            match $body {
+                Ok(Verdict::Routed(ifindex)) => $xdp.send(ifindex),
                 Ok(Verdict::Open) => OPEN,
                 Ok(Verdict::Opening) => OPENING,
+                Ok(Verdict::Look) => LOOK,
+                Ok(Verdict::Known(id, is_reply)) => FOUND + numbered(id, is_reply),
+                Ok(Verdict::Seek(id, is_reply)) => SOUGHT + numbered(id, is_reply),
+                Ok(Verdict::Forward) => FORWARD,
                 Ok(_) => NEXT,
                 Err(reason) => dropped(&context, reason),
             }
         }
     };
 }
-xdp_family!(V4: before_stack4, carry4, admit_at_xdp4, begin4);
-xdp_family!(V6: before_stack6, carry6, admit_at_xdp6, begin6);
+
+/// A flow's direction in a number.
+#[inline(always)]
+fn numbered(id: FlowId, is_reply: bool) -> i32 {
+    ((id.0 as i32) << 1) + i32::from(is_reply)
+}
+
+xdp_family!(V4: before_stack4, carry4, look4, seek4, admit_at_xdp4, begin4);
+xdp_family!(V6: before_stack6, carry6, look6, seek6, admit_at_xdp6, begin6);
 
 /// The same at XDP. Of a function that is not global the compiler would make one of the frame's
 /// pointers, which no function may be given.

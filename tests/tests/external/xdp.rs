@@ -1,6 +1,12 @@
 //! Clients outside, met at XDP: what they see is what they see without, and it is XDP that serves them.
 
-use std::{fs::File, net::SocketAddr, path::Path, thread};
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use aya::{
@@ -210,8 +216,12 @@ fn serves_clients_outside(mode: &str) -> Result<()> {
     assert_eq!(mode_after, before.0);
     assert_ne!(program, before.1, "the new agent's program is in place");
     let sent = stage.agents[0].count("external_xdp")?;
-    all_answer(&mut asking, 5)?;
-    assert!(stage.agents[0].count("external_xdp")? > sent);
+    // Lines may be waiting from before.
+    eventually("XDP serves again", || {
+        all_answer(&mut asking, 5)?;
+        ensure!(stage.agents[0].count("external_xdp")? > sent);
+        Ok(())
+    })?;
     drop(asking);
     no_checksum_errors(&stage)?;
 
@@ -278,6 +288,78 @@ fn xdp_goes_by_the_interfaces_ethernet_address_as_it_is() -> Result<()> {
             Ok(())
         })?;
     }
+    no_checksum_errors(&stage)
+}
+
+/// How many packets XDP sends within some time.
+fn sent_within(stage: &Stage, time: Duration) -> Result<u64> {
+    let before = stage.agents[0].count("external_xdp")?;
+    thread::sleep(time);
+    Ok(stage.agents[0].count("external_xdp")? - before)
+}
+
+#[test]
+fn xdp_follows_routes_and_neighbours_of_connections_that_go_on() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::with(Pods::Routed, &["--xdp", "generic"])?;
+    wait_for(&stage.agents[0], "eth0", "generic")?;
+    without_offload(&stage)?;
+    let there = &stage.servers[1];
+    stage.web(&[there], |web| web)?;
+    let [node, other] = [&stage.nodes[0].host, &stage.nodes[1].host];
+    let mut asking = Vec::new();
+    for to in stage.addresses("tcp") {
+        asking.push(stage.client.traffic(&["hold", &to.to_string()])?);
+    }
+    all_answer(&mut asking, 5)?;
+    let moment = Duration::from_millis(300);
+    assert!(sent_within(&stage, moment)? > 0);
+
+    // A route that leads nowhere: as soon as the agent has heard of it, and not when what XDP remembers
+    // of a connection ends by itself, which for all of them is two seconds later.
+    let nowhere = |what: &str| -> Result<()> {
+        for ip in [there.host.ip4, there.host.ip6] {
+            let family = if ip.is_ipv4() { "-4" } else { "-6" };
+            node.run("ip", &[family, "route", what, "blackhole", &ip.to_string()])?;
+        }
+        Ok(())
+    };
+    let is_soon = (0..10).try_fold(false, |is_soon, _| -> Result<bool> {
+        if is_soon {
+            return Ok(true);
+        }
+        all_answer(&mut asking, 5)?;
+        let begun = Instant::now();
+        nowhere("add")?;
+        thread::sleep(moment);
+        let sent = sent_within(&stage, moment)?;
+        let is_in_time = begun.elapsed() < Duration::from_secs(1);
+        nowhere("del")?;
+        Ok(is_in_time && sent == 0)
+    })?;
+    assert!(is_soon);
+    all_answer(&mut asking, 5)?;
+    eventually("XDP sends again", || {
+        ensure!(sent_within(&stage, moment)? > 0);
+        Ok(())
+    })?;
+
+    // The backend's node gets another Ethernet address.
+    let address = "02:00:00:00:77:02";
+    other.run("ip", &["link", "set", "eth0", "address", address])?;
+    for ip in [other.ip4, other.ip6] {
+        let neighbour = ["neigh", "replace", &ip.to_string(), "lladdr", address];
+        let command = [&neighbour[..], &["dev", "eth0", "nud", "reachable"]].concat();
+        node.run("ip", &command)?;
+    }
+    all_answer(&mut asking, 5)?;
+    eventually("XDP sends to the new address", || {
+        all_answer(&mut asking, 1)?;
+        ensure!(sent_within(&stage, moment)? > 0);
+        Ok(())
+    })?;
     no_checksum_errors(&stage)
 }
 

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
-use penstock_testbed::{Host, require_kernel, text};
+use penstock_testbed::{Host, frontends, require_kernel, text};
 use serde_json::Value;
 
 use crate::net::Net;
@@ -41,6 +41,55 @@ fn large_segments_cross_the_overlay_whole() -> Result<()> {
         let sent = poured(&client.host, at, &net.nodes[0].host, "eth0")?;
         assert!(sent.mean <= 1_514, "{at}: frames of {} bytes", sent.mean);
         eprintln!("{at}: {:.1} Gbit/s one by one", sent.gigabits);
+    }
+    for pod in &net.pods {
+        assert_eq!(pod.checksum_errors()?, 0, "{}", pod.host.name);
+    }
+    net.nothing_was_dropped()
+}
+
+#[test]
+fn joined_datagrams_cross_the_overlay() -> Result<()> {
+    const COUNT: usize = 16;
+    const SIZE: usize = 1_200;
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let net = Net::new(&[])?;
+    let [client, far] = [0, 2].map(|index: usize| net.pods[index].clone());
+    net.service("web", 10, &[&far])?;
+    // By its own address, and by a service's that is translated packet by packet.
+    let by_packet = client.host.without_socket_hooks();
+    let ways: Vec<(&Host, SocketAddr)> = [far.host.ip4, far.host.ip6]
+        .map(|ip| (&client.host, SocketAddr::new(ip, 8080)))
+        .into_iter()
+        .chain(frontends(10, 80).map(|service| (&by_packet, service)))
+        .collect();
+    let node = &net.nodes[0].host;
+    let all_arrive = |interface: &str| -> Result<Vec<u64>> {
+        let frames = ways.iter().map(|(from, to)| {
+            // Neighbours are found first.
+            from.who_answers("udp", &to.to_string())?;
+            let before = transmitted(node, interface)?.1;
+            let reached = from.burst(&to.to_string(), COUNT, SIZE)?;
+            assert_eq!(reached, [SIZE; COUNT], "{to}");
+            Ok(transmitted(node, interface)?.1 - before)
+        });
+        frames.collect()
+    };
+    for frames in all_arrive("penstock0")? {
+        assert!(frames < COUNT as u64 / 2, "they stay joined: {frames}");
+    }
+    let requests = net.agents[0].count("packet_request")?;
+    assert!(requests >= 2, "the service was met packet by packet");
+    // A network interface that joins and cuts nothing: each datagram is a frame, whose checksum is verified.
+    let off = ["tx", "off", "tso", "off", "gso", "off", "gro", "off"];
+    for node in &net.nodes {
+        node.host
+            .run("ethtool", &[&["-K", "eth0"], &off[..]].concat())?;
+    }
+    for frames in all_arrive("eth0")? {
+        assert!(frames >= COUNT as u64, "{frames} frames");
     }
     for pod in &net.pods {
         assert_eq!(pod.checksum_errors()?, 0, "{}", pod.host.name);

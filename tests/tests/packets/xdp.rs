@@ -1,7 +1,12 @@
 //! XDP beside the TC hook of interfaces to the outside: over the same maps, both get each of many random
 //! frames. What XDP sends on has to be what TC sends on; what it leaves alone is left as it was.
 
-use std::{fs::File, net::IpAddr, thread};
+use std::{
+    fs::File,
+    net::IpAddr,
+    thread,
+    time::{Duration, Instant},
+};
 
 use nix::sched::{CloneFlags, setns};
 use penstock_common::{
@@ -420,6 +425,171 @@ fn compare(node: &Node) {
     assert!(failed <= split, "{failed} of {split}");
 }
 
+/// Does something in a node's namespace: the kernel asks the routes of whoever runs a program.
+fn inside(node: &Node, act: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        let acting = scope.spawn(|| {
+            let namespace = File::open(format!("/run/netns/{}", node.host.name));
+            setns(namespace.expect("its namespace"), CloneFlags::CLONE_NEWNET).expect("setns");
+            act();
+        });
+        if let Err(panic) = acting.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+/// A known flow whose packets only XDP gets.
+struct Remembered {
+    kernel: Kernel,
+    request: [Vec<u8>; 2],
+    reply: [Vec<u8>; 2],
+    /// What was written to `CHANGED`.
+    changed: u64,
+}
+
+impl Remembered {
+    fn new(half: usize, node: &Node) -> Option<Self> {
+        let model = model();
+        let mut kernel = Kernel::without_programs("hop", &model)?;
+        lay_out(node);
+        describe(&mut kernel, node);
+        kernel.load_classifier("from_uplink");
+        kernel.load_xdp();
+        let (client, balancer) = (ip(CLIENTS[half][0]), ip(BALANCERS[half]));
+        let (src, dst) = ((client, 40_000), (balancer, 80));
+        let (verdict, translated) = kernel.run_classifier("from_uplink", &tcp(src, dst, 2, 0));
+        assert_eq!(verdict, REDIRECT);
+        let (_, source, backend) = ends(&translated).expect("a transport");
+        let lengths = [100, 1_350];
+        Some(Self {
+            kernel,
+            request: lengths.map(|length| tcp(src, dst, 0x10, length)),
+            reply: lengths.map(|length| tcp(backend, source, 0x10, length)),
+            changed: 1,
+        })
+    }
+
+    /// The Ethernet addresses that short requests and replies are sent to, or long ones; none where they
+    /// are left alone.
+    fn sent(&mut self, is_long: bool) -> [Option<[u8; 6]>; 2] {
+        let index = usize::from(is_long);
+        [&self.request[index], &self.reply[index]].map(|frame| {
+            let (verdict, sent) = self.kernel.run_xdp(frame);
+            (verdict == XDP_REDIRECT).then(|| sent[0..6].try_into().expect("six bytes"))
+        })
+    }
+
+    /// As the agent does when it hears that something changed.
+    fn change(&mut self) {
+        self.changed += 1;
+        let changed = self.changed;
+        let mut map = self.kernel.array("CHANGED");
+        map.set(0, changed, 0).expect("CHANGED is writable");
+    }
+}
+
+fn tcp(src: Endpoint, dst: Endpoint, tcp_flags: u8, length: usize) -> Vec<u8> {
+    let mut frame = frame::build(&Spec {
+        src,
+        dst,
+        proto: TCP,
+        tcp_flags,
+        payload: vec![7; length],
+        options: 0,
+        fragment: None,
+        without_checksum: false,
+    });
+    frame[0..6].copy_from_slice(&LOOPBACK.1);
+    frame
+}
+
+fn follow(node: &Node, half: usize) {
+    const OTHER: &str = "02:00:00:00:00:77";
+    let neighbours = || BACKENDS[half].into_iter().chain([GATEWAYS[half]]);
+    let run = |command: String| {
+        let arguments: Vec<&str> = command.split(' ').collect();
+        node.host.run("ip", &arguments).expect("ip");
+    };
+    let go = || {
+        for ip in neighbours() {
+            run(format!(
+                "neigh replace {ip} lladdr {OTHER} dev eth0 nud permanent"
+            ));
+        }
+    };
+    let Some(mut flow) = Remembered::new(half, node) else {
+        return;
+    };
+    let first = [Some(mac(BACKEND_MAC)), Some(mac(GATEWAY_MAC))];
+    let other = [Some(mac(OTHER)); 2];
+    let nobody = [None, None];
+
+    // The kernel is asked once, until something is said to have changed. That takes less
+    // than it lasts, but on a machine that is slow.
+    let is_remembered = (0..20).any(|_| {
+        lay_out(node);
+        flow.change();
+        assert_eq!(flow.sent(false), first);
+        let begun = Instant::now();
+        go();
+        let sent = flow.sent(false);
+        if begun.elapsed() > Duration::from_millis(900) {
+            return false;
+        }
+        assert_eq!(sent, first);
+        true
+    });
+    assert!(is_remembered);
+    flow.change();
+    assert_eq!(flow.sent(false), other);
+
+    // Nobody says anything: for two seconds at most.
+    lay_out(node);
+    thread::sleep(Duration::from_millis(2_100));
+    assert_eq!(flow.sent(false), first);
+
+    // To a neighbour that is gone nothing is sent; one that is there again is asked for at once.
+    for ip in neighbours() {
+        run(format!("neigh del {ip} dev eth0"));
+    }
+    flow.change();
+    assert_eq!(flow.sent(false), nobody);
+    go();
+    assert_eq!(flow.sent(false), other);
+
+    // What is remembered for short packets is not for those that are too long for it.
+    let routes = |what: &str, mtu: &str| {
+        let family = ["-4", "-6"][half];
+        for ip in BACKENDS[half] {
+            run(format!("{family} route {what} {ip} dev eth0{mtu}"));
+        }
+        let gateway = GATEWAYS[half];
+        run(format!("{family} route replace default via {gateway}{mtu}"));
+    };
+    routes("replace", " mtu lock 1300");
+    flow.change();
+    for _ in 0..2 {
+        assert_eq!(flow.sent(false), other);
+        assert_eq!(flow.sent(true), nobody);
+    }
+    // They ask anew.
+    routes("del", "");
+    assert_eq!(flow.sent(true), other);
+}
+
+#[test]
+fn what_xdp_remembers_of_routes_and_neighbours_is_forgotten_in_time() {
+    let Some(()) = penstock_testbed::require_kernel() else {
+        return;
+    };
+    let mut testbed = Testbed::new().expect("a testbed");
+    let node = testbed.node().expect("a node");
+    for half in [0, 1] {
+        inside(&node, || follow(&node, half));
+    }
+}
+
 #[test]
 fn xdp_sends_what_tc_would_send_and_leaves_the_rest_alone() {
     let Some(()) = penstock_testbed::require_kernel() else {
@@ -427,15 +597,5 @@ fn xdp_sends_what_tc_would_send_and_leaves_the_rest_alone() {
     };
     let mut testbed = Testbed::new().expect("a testbed");
     let node = testbed.node().expect("a node");
-    // The kernel asks the routes of whoever runs the program.
-    thread::scope(|scope| {
-        let compared = scope.spawn(|| {
-            let namespace = File::open(format!("/run/netns/{}", node.host.name));
-            setns(namespace.expect("its namespace"), CloneFlags::CLONE_NEWNET).expect("setns");
-            compare(&node);
-        });
-        if let Err(panic) = compared.join() {
-            std::panic::resume_unwind(panic);
-        }
-    });
+    inside(&node, || compare(&node));
 }

@@ -14,7 +14,7 @@ use aya::{
     programs::{SchedClassifier, TestRunOptions},
 };
 use penstock_agent::{
-    dataplane::{batch, pins::Pins, sizes},
+    dataplane::{batch, pins::Pins, sizes::Sizes},
     flows::{Lifetimes, Sweeper},
 };
 use penstock_common::{
@@ -197,8 +197,9 @@ impl Node {
         penstock_testbed::require_kernel()?;
         let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-{name}", std::process::id()));
         std::fs::create_dir_all(&pins).expect("bpffs is writable");
+        let sizes = Sizes::new(flows);
         let mut loader = EbpfLoader::new();
-        sizes::size(&mut loader, &flows);
+        sizes.tell(&mut loader);
         let mut ebpf = loader
             .default_map_pin_directory(&pins)
             .override_global("AYA_LOG_LEVEL", &0_u8, false)

@@ -18,7 +18,7 @@ use super::{
 };
 
 /// What the testbed's networks are made of; some kernels have them built in.
-pub const NETWORK_MODULES: &[&str] = &["bridge", "veth", "sch_ingress", "cls_bpf"];
+pub const NETWORK_MODULES: &[&str] = &["bridge", "veth", "8021q", "sch_ingress", "cls_bpf"];
 /// What the testbed calls, beside busybox.
 pub const NETWORK_TOOLS: &[&str] = &["/bin/ip", "/usr/sbin/ethtool", "/sbin/sysctl"];
 /// What the testbed and an init call of busybox.

@@ -11,6 +11,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use penstock_common::Forwarding;
@@ -18,12 +19,23 @@ use penstock_common::Forwarding;
 use super::{
     node_ports::NodePorts,
     object::{
-        EndpointSlice, Event, ExcludedPod, Kind, Node, Object, ObjectName, Rejection, Service,
-        TrafficPolicy,
+        EndpointSlice, Event, ExcludedPod, Family, Kind, Node, Object, ObjectName, Rejection,
+        Service, TrafficPolicy,
     },
     port::HostPort,
 };
 use claims::{Claim, Claimed, claimed, claims};
+
+/// What made a service's endpoints change.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Trigger {
+    /// The service.
+    pub service: ObjectName,
+    /// The family of its endpoints that changed.
+    pub family: Family,
+    /// When that was, in time since 1970.
+    pub since_1970: Duration,
+}
 
 /// What the sources said.
 #[derive(Debug)]
@@ -43,6 +55,8 @@ pub struct World {
     checked: BTreeSet<ObjectName>,
     /// Services whose way for clients outside to backends of other nodes is not the usual one.
     forwarded: BTreeSet<ObjectName>,
+    /// Services with a policy that leaves their endpoints of other nodes out.
+    local: BTreeSet<ObjectName>,
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
     /// What pods of this node asked for.
@@ -50,6 +64,7 @@ pub struct World {
     excluded: BTreeMap<ObjectName, ExcludedPod>,
     listed: HashSet<Kind>,
     dirty: BTreeSet<ObjectName>,
+    triggers: Vec<Trigger>,
     is_doubtful: bool,
     /// Whether pods' host ports are yet to be heard of.
     awaits_host_ports: bool,
@@ -71,11 +86,13 @@ impl World {
             node_port_ips: BTreeSet::new(),
             checked: BTreeSet::new(),
             forwarded: BTreeSet::new(),
+            local: BTreeSet::new(),
             node_port_services: BTreeSet::new(),
             host_ports: BTreeMap::new(),
             excluded: BTreeMap::new(),
             listed: HashSet::new(),
             dirty: BTreeSet::new(),
+            triggers: Vec::new(),
             is_doubtful: false,
             awaits_host_ports: false,
         }
@@ -124,6 +141,11 @@ impl World {
     /// The services that changed since the last call, in order.
     pub fn take_dirty(&mut self) -> Vec<ObjectName> {
         std::mem::take(&mut self.dirty).into_iter().collect()
+    }
+
+    /// What made endpoints change since the last call.
+    pub fn take_triggers(&mut self) -> Vec<Trigger> {
+        std::mem::take(&mut self.triggers)
     }
 
     /// How many services, endpoint slices and endpoints there are.
@@ -306,6 +328,8 @@ impl World {
             }
             Kind::EndpointSlice => {
                 if let Some(slice) = self.slices.remove(name) {
+                    // What it said of its last change says nothing of its end.
+                    self.triggers.retain(|one| one.service != slice.service);
                     self.unlink(&slice);
                 }
             }
@@ -327,6 +351,10 @@ impl World {
         }
         for claimed in claims(&service) {
             self.claim(claimed, (service.created_secs, service.name.clone()));
+        }
+        let policies = [service.internal_policy, service.external_policy];
+        if policies.contains(&TrafficPolicy::Local) {
+            self.local.insert(service.name.clone());
         }
         if service.ports.iter().any(|port| port.node_port.is_some()) {
             self.node_port_services.insert(service.name.clone());
@@ -353,6 +381,7 @@ impl World {
         }
         self.node_port_services.remove(&service.name);
         self.checked.remove(&service.name);
+        self.local.remove(&service.name);
         self.forwarded.remove(&service.name);
     }
 
@@ -391,7 +420,9 @@ impl World {
         }
     }
 
-    fn put_slice(&mut self, slice: EndpointSlice) {
+    fn put_slice(&mut self, mut slice: EndpointSlice) {
+        // Two that differ in this alone are the same.
+        let triggered = slice.triggered.take();
         if self.slices.get(&slice.name) == Some(&slice) {
             return;
         }
@@ -403,6 +434,13 @@ impl World {
             .or_default()
             .insert(slice.name.clone());
         self.touch(&slice.service.clone());
+        if let (Some(since_1970), true) = (triggered, self.services.contains_key(&slice.service)) {
+            self.triggers.push(Trigger {
+                service: slice.service.clone(),
+                family: slice.family,
+                since_1970,
+            });
+        }
         self.slices.insert(slice.name.clone(), slice);
     }
 

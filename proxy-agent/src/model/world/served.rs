@@ -13,7 +13,7 @@ use super::{
 };
 use crate::model::{
     endpoints::{self, Place},
-    object::{Family, ObjectName, Protocol, Rejection, Service, ServicePort},
+    object::{Family, ObjectName, Protocol, Rejection, Service, ServicePort, TrafficPolicy},
     port::{FrontendKind, HostPort, Port, PortBackend, PortFrontend, PortKey, Scope},
 };
 
@@ -239,6 +239,39 @@ impl World {
                 .len()
         };
         count(Family::V4).max(count(Family::V6))
+    }
+
+    /// How many ports of services have endpoints, and none for clients inside, or outside, since none is on this
+    /// node and the policy is Local: both numbers for each family.
+    pub fn without_local_endpoints(&self) -> [(Family, [usize; 2]); 2] {
+        [Family::V4, Family::V6].map(|family| {
+            let services = self.local.iter().filter_map(|name| self.services.get(name));
+            let mut counts = [0, 0];
+            for service in services {
+                let policies = [service.internal_policy, service.external_policy];
+                if !service
+                    .cluster_ips
+                    .iter()
+                    .any(|ip| Family::of(*ip) == family)
+                {
+                    continue;
+                }
+                for port in &service.ports {
+                    let choice = endpoints::choose(
+                        self.slices_of(&service.name),
+                        family,
+                        (&port.name, port.protocol),
+                        Place::of(&self.node_name, self.node()),
+                    );
+                    let is_served = choice.backends.iter().any(|backend| backend.in_local);
+                    for (count, policy) in counts.iter_mut().zip(policies) {
+                        let is_local = policy == TrafficPolicy::Local;
+                        *count += usize::from(is_local && choice.has_endpoints && !is_served);
+                    }
+                }
+            }
+            (family, counts)
+        })
     }
 
     /// Services with a way for clients outside to backends of other nodes that is not the usual one.

@@ -126,6 +126,18 @@ enum Command {
         #[arg(long, default_value_t = 1_000_000)]
         bytes: u64,
     },
+    /// Sends datagrams by UDP in one piece, which the kernel cuts apart (UDP_SEGMENT), and takes the answers; one
+    /// line with how long each of them says that its datagram was.
+    Burst {
+        to: SocketAddr,
+        #[arg(long, default_value_t = 16)]
+        count: usize,
+        /// Bytes of each datagram's payload.
+        #[arg(long, default_value_t = 1_000)]
+        size: usize,
+        #[arg(long, default_value_t = 500)]
+        timeout_ms: u64,
+    },
     /// Does nothing, for ever: what keeps a pod's namespaces.
     Pause,
 }
@@ -190,6 +202,12 @@ fn main() -> Result<()> {
         Command::Times { to, count } => times(&to, count),
         Command::Drain { port, gives } => drain(port, gives),
         Command::Pour { to, bytes } => pour(to, bytes),
+        Command::Burst {
+            to,
+            count,
+            size,
+            timeout_ms,
+        } => burst(to, count, size, Duration::from_millis(timeout_ms)),
         Command::Pause => loop {
             nix::unistd::pause();
         },
@@ -440,6 +458,25 @@ fn pour(to: SocketAddr, bytes: u64) -> Result<()> {
         "{}",
         json!({ "arrived": arrived, "seconds": seconds, "given": given })
     );
+    Ok(())
+}
+
+fn burst(to: SocketAddr, count: usize, size: usize, timeout: Duration) -> Result<()> {
+    let socket = udp(to, 0, timeout)?;
+    socket.connect(to)?;
+    setsockopt(&socket, sockopt::UdpGsoSegment, &i32::try_from(size)?)?;
+    socket.send(&vec![b'?'; size * count])?;
+    let mut buffer = [0; 256];
+    let mut reached = Vec::new();
+    // What does not come within time is lost.
+    while reached.len() < count
+        && let Ok(length) = socket.recv(&mut buffer)
+    {
+        let line = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
+        let long = line.rsplit(' ').next().unwrap_or_default();
+        reached.push(long.parse::<usize>().context("a length")?);
+    }
+    println!("{}", json!({ "reached": reached }));
     Ok(())
 }
 

@@ -1,0 +1,142 @@
+//! Where the record of a known flow may be, told sooner than by the index.
+
+use crate::{
+    flow::{FlowId, FlowKey},
+    net::{Addr, mixed},
+    plain::map_types,
+};
+
+/// An element of `HINTS4` or `HINTS6`: the records of the last two flows whose keys fall here, the
+/// later one first, each with some bits of its key.
+///
+/// It spares what the index says, which costs three cache lines and pages of a much larger table. What
+/// it says has to be proved: only the record knows whose it is.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hints(u64);
+
+/// Where a flow's key is in `HINTS4` or `HINTS6`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HintPlace {
+    /// The element.
+    pub index: u32,
+    /// In the bits of a half that are not the record's: tells keys of one element apart.
+    tag: u32,
+    /// The bits of a half that are the record's.
+    ids: u32,
+}
+
+impl Hints {
+    /// The bits that the records' ids of a table for so many flows take.
+    pub const fn ids(flows: u32) -> u32 {
+        flows.next_power_of_two() - 1
+    }
+
+    /// The record of the key with this place, perhaps; one that there is not, if it is not here.
+    #[inline(always)]
+    pub const fn at(self, place: HintPlace) -> FlowId {
+        let (first, second) = ((self.0 >> 32) as u32, self.0 as u32);
+        if (first ^ place.tag) & !place.ids == 0 {
+            FlowId(first & place.ids)
+        } else if (second ^ place.tag) & !place.ids == 0 {
+            FlowId(second & place.ids)
+        } else {
+            FlowId(u32::MAX)
+        }
+    }
+
+    /// With the record of the key with this place.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with(self, place: HintPlace, id: FlowId) -> Self {
+        let first = (self.0 >> 32) as u32;
+        let new = place.tag | (id.0 & place.ids);
+        // Its own goes, and else the older one.
+        let other = if (first ^ place.tag) & !place.ids == 0 {
+            self.0 as u32
+        } else {
+            first
+        };
+        Self((new as u64) << 32 | other as u64)
+    }
+}
+
+impl<A: Addr> FlowKey<A> {
+    /// Where it is among the hints, where records' ids take these bits ([`Hints::ids`]).
+    #[inline(always)]
+    pub fn hint_place(&self, ids: u32) -> HintPlace {
+        let ports = u64::from(self.src_port.raw()) << 16 | u64::from(self.dst_port.raw());
+        let kind = u64::from(self.proto.0) << 1 | u64::from(self.direction);
+        let hash = mixed(mixed(kind << 32 | ports, self.src), self.dst);
+        HintPlace {
+            index: (hash >> 32) as u32 % crate::limits::HINTS,
+            tag: hash as u32 & !ids,
+            ids,
+        }
+    }
+}
+
+map_types! { Hints = 8 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::net::{Be16, Proto, V4};
+
+    fn key(index: u32, direction: u8) -> FlowKey<V4> {
+        let [.., a, b] = (index / 64).to_be_bytes();
+        let client = V4::from_octets([10, 0, a, b]);
+        let port = |port: u16| Be16::from_host(port);
+        let service = (V4::from_octets([192, 0, 2, 1]), port(30_080));
+        let src = (client, port(40_000 + (index % 64) as u16));
+        FlowKey::new(direction, Proto::TCP, src, service)
+    }
+
+    #[test]
+    fn an_element_leads_to_the_last_two_keys_records() {
+        let place = |tag: u32| HintPlace {
+            index: 0,
+            tag: tag << 17,
+            ids: Hints::ids(131_072),
+        };
+        let nobody = FlowId(u32::MAX);
+        let mut hints = Hints::default();
+        assert_eq!(hints.at(place(1)), nobody);
+        hints = hints.with(place(1), FlowId(131_071));
+        assert_eq!(hints.at(place(1)), FlowId(131_071));
+        hints = hints.with(place(1), FlowId(7)).with(place(2), FlowId(9));
+        assert_eq!(hints.at(place(1)), FlowId(7));
+        assert_eq!(hints.at(place(2)), FlowId(9));
+        hints = hints.with(place(2), FlowId(10));
+        assert_eq!(hints.at(place(1)), FlowId(7));
+        hints = hints.with(place(3), FlowId(11));
+        assert_eq!(hints.at(place(1)), nobody);
+        assert_eq!(hints.at(place(2)), FlowId(10));
+    }
+
+    #[test]
+    fn records_of_all_tables_are_led_to() {
+        for flows in [1, 1_003, 131_072, 131_073, crate::limits::MOST_FLOWS] {
+            let ids = Hints::ids(flows);
+            let place = key(0, FlowKey::<V4>::REPLY).hint_place(ids);
+            let last = FlowId(flows - 1);
+            assert_eq!(Hints::default().with(place, last).at(place), last);
+        }
+    }
+
+    #[test]
+    fn neighbouring_keys_are_spread_over_the_elements() {
+        let mut elements: HashMap<u32, u32> = HashMap::new();
+        for index in 0..4_096 {
+            for direction in [FlowKey::<V4>::REQUEST, FlowKey::<V4>::REPLY] {
+                let place = key(index, direction).hint_place(Hints::ids(131_072));
+                *elements.entry(place.index).or_default() += 1;
+            }
+        }
+        // By chance three of 8,192 keys meet in one of 65,536 elements 20 times.
+        let crowded = elements.values().filter(|keys| **keys > 2).count();
+        assert!(crowded < 60, "{crowded}");
+    }
+}
