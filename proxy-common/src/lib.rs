@@ -44,6 +44,9 @@
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
+//!
+//! All have room for as many as [`limits`] says, but for `FLOWS`, `FLOW_INDEX`, `FLOW_COUNTS`, `FLOW_VTEPS`
+//! and `FREE_FLOWS`: how many flows they are for the first agent was told.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 mod algorithm;
