@@ -19,9 +19,7 @@ use penstock_agent::{
     dataplane::pins::Pins,
     flows::{Lifetimes, Sweeper, now_secs},
 };
-use penstock_common::{
-    BackendCounts, BackendLife, Be16, Config, Flow, FlowState, Proto, V4,
-};
+use penstock_common::{BackendCounts, BackendLife, Be16, Config, Flow, FlowState, Proto, V4};
 use penstock_testbed::{
     Agent, Node, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
     require_kernel, text,
@@ -396,7 +394,13 @@ fn a_table_that_fills_up_is_told_before_it_is_full() -> Result<()> {
 /// What all maps of the flow table have room for.
 fn sizes(pins: &Pins) -> Result<Vec<u32>> {
     let mut sizes = Vec::new();
-    for map in ["FLOWS", "FLOW_COUNTS", "FLOW_VTEPS", "FREE_FLOWS", "FLOW_INDEX"] {
+    for map in [
+        "FLOWS",
+        "FLOW_COUNTS",
+        "FLOW_VTEPS",
+        "FREE_FLOWS",
+        "FLOW_INDEX",
+    ] {
         for family in ["4", "6"] {
             sizes.push(pins.map(&format!("{map}{family}"))?.info()?.max_entries());
         }

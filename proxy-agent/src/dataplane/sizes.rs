@@ -86,7 +86,6 @@ mod tests {
 
     #[test]
     fn the_table_is_as_large_as_kube_proxys_flags_say() {
-    
         let cores = 5;
         assert_eq!(wanted(0, 0, cores), None);
         assert_eq!(wanted(0, 64 * 1_024, cores), None);

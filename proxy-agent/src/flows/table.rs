@@ -47,7 +47,9 @@ impl<T: Plain> Mapped<T> {
         let data: MapData = pins.map(map)?;
         let bad = |source| FlowsError::Mmap { map, source };
         let info = data.info();
-        let count = info.map_err(|source| FlowsError::Map { map, source })?.max_entries();
+        let count = info
+            .map_err(|source| FlowsError::Map { map, source })?
+            .max_entries();
         let bytes = size_of::<T>() * count as usize;
         let length = NonZeroUsize::new(bytes.next_multiple_of(4_096))
             .ok_or_else(|| bad(io::ErrorKind::InvalidInput.into()))?;
