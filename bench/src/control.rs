@@ -19,7 +19,7 @@ use penstock_agent::{
     reconcile::Reconciler,
     watch::manifests,
 };
-use penstock_common::{Be16, Frontend, FrontendKey, Proto, V4};
+use penstock_common::{Be16, Frontend, FrontendKey, Proto, V4, limits};
 use penstock_testbed::{Agent, Source, Testbed};
 use serde_json::{Value, json};
 
@@ -165,7 +165,7 @@ fn in_process(services: usize, endpoints: usize, changes: usize) -> Result<Value
     cluster::write(&folder, services, endpoints)?;
     let bpffs = std::path::Path::new("/sys/fs/bpf").join(format!("{}-bench", testbed.prefix()));
     let pins = Pins::create(&bpffs)?;
-    let _programs = pins.load(true, false)?;
+    let _programs = pins.load(true, false, limits::FLOWS)?;
     let mut reconciler = Reconciler::new(Bpf::open(&pins)?, World::new("node1"))?;
 
     let started = Instant::now();

@@ -19,7 +19,7 @@ use aya::{
 };
 use nix::sched::{CloneFlags, setns};
 use penstock_agent::dataplane::pins::Pins;
-use penstock_common::XdpUplink;
+use penstock_common::{XdpUplink, limits};
 use penstock_testbed::{Agent, Node, Pod, Service, Slice, Source, Testbed, eventually, list};
 use serde_json::{Value, json};
 
@@ -400,7 +400,7 @@ struct Run {
 
 impl Programs {
     fn load(node: &Node) -> Result<Self> {
-        let mut programs = Self(Pins::at(&node.bpffs).load(true, false)?);
+        let mut programs = Self(Pins::at(&node.bpffs).load(true, false, limits::FLOWS)?);
         for name in ["from_pod", "to_pod", "from_uplink"] {
             programs.classifier(name)?.load()?;
         }

@@ -16,7 +16,6 @@ use std::{
 use aya::maps::{Array, HashMap, Map as AnyMap, MapData};
 use penstock_common::{
     Addr, BackendId, ConnectedUdp, Connections, Flow, FlowState, Load, Plain, TcpPeer, V4, V6,
-    limits,
 };
 use tokio::sync::watch;
 
@@ -106,7 +105,7 @@ where
 
     /// Adds the flows that are not about to end.
     fn add_flows(&self, counts: &mut Counts) {
-        for id in 0..limits::FLOWS {
+        for id in 0..self.flows.records() {
             let flow = self.flows.read(id);
             if matches!(flow.state, FlowState::EMBRYONIC | FlowState::ESTABLISHED)
                 && flow.backend_generation != 0

@@ -63,6 +63,9 @@ pub struct Report {
     pub tables: Vec<Fill>,
     /// Interfaces with packet hooks.
     pub interfaces: Vec<Interface>,
+    /// What is other than it was said to be, and hurts nobody.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Objects that can't be used, and frontends that a service does not get.
     pub problems: Vec<String>,
 }
@@ -372,6 +375,7 @@ impl Report {
             slots_used,
             lifetimes: Lifetimes::default(),
             tables: Vec::new(),
+            notes: Vec::new(),
             network: network.map(Network::from),
             pods: interfaces.attachments.iter().map(Pod::from).collect(),
             interfaces: interfaces

@@ -132,11 +132,11 @@ pub fn services(sizes: [[usize; 3]; 2], slots: u32) -> Vec<Fill> {
     fills
 }
 
-/// Flows that are there, by family.
-pub fn flows(v4: usize, v6: usize) -> [Fill; 2] {
+/// Flows that are there, by family, each of which may have so many.
+pub fn flows(v4: usize, v6: usize, limit: u32) -> [Fill; 2] {
     let fill = |table, used| {
         let when_full = "new connections that are translated packet by packet are dropped";
-        Fill::refusing(table, used, limits::FLOWS, when_full)
+        Fill::refusing(table, used, limit, when_full)
     };
     [fill("IPv4 flows", v4), fill("IPv6 flows", v6)]
 }

@@ -132,7 +132,7 @@ impl PortChunk {
 /// Where a destination's port is in `PORT_CHUNKS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortPlace {
-    /// The index of the element of the destination's port 0; ports follow by chunks, around the end.
+    /// The index of the element of the destination's port 0.
     base: u32,
     /// Tells destinations of one element apart. Two that agree in this too are taken for one, which
     /// matters only to a destination that has no free port among those tried by chance.
@@ -140,10 +140,15 @@ pub struct PortPlace {
 }
 
 impl PortPlace {
-    /// The index of the element that a port belongs to.
+    /// The index of the element that a port belongs to: chunks follow by steps of the destination's
+    /// own, around the end. With one step for all, two destinations that begin near each other would
+    /// share nearly all elements, and each search would undo the other's.
     #[inline(always)]
     pub const fn index(self, port: u16) -> u32 {
-        (self.base + port as u32 / PortChunk::PORTS) % crate::limits::PORT_CHUNKS
+        // Odd steps around a power of two come back only after all elements.
+        const { assert!(crate::limits::PORT_CHUNKS.is_power_of_two()) };
+        let chunk = port as u32 / PortChunk::PORTS;
+        self.base.wrapping_add(chunk.wrapping_mul(self.check | 1)) % crate::limits::PORT_CHUNKS
     }
 }
 
@@ -312,4 +317,40 @@ pub struct FragmentPorts {
 map_types! {
     PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
     Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 4,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    /// The elements of the ports to which this node gives an address of its own.
+    fn elements(place: PortPlace) -> HashSet<u32> {
+        let (low, high) = MASQUERADE_PORTS;
+        (low..=high).map(|port| place.index(port)).collect()
+    }
+
+    #[test]
+    fn no_two_destinations_of_a_subnet_share_many_elements() {
+        let own = V4::from_octets([10, 244, 1, 0]);
+        let places = (0..200).map(|number| {
+            let backend = V4::from_octets([10, 244, 2, number]);
+            let port = Be16::from_host(8_080);
+            let from = (backend, port);
+            let to = (own, Be16::from_host(1_024));
+            let reply = FlowKey::new(FlowKey::<V4>::REPLY, Proto::TCP, from, to);
+            elements(reply.port_place())
+        });
+        let places: Vec<HashSet<u32>> = places.collect();
+        let chunks = (MASQUERADE_PORTS.1 / 64 - MASQUERADE_PORTS.0 / 64 + 1) as usize;
+        for (number, place) in places.iter().enumerate() {
+            // No port's chunk is taken for another's.
+            assert_eq!(place.len(), chunks);
+            for other in places.iter().take(number) {
+                let shared = place.intersection(other).count();
+                assert!(shared < chunks / 4, "{shared} of {chunks}");
+            }
+        }
+    }
 }

@@ -22,21 +22,26 @@ pub struct HintPlace {
     pub index: u32,
     /// In the bits of a half that are not the record's: tells keys of one element apart.
     tag: u32,
+    /// The bits of a half that are the record's.
+    ids: u32,
 }
 
 impl Hints {
-    const IDS: u32 = crate::limits::FLOWS - 1;
+    /// The bits that the records' ids of a table for so many flows take.
+    pub const fn ids(flows: u32) -> u32 {
+        flows.next_power_of_two() - 1
+    }
 
     /// The record of the key with this place, perhaps; one that there is not, if it is not here.
     #[inline(always)]
     pub const fn at(self, place: HintPlace) -> FlowId {
         let (first, second) = ((self.0 >> 32) as u32, self.0 as u32);
-        if (first ^ place.tag) & !Self::IDS == 0 {
-            FlowId(first & Self::IDS)
-        } else if (second ^ place.tag) & !Self::IDS == 0 {
-            FlowId(second & Self::IDS)
+        if (first ^ place.tag) & !place.ids == 0 {
+            FlowId(first & place.ids)
+        } else if (second ^ place.tag) & !place.ids == 0 {
+            FlowId(second & place.ids)
         } else {
-            FlowId(crate::limits::FLOWS)
+            FlowId(u32::MAX)
         }
     }
 
@@ -45,9 +50,9 @@ impl Hints {
     #[must_use]
     pub const fn with(self, place: HintPlace, id: FlowId) -> Self {
         let first = (self.0 >> 32) as u32;
-        let new = place.tag | (id.0 & Self::IDS);
+        let new = place.tag | (id.0 & place.ids);
         // Its own goes, and else the older one.
-        let other = if (first ^ place.tag) & !Self::IDS == 0 {
+        let other = if (first ^ place.tag) & !place.ids == 0 {
             self.0 as u32
         } else {
             first
@@ -57,20 +62,19 @@ impl Hints {
 }
 
 impl<A: Addr> FlowKey<A> {
-    /// Where it is among the hints.
+    /// Where it is among the hints, where records' ids take these bits ([`Hints::ids`]).
     #[inline(always)]
-    pub fn hint_place(&self) -> HintPlace {
+    pub fn hint_place(&self, ids: u32) -> HintPlace {
         let ports = u64::from(self.src_port.raw()) << 16 | u64::from(self.dst_port.raw());
         let kind = u64::from(self.proto.0) << 1 | u64::from(self.direction);
         let hash = mixed(mixed(kind << 32 | ports, self.src), self.dst);
         HintPlace {
             index: (hash >> 32) as u32 % crate::limits::HINTS,
-            tag: hash as u32 & !Hints::IDS,
+            tag: hash as u32 & !ids,
+            ids,
         }
     }
 }
-
-const _: () = assert!(crate::limits::FLOWS.is_power_of_two());
 
 map_types! { Hints = 8 }
 
@@ -95,8 +99,9 @@ mod tests {
         let place = |tag: u32| HintPlace {
             index: 0,
             tag: tag << 17,
+            ids: Hints::ids(131_072),
         };
-        let nobody = FlowId(crate::limits::FLOWS);
+        let nobody = FlowId(u32::MAX);
         let mut hints = Hints::default();
         assert_eq!(hints.at(place(1)), nobody);
         hints = hints.with(place(1), FlowId(131_071));
@@ -112,11 +117,21 @@ mod tests {
     }
 
     #[test]
+    fn records_of_all_tables_are_led_to() {
+        for flows in [1, 1_003, 131_072, 131_073, crate::limits::MOST_FLOWS] {
+            let ids = Hints::ids(flows);
+            let place = key(0, FlowKey::<V4>::REPLY).hint_place(ids);
+            let last = FlowId(flows - 1);
+            assert_eq!(Hints::default().with(place, last).at(place), last);
+        }
+    }
+
+    #[test]
     fn neighbouring_keys_are_spread_over_the_elements() {
         let mut elements: HashMap<u32, u32> = HashMap::new();
         for index in 0..4_096 {
             for direction in [FlowKey::<V4>::REQUEST, FlowKey::<V4>::REPLY] {
-                let place = key(index, direction).hint_place();
+                let place = key(index, direction).hint_place(Hints::ids(131_072));
                 *elements.entry(place.index).or_default() += 1;
             }
         }

@@ -44,6 +44,9 @@
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
+//!
+//! All have room for as many as [`limits`] says, but for `FLOWS`, `FLOW_INDEX`, `FLOW_COUNTS`, `FLOW_VTEPS`
+//! and `FREE_FLOWS`: how many flows they are for the first agent was told.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 mod algorithm;
@@ -106,10 +109,24 @@ pub mod limits {
     pub const AFFINITY: u32 = 65_536;
     /// Blocks of services that go round robin.
     pub const TURNS: u32 = 16_384;
-    /// Flows of one family that are translated packet by packet.
+    /// Flows of one family that are translated packet by packet, unless the agent made the maps for
+    /// another number of them.
     pub const FLOWS: u32 = 131_072;
-    /// Keys of flows: two for each, and some for those that change hands.
-    pub const FLOW_INDEX: u32 = 2 * FLOWS + 4_096;
+    /// The most that they can be made for: more keys the kernel's hash tables do not take.
+    pub const MOST_FLOWS: u32 = ((1 << 27) - SPARE_KEYS) / 2;
+    /// Keys of flows that change hands.
+    const SPARE_KEYS: u32 = 4_096;
+
+    /// Keys of so many flows: two for each, and some for those that change hands.
+    pub const fn flow_index(flows: u32) -> u32 {
+        2 * flows + SPARE_KEYS
+    }
+
+    /// For how many flows so many keys are.
+    pub const fn flows_of_index(keys: u32) -> u32 {
+        keys.saturating_sub(SPARE_KEYS) / 2
+    }
+
     /// Elements that flows' keys are spread over which XDP has met, two to each.
     pub const HINTS: u32 = 65_536;
     /// Elements that destinations' source ports are spread over; more only save looking for free ports

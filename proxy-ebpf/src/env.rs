@@ -223,6 +223,8 @@ pub trait Maps<F: Family>: Env {
     fn hand(&self) -> u32;
     /// Moves the hand on to there, unless another program has moved it further.
     fn move_hand(&self, hand: u32);
+    /// The bits that records' ids take.
+    fn ids(&self) -> u32;
     /// How many records there are.
     fn records(&self) -> u32;
     /// The pod of this node that has an address.

@@ -280,7 +280,8 @@ fn take_record<F: Family, M: Maps<F>>(maps: &M) -> Option<(FlowId, M::Record)> {
     while step < maps.reach() {
         let next = start.wrapping_add(step);
         step += 1;
-        let id = FlowId(next % maps.records());
+        // There is one at least, which the compiler does not know.
+        let id = FlowId(next.checked_rem(maps.records()).unwrap_or(0));
         if maps.evict(id) {
             maps.move_hand(next.wrapping_add(1));
             return maps.record(id).map(|record| (id, record));

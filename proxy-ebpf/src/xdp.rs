@@ -142,7 +142,7 @@ pub fn carry<F: Family, M: Maps<F>>(
     let key = key(&segment, is_reply);
     let mut id = found.id;
     if !found.is_found {
-        let place = key.hint_place();
+        let place = key.hint_place(maps.ids());
         id = maps.hints(place).at(place);
         // Of a flow without a packet it is not sure yet that the index has its key.
         if !maps.has_counted(id, is_reply) {
@@ -226,7 +226,7 @@ pub fn look<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> Result<Ver
             Verdict::Pass
         });
     };
-    let place = key(&segment, is_reply).hint_place();
+    let place = key(&segment, is_reply).hint_place(maps.ids());
     maps.set_hints(place, maps.hints(place).with(place, known.id));
     Ok(Verdict::Known(known.id, is_reply))
 }

@@ -29,6 +29,7 @@ use penstock_agent::{
     },
     reconcile::Reconciler,
 };
+use penstock_common::limits;
 use penstock_testbed::{Host, Process, Service, Testbed, require_kernel};
 use serde_json::{Value, json};
 
@@ -165,7 +166,7 @@ fn every_connection_lands_on_the_old_set_or_the_new_one() -> Result<()> {
     let mut testbed = Testbed::new()?;
     let (host, cgroup, _server) = serving(&mut testbed)?;
     let pins = Pins::create(&Path::new("/sys/fs/bpf").join(format!("{}-churn", testbed.prefix())))?;
-    let mut programs = pins.load(true, false)?;
+    let mut programs = pins.load(true, false, limits::FLOWS)?;
     cgroup::attach(&mut programs, &pins, &cgroup)?;
     let mut reconciler = Reconciler::new(Bpf::open(&pins)?, World::new("here"))?;
 

@@ -8,7 +8,10 @@
     reason = "a test fails by panicking"
 )]
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use aya::maps::{Array, HashMap, Map, MapData};
@@ -16,11 +19,9 @@ use penstock_agent::{
     dataplane::pins::Pins,
     flows::{Lifetimes, Sweeper, now_secs},
 };
-use penstock_common::{
-    BackendCounts, BackendLife, Be16, Config, Flow, FlowState, Proto, V4, limits,
-};
+use penstock_common::{BackendCounts, BackendLife, Be16, Config, Flow, FlowState, Proto, V4};
 use penstock_testbed::{
-    Node, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
+    Agent, Node, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
     require_kernel, text,
 };
 use serde_json::{Value, json};
@@ -360,9 +361,10 @@ fn a_table_that_fills_up_is_told_before_it_is_full() -> Result<()> {
         }
         Ok(())
     };
-    let many = limits::FLOWS / 100 * 81;
+    let room = Pins::at(&node.bpffs).flows()?.expect("a table");
+    let many = room / 100 * 81;
     fill(0..many, FlowState::ESTABLISHED)?;
-    let problem = format!("IPv4 flows: more than 80 % of {} are in use", limits::FLOWS);
+    let problem = format!("IPv4 flows: more than 80 % of {room} are in use");
     eventually("the table is told to be nearly full", || {
         let status = agent.status()?;
         let problems = status["problems"].to_string();
@@ -386,5 +388,102 @@ fn a_table_that_fills_up_is_told_before_it_is_full() -> Result<()> {
     let log = agent.log();
     // Once each: when it appeared and when it was over.
     assert_eq!(log.matches(&problem).count(), 2, "{log}");
+    Ok(())
+}
+
+/// What all maps of the flow table have room for.
+fn sizes(pins: &Pins) -> Result<Vec<u32>> {
+    let mut sizes = Vec::new();
+    for map in [
+        "FLOWS",
+        "FLOW_COUNTS",
+        "FLOW_VTEPS",
+        "FREE_FLOWS",
+        "FLOW_INDEX",
+    ] {
+        for family in ["4", "6"] {
+            sizes.push(pins.map(&format!("{map}{family}"))?.info()?.max_entries());
+        }
+    }
+    Ok(sizes)
+}
+
+/// The same for so many flows.
+fn sizes_of(flows: u32) -> Vec<u32> {
+    [vec![flows; 8], vec![2 * flows + 4_096; 2]].concat()
+}
+
+#[test]
+fn the_flow_table_is_as_large_as_the_first_agent_was_told() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0];
+    let pins = Pins::at(&node.bpffs);
+    let packets = scene.client.host.without_socket_hooks();
+    let [first, second] = frontends(10, 80).map(|service| service.to_string());
+    let holds = |agent: &Agent, room: u32, notes: Value| -> Result<()> {
+        eventually("the table is counted", || {
+            let status = agent.status()?;
+            let mut tables = status["tables"].as_array().expect("a list").iter();
+            let table = tables.find(|table| table["table"] == "IPv6 flows");
+            let limit = number(table.context("no table")?, "limit");
+            assert_eq!(limit, u64::from(room), "{status}");
+            assert_eq!(status["notes"], notes, "{status}");
+            assert_eq!(status["problems"], json!([]), "{status}");
+            Ok(())
+        })?;
+        assert_eq!(sizes(&pins)?, sizes_of(room));
+        let flows = flows(node, &[])?;
+        assert!(flows.len() <= 2 * room as usize, "{flows:?}");
+        Ok(())
+    };
+    // What could not be made whole says nothing about the next one's size.
+    let failed = Pins::create(&node.bpffs)?.load(true, false, 0).map(drop);
+    assert!(failed.is_err());
+    assert_eq!(pins.flows()?, None);
+    let mut agent = scene.agent(&["--conntrack-max-per-core=1", "--conntrack-min=5001"])?;
+    holds(&agent, 5_001, json!([]))?;
+    let mut held = packets.traffic(&["hold", &first, "--interval-ms", "10"])?;
+    let answer: Value = serde_json::from_str(&held.line()?)?;
+    let server = text(&answer, "server").to_owned();
+    agent.kill();
+
+    // Another size would lose what is held: the table stays, and the agent says so.
+    let mut agent = scene.agent(&["--conntrack-max-per-core=1", "--conntrack-min=9000"])?;
+    let note = "the flow table is for 5001 flows a family, as an earlier agent made it, and not for \
+                9000: another size takes a restart of the node, or `penstock cleanup`, which \
+                interrupts translated connections";
+    holds(&agent, 5_001, json!([note]))?;
+    assert!(agent.log().contains(note), "{}", agent.log());
+    let words = node.penstock("status", &[])?.output;
+    assert!(words.contains(&format!("notes:\n  {note}\n")), "{words}");
+    // Every answer so far, and some that are asked for only now.
+    let asked = Instant::now();
+    while asked.elapsed() < Duration::from_secs(1) {
+        let answer: Value = serde_json::from_str(&held.line()?)?;
+        assert_eq!(text(&answer, "server"), server, "{answer}");
+    }
+    packets.who_answers("tcp", &second)?;
+    agent.kill();
+
+    // Half of the table is lost: it gets the other half's size.
+    for map in ["FLOWS4", "FREE_FLOWS6"] {
+        std::fs::remove_file(pins.root().join(map))?;
+    }
+    let mut agent = scene.agent(&["--conntrack-max-per-core=0", "--conntrack-min=9000"])?;
+    holds(&agent, 5_001, json!([]))?;
+    packets.who_answers("tcp", &first)?;
+    agent.kill();
+    drop(held);
+
+    let removed = node.penstock("cleanup", &[])?;
+    assert_eq!(removed.code, 0, "{removed:?}");
+    assert_eq!(pins.flows()?, None);
+    let agent = scene.agent(&["--conntrack-max-per-core=1", "--conntrack-min=9000"])?;
+    holds(&agent, 9_000, json!([]))?;
+    packets.who_answers("tcp", &first)?;
     Ok(())
 }

@@ -9,6 +9,7 @@
 )]
 
 use anyhow::{Context, Result, ensure};
+use penstock_agent::dataplane::pins::Pins;
 use penstock_common::limits;
 use penstock_testbed::{
     Agent, Host, Pod, Scene, Service, Slice, Source, Testbed, eventually, frontends, list,
@@ -42,8 +43,8 @@ fn metric(text: &str, name: &str) -> Result<f64> {
         .parse()?)
 }
 
-/// Every table that can be full, with what it holds at most.
-fn tables() -> Vec<(String, u32)> {
+/// Every table that can be full, with what it holds at most, of flows so many.
+fn tables(flows: u32) -> Vec<(String, u32)> {
     let families = [
         ("frontends", limits::FRONTENDS),
         ("addresses of services", limits::ADDRESSES),
@@ -51,7 +52,7 @@ fn tables() -> Vec<(String, u32)> {
         ("ranges of clients", limits::SOURCE_RANGES),
         ("backends' loads", limits::LOADS),
         ("backends' counts", limits::BACKEND_COUNTS),
-        ("flows", limits::FLOWS),
+        ("flows", flows),
         ("clients with affinity", limits::AFFINITY),
         ("addresses of pods", limits::ENDPOINTS),
         ("ranges of nodes", limits::ROUTES),
@@ -168,7 +169,8 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
     assert_eq!(metric(&text, drops)?, 0.0);
     assert_eq!(metric(&text, "penstock_services")?, 5.0);
     assert_eq!(metric(&text, "penstock_synced")?, 1.0);
-    for (table, capacity) in tables() {
+    let pins = Pins::at(&node.bpffs);
+    for (table, capacity) in tables(pins.flows()?.expect("a table")) {
         let name = format!("penstock_table_capacity{{table=\"{table}\"}}");
         assert_eq!(metric(&text, &name)?, f64::from(capacity), "{table}");
     }

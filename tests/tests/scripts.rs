@@ -33,6 +33,7 @@ use penstock_agent::{
     report,
     watch::manifests,
 };
+use penstock_common::limits;
 use penstock_testbed::{Testbed, require_kernel};
 
 /// A step: its head and what follows it.
@@ -95,7 +96,7 @@ impl InKernel {
         let testbed = Testbed::new()?;
         let bpffs = Path::new("/sys/fs/bpf").join(format!("{}-scripts", testbed.prefix()));
         let pins = Pins::create(&bpffs)?;
-        let programs = pins.load(true, false)?;
+        let programs = pins.load(true, false, limits::FLOWS)?;
         Ok(Self {
             pins,
             _programs: programs,

@@ -69,7 +69,7 @@ pub(super) fn sweep_flows(pins: &Pins, lifetimes: Lifetimes, counted: Counted) -
             sweeper.refill();
             for number in 0_u64.. {
                 let live = sweeper.sweep();
-                usage::tell(&counted, usage::flows(live.v4, live.v6));
+                usage::tell(&counted, usage::flows(live.v4, live.v6, sweeper.records()));
                 if number.is_multiple_of(COUNT) {
                     usage::tell(&counted, usage::others(&pins));
                 }

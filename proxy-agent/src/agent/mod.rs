@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context, Result};
 use aya::maps::{Array, Map};
 use glob::Pattern;
+use penstock_common::limits;
 use tokio::sync::mpsc;
 
 use crate::{
@@ -80,6 +81,8 @@ pub struct Options {
     pub monitor: monitor::Addresses,
     /// For how long flows may be idle.
     pub lifetimes: Lifetimes,
+    /// For how many flows of each family the table is to be made; nothing where it may be as it is.
+    pub flows: Option<u32>,
     /// Whether the programs trace what they refuse.
     pub is_tracing: bool,
 }
@@ -100,6 +103,21 @@ pub enum Ending {
     Lost(PathBuf),
 }
 
+/// Says so if the flow table is not as large as it is to be.
+fn other_size(made: Option<u32>, wanted: Option<u32>) -> Vec<String> {
+    let sizes = made.zip(wanted).into_iter();
+    let others = sizes.filter(|(made, wanted)| made != wanted);
+    others
+        .map(|(made, wanted)| {
+            format!(
+                "the flow table is for {made} flows a family, as an earlier agent made it, and not for \
+                 {wanted}: another size takes a restart of the node, or `penstock cleanup`, which \
+                 interrupts translated connections"
+            )
+        })
+        .collect()
+}
+
 /// Runs until told to stop. Traffic goes on afterwards.
 pub async fn run(options: Options) -> Result<Ending> {
     let mut signals = Signals::new()?;
@@ -113,7 +131,12 @@ pub async fn run(options: Options) -> Result<Ending> {
     );
     let pins = Pins::create(&options.bpffs)?;
     let _lock = pins.lock()?;
-    let mut ebpf = pins.load(version >= (6, 1), options.is_tracing)?;
+    let flows = options.flows.unwrap_or(limits::FLOWS);
+    let mut ebpf = pins.load(version >= (6, 1), options.is_tracing, flows)?;
+    let notes = other_size(pins.flows()?, options.flows);
+    for note in &notes {
+        tracing::warn!("{note}");
+    }
     if options.is_tracing {
         traces::forward(&mut ebpf);
     }
@@ -228,6 +251,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         unmonitored,
         syncs: Syncs::default(),
         started: Instant::now(),
+        notes,
         started_since_1970: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default(),

@@ -76,6 +76,8 @@ pub(super) struct Agent {
     pub(super) unmonitored: monitor::Problems,
     pub(super) syncs: Syncs,
     pub(super) started: Instant,
+    /// What is other than it was said to be, and hurts nobody.
+    pub(super) notes: Vec<String>,
     /// The same, in time since 1970.
     pub(super) started_since_1970: Duration,
     /// What made endpoints change that are not written yet.
@@ -461,6 +463,7 @@ impl Agent {
                     self.started.elapsed(),
                 );
                 report.problems.extend(self.problems());
+                report.notes.clone_from(&self.notes);
                 report.lifetimes = self.lifetimes;
                 report.tables = self.fills();
                 let _ = answer.send(report);

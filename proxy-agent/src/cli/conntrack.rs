@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use aya::maps::{Array, Map};
 use clap::{Args, ValueEnum};
 use ipnetwork::IpNetwork;
-use penstock_common::{Addr, Config, Flow, FlowFlags, FlowState, Plain, Proto, V4, V6, limits};
+use penstock_common::{Addr, Config, Flow, FlowFlags, FlowState, Plain, Proto, V4, V6};
 use serde::Serialize;
 
 use super::{
@@ -250,7 +250,7 @@ impl Listing {
     where
         Flow<A>: Plain,
     {
-        let found = (0..limits::FLOWS).filter_map(|id| {
+        let found = (0..table.records()).filter_map(|id| {
             let flow = table.flow(id)?;
             let counts = table.counts(id);
             let ways = [counts.request, counts.reply].map(|way| Way {

@@ -16,10 +16,12 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use glob::Pattern;
 use ipnetwork::IpNetwork;
+use penstock_common::limits;
 
 use crate::{
     agent::{self, Ending, Options, Source},
     attach::{follow::Names, xdp::Choice},
+    dataplane::sizes,
     flows::Lifetimes,
     model::node_ports::{NodePorts, Which},
     monitor,
@@ -133,11 +135,18 @@ struct AgentArgs {
     log_level: LogLevel,
 }
 
-/// For how long flows may be idle that are translated packet by packet; 0 for the default. Go's
-/// durations: 24h0m0s, 90s.
+/// How many flows there may be that are translated packet by packet, and for how long they may be idle;
+/// a time of 0 is the default. Go's durations: 24h0m0s, 90s.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Flows")]
 struct ConntrackArgs {
+    /// How many flows of each family there may be for each processor of the node; 0 to leave the table
+    /// as large as it is and ignore --conntrack-min.
+    #[arg(long, value_name = "NUMBER", default_value_t = 32_768, value_parser = clap::value_parser!(u32).range(..=MOST))]
+    conntrack_max_per_core: u32,
+    /// How many flows of each family there may be at least, however few processors the node has.
+    #[arg(long, value_name = "NUMBER", default_value_t = limits::FLOWS, value_parser = clap::value_parser!(u32).range(..=MOST))]
+    conntrack_min: u32,
     /// TCP, established.
     #[arg(long, value_name = "DURATION", default_value = "24h0m0s", value_parser = duration::idle_secs)]
     conntrack_tcp_timeout_established: u32,
@@ -159,7 +168,20 @@ struct ConntrackArgs {
     conntrack_udp_timeout_stream: u32,
 }
 
+/// The most flows that there may be.
+const MOST: i64 = limits::MOST_FLOWS as i64;
+
 impl ConntrackArgs {
+    /// For how many flows of each family the table is to be made.
+    fn flows(&self) -> Option<u32> {
+        let cores = aya::util::online_cpus().map_or_else(
+            |_| std::thread::available_parallelism().map_or(1, usize::from),
+            |cores| cores.len(),
+        );
+        let cores = u32::try_from(cores).unwrap_or(u32::MAX);
+        sizes::wanted(self.conntrack_max_per_core, self.conntrack_min, cores)
+    }
+
     fn lifetimes(&self) -> Lifetimes {
         let default = Lifetimes::default();
         let or = |chosen, default| if chosen == 0 { default } else { chosen };
@@ -461,6 +483,7 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         },
         exclude_cgroups: args.exclude_cgroups,
         lifetimes: args.conntrack.lifetimes(),
+        flows: args.conntrack.flows(),
         monitor: monitor::Addresses {
             metrics: args.metrics_bind_address.0,
             healthz: args.healthz_bind_address.0,

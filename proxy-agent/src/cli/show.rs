@@ -185,10 +185,12 @@ pub(super) async fn status(look: &Look) -> Result<ExitCode> {
     if !filled.is_empty() {
         table(&["  TABLE", "USED", "OF", "FULL"], &filled);
     }
-    if !report.problems.is_empty() {
-        println!("problems:");
-        for problem in &report.problems {
-            println!("  {problem}");
+    for (title, lines) in [("notes:", &report.notes), ("problems:", &report.problems)] {
+        if !lines.is_empty() {
+            println!("{title}");
+        }
+        for line in lines {
+            println!("  {line}");
         }
     }
     Ok(code)

@@ -9,6 +9,7 @@ pub mod changed;
 pub mod faulty;
 pub mod memory;
 pub mod pins;
+pub mod sizes;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,7 +1,7 @@
 //! Where maps and links are pinned, and whether what is pinned there is ours to use.
 //!
 //! Invariant: a map is adopted only if its kind, sizes, capacity and flags are what the programs
-//! expect; the path holds the ABI version, so another version's maps are never even met.
+//! expect, of which the flow table's capacity is what the first agent made it; the path holds the ABI version, so another version's maps are never even met.
 
 use std::{
     fs, io,
@@ -16,7 +16,7 @@ use aya::{
 use nix::fcntl::{Flock, FlockArg};
 use penstock_common::ABI_VERSION;
 
-use super::OBJECT;
+use super::{OBJECT, sizes};
 use crate::words::chain;
 
 /// A folder of pins.
@@ -79,7 +79,7 @@ pub enum PinError {
         wanted: Box<Definition>,
     },
     /// The embedded object can't be loaded.
-    #[error("loading the kernel programs: {source}; Penstock needs Linux 5.15 or newer and root")]
+    #[error("loading the kernel programs: {source}; {}", advice(source))]
     Load {
         /// Why not.
         #[source]
@@ -101,17 +101,35 @@ pub enum PinError {
     },
 }
 
-/// What to do about an error that is for want of rights.
-fn hint(error: &MapError) -> &'static str {
-    let mut cause: Option<&dyn std::error::Error> = Some(error);
+/// Whether an error was the kernel's of this kind at first.
+fn is_for(error: &(dyn std::error::Error + 'static), kind: io::ErrorKind) -> bool {
+    let mut cause = Some(error);
     while let Some(error) = cause {
         let io = error.downcast_ref::<io::Error>();
-        if io.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
-            return "; run this as root";
+        if io.is_some_and(|error| error.kind() == kind) {
+            return true;
         }
         cause = error.source();
     }
-    ""
+    false
+}
+
+/// What to do about an error that is for want of rights.
+fn hint(error: &MapError) -> &'static str {
+    if is_for(error, io::ErrorKind::PermissionDenied) {
+        "; run this as root"
+    } else {
+        ""
+    }
+}
+
+/// What to do about programs and maps that can't be loaded.
+fn advice(error: &aya::EbpfError) -> &'static str {
+    if is_for(error, io::ErrorKind::OutOfMemory) {
+        "there is no memory for a flow table of this size (--conntrack-max-per-core, --conntrack-min)"
+    } else {
+        "Penstock needs Linux 5.15 or newer and root"
+    }
 }
 
 /// What a map is.
@@ -242,51 +260,87 @@ impl Pins {
         MapData::from_pin(&path).map_err(|source| PinError::Map { path, source })
     }
 
-    /// Loads the embedded object: maps are adopted where they are pinned and made where not.
+    /// For how many flows of each family the pinned table was made, if it is there.
+    pub fn flows(&self) -> Result<Option<u32>, PinError> {
+        // An earlier agent may have ended before it had made all of them.
+        for name in sizes::maps() {
+            if let Some(found) = self.definition(name)? {
+                return Ok(Some(sizes::flows(name, found.entries)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Loads the embedded object: maps are adopted where they are pinned and made where not, those of
+    /// the flow table for so many flows of each family. One that is pinned keeps its size, since all
+    /// that is in it would be lost ([`Self::flows`]).
     ///
     /// Programs are not loaded into the kernel yet.
-    pub fn load(&self, has_set_retval: bool, is_tracing: bool) -> Result<Ebpf, PinError> {
+    pub fn load(
+        &self,
+        has_set_retval: bool,
+        is_tracing: bool,
+        flows: u32,
+    ) -> Result<Ebpf, PinError> {
+        let pinned = self.flows()?;
+        let flows = pinned.unwrap_or(flows);
         for (name, wanted) in definitions()? {
-            self.check(&name, wanted)?;
+            let entries = sizes::entries(&name, flows).unwrap_or(wanted.entries);
+            self.check(&name, Definition { entries, ..wanted })?;
         }
         let traced = if is_tracing { 4_u8 } else { 0 };
-        EbpfLoader::new()
+        let sizes = sizes::Sizes::new(flows);
+        let mut loader = EbpfLoader::new();
+        sizes.tell(&mut loader);
+        loader
             .default_map_pin_directory(&self.root)
             .map_pin_path("SOCKETS", self.root.join("SOCKETS"))
             .override_global("HAS_SET_RETVAL", &u8::from(has_set_retval), true)
             .override_global("AYA_LOG_LEVEL", &traced, false)
             .load(OBJECT)
-            .map_err(|source| PinError::Load {
-                source: Box::new(source),
+            .map_err(|source| {
+                if pinned.is_none() {
+                    // Nobody uses what was made of it, and the next one may choose a smaller one.
+                    for name in sizes::maps() {
+                        let _ = fs::remove_file(self.root.join(name));
+                    }
+                }
+                PinError::Load {
+                    source: Box::new(source),
+                }
             })
     }
 
-    /// Compares a pinned map, if there is one, with its definition.
-    fn check(&self, name: &str, wanted: Definition) -> Result<(), PinError> {
+    /// What a pinned map is, if there is one.
+    fn definition(&self, name: &str) -> Result<Option<Definition>, PinError> {
         let path = self.root.join(name);
         if !path.exists() {
-            return Ok(());
+            return Ok(None);
         }
         let map = |source| PinError::Map {
             path: path.clone(),
             source,
         };
         let info = MapData::from_pin(&path).map_err(map)?.info().map_err(map)?;
-        let found = Definition {
+        Ok(Some(Definition {
             kind: info.map_type().map_err(map)? as u32,
             key: info.key_size(),
             value: info.value_size(),
             entries: info.max_entries(),
             flags: info.map_flags(),
-        };
-        if found == wanted {
-            return Ok(());
+        }))
+    }
+
+    /// Compares a pinned map, if there is one, with its definition.
+    fn check(&self, name: &str, wanted: Definition) -> Result<(), PinError> {
+        match self.definition(name)? {
+            Some(found) if found != wanted => Err(PinError::Foreign {
+                path: self.root.join(name),
+                found: Box::new(found),
+                wanted: Box::new(wanted),
+            }),
+            _ => Ok(()),
         }
-        Err(PinError::Foreign {
-            path,
-            found: Box::new(found),
-            wanted: Box::new(wanted),
-        })
     }
 }
 
@@ -346,6 +400,20 @@ mod tests {
         let refused = Pins::create(&folder.path().join("bpf")).map(drop);
         assert!(matches!(refused, Err(PinError::NotBpffs { .. })));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn who_has_no_memory_for_the_flow_table_is_told_what_to_choose() {
+        let words = |code| {
+            let error = MapError::CreateError {
+                name: "FLOWS4".to_owned(),
+                io_error: io::Error::from_raw_os_error(code),
+            };
+            let source = Box::new(aya::EbpfError::MapError(error));
+            PinError::Load { source }.to_string()
+        };
+        assert!(words(libc::ENOMEM).contains("--conntrack-max-per-core"));
+        assert!(words(libc::EPERM).contains("and root"));
     }
 
     #[test]

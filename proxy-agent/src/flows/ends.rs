@@ -9,7 +9,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use penstock_common::{Addr, FlowKey, PortChunk, limits};
+use penstock_common::{Addr, FlowKey, PortChunk};
 
 use super::{FlowsError, table::Mapped};
 use crate::dataplane::pins::Pins;
@@ -26,8 +26,8 @@ impl Ends {
     /// Maps the pinned arrays.
     pub(super) fn open(pins: &Pins) -> Result<Self, FlowsError> {
         Ok(Self {
-            chunks: Mapped::open(pins, "PORT_CHUNKS", limits::PORT_CHUNKS)?,
-            responders: Mapped::open(pins, "RESPONDERS", limits::RESPONDERS)?,
+            chunks: Mapped::open(pins, "PORT_CHUNKS")?,
+            responders: Mapped::open(pins, "RESPONDERS")?,
             doubts: 0,
         })
     }
@@ -37,7 +37,7 @@ impl Ends {
     /// said so. All at once would take programs too long.
     pub(super) fn doubt(&mut self) {
         const TURNS: u32 = 32;
-        for index in (self.doubts % TURNS..limits::PORT_CHUNKS).step_by(TURNS as usize) {
+        for index in (self.doubts % TURNS..self.chunks.len()).step_by(TURNS as usize) {
             self.count_end(index);
         }
         self.doubts = self.doubts.wrapping_add(1);
@@ -57,7 +57,7 @@ impl Ends {
     }
 
     fn count_end(&self, index: u32) {
-        let chunk = self.chunks.at(index % limits::PORT_CHUNKS);
+        let chunk = self.chunks.at(index);
         // SAFETY: an aligned field of an element in the mapping, which lives as long as `self`, and
         // which is only ever changed atomically.
         let ended = unsafe { AtomicU64::from_ptr(&raw mut (*chunk).ended) };

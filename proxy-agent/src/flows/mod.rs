@@ -17,7 +17,7 @@ use std::{
 use aya::maps::{HashMap, Map as AnyMap, MapData, MapError, Queue};
 use penstock_common::{
     Addr, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, Plain, Proto, SCTP_ESTABLISHED_SECS,
-    ServiceId, Timeouts, V4, V6, limits,
+    ServiceId, Timeouts, V4, V6,
 };
 
 use ends::Ends;
@@ -202,7 +202,7 @@ where
     /// Fills the queue of free records anew.
     fn refill(&mut self) {
         while self.free.pop(0).is_ok() {}
-        for id in 0..limits::FLOWS {
+        for id in 0..self.table.records() {
             if self.table.state(id).load(Ordering::Relaxed) == FlowState::FREE
                 && self.free.push(FlowId(id), 0).is_err()
             {
@@ -215,7 +215,7 @@ where
     /// Frees flows that have expired.
     fn sweep(&mut self, ends: &Ends, lifetimes: &Lifetimes, now: u32, refers: bool) -> Sweep {
         let mut sweep = Sweep::default();
-        for id in 0..limits::FLOWS {
+        for id in 0..self.table.records() {
             if self.table.state(id).load(Ordering::Relaxed) == FlowState::FREE {
                 continue;
             }
@@ -324,6 +324,11 @@ impl Sweeper {
         })
     }
 
+    /// For how many flows of each family the table was made.
+    pub fn records(&self) -> u32 {
+        self.v4.table.records()
+    }
+
     /// Fills the queues of free records anew: ids are lost where a program or an agent ended between
     /// taking one and using it. Programs that meet an empty queue look through the table meanwhile.
     pub fn refill(&mut self) {
@@ -368,7 +373,7 @@ where
     Flow<A>: Plain,
 {
     let mut all: Map<_, Running> = Map::new();
-    for id in 0..limits::FLOWS {
+    for id in 0..table.records() {
         let Some(flow) = table.flow(id).filter(|flow| flow.backend_generation != 0) else {
             continue;
         };

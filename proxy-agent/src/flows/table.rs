@@ -17,7 +17,7 @@ use std::{
 
 use aya::maps::{Array, Map, MapData};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use penstock_common::{Flow, FlowCounts, FlowState, Plain, limits};
+use penstock_common::{Flow, FlowCounts, FlowState, Plain};
 
 use super::FlowsError;
 use crate::dataplane::pins::Pins;
@@ -40,12 +40,16 @@ impl<T> Drop for Mapped<T> {
 }
 
 impl<T: Plain> Mapped<T> {
-    /// Maps a pinned array of `count` elements, of which there is one at least.
-    pub(super) fn open(pins: &Pins, map: &'static str, count: u32) -> Result<Self, FlowsError> {
+    /// Maps a pinned array.
+    pub(super) fn open(pins: &Pins, map: &'static str) -> Result<Self, FlowsError> {
         // The kernel rounds an array's elements up to 8 bytes.
         const { assert!(size_of::<T>().is_multiple_of(8)) };
         let data: MapData = pins.map(map)?;
         let bad = |source| FlowsError::Mmap { map, source };
+        let info = data.info();
+        let count = info
+            .map_err(|source| FlowsError::Map { map, source })?
+            .max_entries();
         let bytes = size_of::<T>() * count as usize;
         let length = NonZeroUsize::new(bytes.next_multiple_of(4_096))
             .ok_or_else(|| bad(io::ErrorKind::InvalidInput.into()))?;
@@ -67,6 +71,11 @@ impl<T: Plain> Mapped<T> {
             length,
             last: count.saturating_sub(1),
         })
+    }
+
+    /// How many elements there are.
+    pub(super) fn len(&self) -> u32 {
+        self.last + 1
     }
 
     /// Where an element is; those beyond the last are the last.
@@ -100,7 +109,7 @@ where
     /// Maps the pinned arrays.
     pub fn open(pins: &Pins, [records, counts]: [&'static str; 2]) -> Result<Self, FlowsError> {
         Ok(Self {
-            records: Mapped::open(pins, records, limits::FLOWS)?,
+            records: Mapped::open(pins, records)?,
             counts: Array::try_from(Map::Array(pins.map(counts)?)).map_err(|source| {
                 FlowsError::Map {
                     map: counts,
@@ -108,6 +117,11 @@ where
                 }
             })?,
         })
+    }
+
+    /// How many records there are.
+    pub fn records(&self) -> u32 {
+        self.records.len()
     }
 
     /// A record's state.

@@ -47,6 +47,14 @@ static ATTEMPTS: Global<u32> = Global::new(8);
 #[unsafe(no_mangle)]
 static REACH: Global<u32> = Global::new(64);
 
+/// How many flows of one family the maps were made for.
+#[unsafe(no_mangle)]
+static RECORDS: Global<u32> = Global::new(limits::FLOWS);
+
+/// The bits that their ids take.
+#[unsafe(no_mangle)]
+static IDS: Global<u32> = Global::new(Hints::ids(limits::FLOWS));
+
 /// The kernel, on behalf of the program that runs in `context`.
 pub(crate) struct Kernel<'a, C> {
     /// What traces are sent with.
@@ -777,8 +785,13 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn ids(&self) -> u32 {
+                IDS.load()
+            }
+
+            #[inline(always)]
             fn records(&self) -> u32 {
-                limits::FLOWS
+                RECORDS.load()
             }
 
             #[inline(always)]

@@ -33,7 +33,7 @@ macro_rules! family_maps {
             LruHashMap::pinned(limits::AFFINITY, 0);
         #[map]
         pub(crate) static $index: HashMap<FlowKey<$family>, FlowId> =
-            HashMap::pinned(limits::FLOW_INDEX, BPF_F_NO_PREALLOC);
+            HashMap::pinned(limits::flow_index(limits::FLOWS), BPF_F_NO_PREALLOC);
         #[map]
         pub(crate) static $flows: Array<Flow<$family>> =
             Array::pinned(limits::FLOWS, BPF_F_MMAPABLE);

@@ -12,6 +12,7 @@
 
 mod handover;
 mod node;
+mod sizes;
 mod succession;
 
 use std::{

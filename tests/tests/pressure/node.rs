@@ -14,7 +14,7 @@ use aya::{
     programs::{SchedClassifier, TestRunOptions},
 };
 use penstock_agent::{
-    dataplane::{batch, pins::Pins},
+    dataplane::{batch, pins::Pins, sizes::Sizes},
     flows::{Lifetimes, Sweeper},
 };
 use penstock_common::{
@@ -185,10 +185,22 @@ impl Node {
 
     /// The same, with a way to its backends.
     pub fn forwarding(name: &str, backends: u16, forwarding: Forwarding) -> Option<Self> {
+        Self::with(name, backends, forwarding, limits::FLOWS)
+    }
+
+    /// With frontends for so many backends, and a table for so many flows of each family.
+    pub fn sized(name: &str, backends: u16, flows: u32) -> Option<Self> {
+        Self::with(name, backends, Forwarding::Snat, flows)
+    }
+
+    fn with(name: &str, backends: u16, forwarding: Forwarding, flows: u32) -> Option<Self> {
         penstock_testbed::require_kernel()?;
         let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-{name}", std::process::id()));
         std::fs::create_dir_all(&pins).expect("bpffs is writable");
-        let mut ebpf = EbpfLoader::new()
+        let sizes = Sizes::new(flows);
+        let mut loader = EbpfLoader::new();
+        sizes.tell(&mut loader);
+        let mut ebpf = loader
             .default_map_pin_directory(&pins)
             .override_global("AYA_LOG_LEVEL", &0_u8, false)
             .load(penstock_agent::dataplane::OBJECT)
@@ -210,13 +222,13 @@ impl Node {
             pins,
             forwarding,
         };
-        node.fill(backends);
+        node.fill(backends, flows);
         Some(node)
     }
 
-    fn fill(&mut self, backends: u16) {
+    fn fill(&mut self, backends: u16, flows: u32) {
         self.configure(Timeouts::default());
-        for id in 0..limits::FLOWS {
+        for id in 0..flows {
             for name in ["FREE_FLOWS4", "FREE_FLOWS6"] {
                 let mut free: Queue<&mut MapData, FlowId> =
                     self.ebpf.map_mut(name).expect(name).try_into().expect(name);
