@@ -139,11 +139,13 @@ fn join(host: &Host, addresses: [&str; 2]) -> Result<()> {
 }
 
 #[test]
+#[ignore = "needs a kernel with VLANs, as `cargo xtask kernels` has"]
 fn clients_of_a_vlan_reach_node_ports() -> Result<()> {
     vlan(&[])
 }
 
 #[test]
+#[ignore = "needs a kernel with VLANs, as `cargo xtask kernels` has"]
 fn clients_of_a_vlan_reach_node_ports_past_xdp() -> Result<()> {
     vlan(&["--xdp", "generic"])
 }

@@ -53,7 +53,7 @@ fn init(modules: &str, tests: &[Group]) -> String {
          for each in {tests}; do\n\
          test=${{each#*:}}\n\
          began=$(cut -d' ' -f1 /proc/uptime)\n\
-         if /{PROGRAMS}/${{each%%:*}} --exact $test --test-threads 1 --nocapture\n\
+         if /{PROGRAMS}/${{each%%:*}} --exact $test --include-ignored --test-threads 1 --nocapture\n\
          then verdict=pass; else verdict=fail; fi\n\
          echo \"@@$verdict $test $began $(cut -d' ' -f1 /proc/uptime)\"\n\
          done\n\
