@@ -20,17 +20,23 @@ pub enum Source {
     Kubeconfig(PathBuf),
 }
 
-/// A program of this workspace: the newest of those that cargo built, or one beside this program.
+/// A program of this workspace, as cargo built it, or one beside this program.
+///
+/// One that was built with optimisation gets such programs, since it may measure them; another gets
+/// the newest.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
-    let target = own
+    let profile = own
         .ancestors()
-        .find(|path| path.ends_with("debug") || path.ends_with("release"))
-        .and_then(Path::parent);
-    let built = ["release", "debug"].map(|profile| Some(target?.join(profile)));
+        .find(|path| path.ends_with("debug") || path.ends_with("release"));
+    let profiles: &[&str] = match profile {
+        Some(profile) if profile.ends_with("release") => &["release"],
+        _ => &["release", "debug"],
+    };
+    let target = profile.and_then(Path::parent);
+    let built = profiles.iter().map(|profile| Some(target?.join(profile)));
     let beside = own.parent().map(Path::to_path_buf);
     built
-        .into_iter()
         .chain([beside])
         .flatten()
         .map(|folder| folder.join(name))
