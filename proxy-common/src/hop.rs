@@ -12,13 +12,13 @@ use crate::{net::Addr, plain::map_types};
 pub struct Hop {
     /// [`Said::check`].
     pub check: u64,
-    /// The interface; 0 where such packets are not XDP's to send.
+    /// The interface, with [`Hop::TUNNEL`]; 0 where such packets are not XDP's to send.
     pub ifindex: u32,
     /// When the kernel was asked, in seconds since boot.
     pub noted_secs: u32,
     /// The neighbour's Ethernet address and the interface's own, as they lie in a frame.
     pub ethernet: [u32; 3],
-    /// How long a packet may be there, in bytes, IP header included.
+    /// How long a packet may be there, in bytes, its own IP header included.
     pub mtu: u32,
 }
 
@@ -79,6 +79,9 @@ impl<A: Addr> Said<A> {
 impl Hop {
     /// For how long one holds at most, in seconds of a coarse clock.
     pub const LASTS_SECS: u32 = 2;
+    /// The bit of an interface's index, of which none has it, that says: through a tunnel, which these
+    /// Ethernet addresses are for.
+    pub const TUNNEL: u32 = 1 << 31;
     /// None that holds.
     pub const NONE: Self = Self {
         check: 0,
@@ -87,6 +90,18 @@ impl Hop {
         ethernet: [0; 3],
         mtu: 0,
     };
+
+    /// Whether packets leave through a tunnel.
+    #[inline(always)]
+    pub fn is_tunnel(&self) -> bool {
+        self.ifindex & Self::TUNNEL != 0
+    }
+
+    /// The interface that packets leave by.
+    #[inline(always)]
+    pub fn leaves_by(&self) -> u32 {
+        self.ifindex & !Self::TUNNEL
+    }
 
     /// Whether it holds for this.
     #[inline(always)]

@@ -6,13 +6,13 @@
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
     FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, HintPlace, Hints, Hop,
-    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Uplink, Vtep, XdpUplink,
+    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Uplink, V4, Vtep, XdpUplink,
 };
 
 use crate::{family::Family, pod::Back, quoted::Quote};
 
 /// Where the kernel's routes send a packet, and to which neighbour there.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct NextHop {
     /// The interface that it leaves by.
     pub ifindex: u32,
@@ -238,6 +238,8 @@ pub trait Maps<F: Family>: Env {
     fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;
     /// The same, and the neighbour there if the kernel knows it.
     fn next_hop(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<NextHop>;
+    /// The kernel's way to the other end of a tunnel.
+    fn tunnel_hop(&self, ingress: u32, to: V4) -> Option<NextHop>;
     /// The narrowest range that covers an address.
     fn route(&self, addr: &F::Addr) -> Option<Route>;
     /// The ports of a fragmented datagram.

@@ -7,7 +7,7 @@
 
 use penstock_common::{
     Addr, AddressKind, Counter, FlowFlags, FlowKey, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC,
-    Route, RouteKind,
+    Route, RouteKind, V4,
 };
 
 use crate::{
@@ -207,13 +207,29 @@ fn tunnel_to<F: Family, M: Maps<F>>(maps: &M, dst: &F::Addr) -> Option<Route> {
     (route.kind == RouteKind::OVERLAY).then_some(route)
 }
 
-/// Whether [`onward`] lets a packet with these ends leave by the kernel's routes.
+/// How a packet leaves this node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WayOut {
+    /// By the kernel's routes.
+    Routes,
+    /// Through the tunnel to this node.
+    Tunnel(V4),
+    /// Not at all, or by a way that is not to be told so.
+    Other,
+}
+
+/// How [`onward`] lets a packet with these ends leave.
 #[inline(always)]
-pub(crate) fn leaves<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::Addr) -> bool {
-    maps.endpoint(dst).is_none()
-        && !maps.is(dst, AddressKind::NODE)
-        && tunnel_to::<F, M>(maps, dst).is_none()
-        && maps.address(src).is_some()
+pub(crate) fn way_out<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::Addr) -> WayOut {
+    if maps.endpoint(dst).is_some() || maps.is(dst, AddressKind::NODE) {
+        return WayOut::Other;
+    }
+    match tunnel_to::<F, M>(maps, dst) {
+        Some(route) if route.underlay4.is_unspecified() => WayOut::Other,
+        Some(route) => WayOut::Tunnel(route.underlay4),
+        None if maps.address(src).is_some() => WayOut::Routes,
+        None => WayOut::Other,
+    }
 }
 
 /// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had

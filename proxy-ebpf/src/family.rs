@@ -22,6 +22,9 @@ pub struct Network {
     pub fragment: Fragment,
 }
 
+/// "Congestion experienced" (RFC 3168, 5).
+pub(crate) const CONGESTED: u8 = 3;
+
 /// What part of a datagram this is.
 #[derive(Clone, Copy)]
 pub struct Fragment {
@@ -222,6 +225,36 @@ pub trait Family: Copy + 'static {
 
     /// Whether an ICMP type is an error's, which quotes a packet.
     fn is_icmp_error(icmp_type: u8) -> bool;
+}
+
+/// What only IPv4 headers of this node's own making can have.
+pub(crate) trait Splittable: Family {
+    /// A header that [`Family::header`] made, as one of a packet that routers may split, with an
+    /// identification (RFC 6864, 4) and marks for routers.
+    fn splittable(header: Self::Header, marks: u8, id: u16) -> Self::Header;
+}
+
+impl Splittable for V4 {
+    #[inline(always)]
+    fn splittable(header: [u32; 5], marks: u8, id: u16) -> [u32; 5] {
+        let [old_first, old_second, third, src, dst] = header;
+        let [version, _, high, low] = old_first.to_ne_bytes();
+        let first = u32::from_ne_bytes([version, marks, high, low]);
+        let [a, b] = id.to_ne_bytes();
+        let second = u32::from_ne_bytes([a, b, 0, 0]);
+        let delta = checksum::Delta::default()
+            .word(old_first, first)
+            .word(old_second, second);
+        let [ttl, proto, c, d] = third.to_ne_bytes();
+        let [c, d] = delta.apply(u16::from_ne_bytes([c, d])).to_ne_bytes();
+        [
+            first,
+            second,
+            u32::from_ne_bytes([ttl, proto, c, d]),
+            src,
+            dst,
+        ]
+    }
 }
 
 impl Family for V4 {

@@ -82,6 +82,17 @@ pub trait Packet {
     /// a packet of this type. Nothing is changed where that is refused.
     fn unwrap(&mut self, length: usize, ethertype: u16) -> Result<(), Refused>;
 
+    /// The frame's length.
+    fn length(&self) -> usize;
+
+    /// Takes as many bytes away from the frame's beginning, or has it begin earlier if there are fewer
+    /// than none. What was taken away comes back as it was.
+    fn shift(&mut self, by: i32) -> Result<(), Refused>;
+
+    /// Puts a packet of this type into the tunnel that leads to its destination
+    /// ([`crate::xdp::overlay`]), by functions of their own.
+    fn enclose(&mut self, ethertype: u16) -> Result<(), Refused>;
+
     /// Makes the frame `length` bytes long.
     fn resize(&mut self, length: u32) -> Result<(), Refused>;
 

@@ -13,7 +13,7 @@ use penstock_common::{
 
 use crate::{
     env::{Maps, Way},
-    family::{ETHERNET, Family, Network},
+    family::{CONGESTED, ETHERNET, Family, Network},
     forward,
     packet::Packet,
     parse,
@@ -21,9 +21,9 @@ use crate::{
 };
 
 /// The length of a UDP header (RFC 768), in bytes.
-const UDP_HEADER: usize = 8;
+pub(crate) const UDP_HEADER: usize = 8;
 /// A VXLAN header's first word: there is a network identifier (RFC 7348, 5).
-const VXLAN_FLAGS: u32 = u32::from_ne_bytes([8, 0, 0, 0]);
+pub(crate) const VXLAN_FLAGS: u32 = u32::from_ne_bytes([8, 0, 0, 0]);
 
 /// Whether a packet is a tunnel's, of which `own` is this node's end, and whole.
 ///
@@ -66,12 +66,9 @@ pub fn sent<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
 }
 
 /// The length of a VXLAN header (RFC 7348, 5), in bytes.
-const VXLAN_HEADER: usize = 8;
+pub(crate) const VXLAN_HEADER: usize = 8;
 /// The longest headers that are looked at inside, in bytes: IPv6's and as much of TCP's as has ports.
 const LOOKED_AT: usize = V6::HEADER + 8;
-
-/// "Congestion experienced" (RFC 3168, 5).
-const CONGESTED: u8 = 3;
 
 /// Unwraps a tunnel's packet to this node ([`is_own`]) and hands what is inside to its pod.
 #[inline(always)]

@@ -8,13 +8,15 @@
 //! A flow's packets find beside its counts what was decided for one of them a moment ago ([`seek`]),
 //! and by which way it left. [`carry`] asks for nothing that this says.
 
+pub mod overlay;
+
 use penstock_common::{
     Addr, AddressKind, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto, Said,
 };
 
 use crate::{
-    env::{Maps, Record},
-    external,
+    env::{Maps, NextHop, Record},
+    external::{self, WayOut},
     family::{ETHERNET, Family, Fragment, Network},
     flow::{self, succession},
     forward,
@@ -125,7 +127,7 @@ pub fn carry<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     };
     if tunnel::is_own::<F, M>(packet, maps, &dst) {
-        return Ok(Verdict::Pass);
+        return Ok(Verdict::Wrapped);
     }
     // This node's own address needs no looking up; others are mostly nobody's here.
     if dst != maps.node() && maps.address(&dst).is_none() {
@@ -185,13 +187,16 @@ pub fn carry<F: Family, M: Maps<F>>(
     rewrite::translate::<F>(packet, &segment, src, dst)?;
     forward::take_hop::<F>(packet, hops).map_err(forward::refused)?;
     packet.store(0, &hop.ethernet).map_err(forward::refused)?;
+    if hop.is_tunnel() {
+        packet.enclose(F::ETHERTYPE).map_err(forward::refused)?;
+    }
     maps.count(if is_reply {
         Counter::ExternalReply
     } else {
         Counter::ExternalRequest
     });
     maps.count(Counter::ExternalXdp);
-    Ok(Verdict::Routed(hop.ifindex))
+    Ok(Verdict::Routed(hop.leaves_by()))
 }
 
 /// In place of the interface that packets leave by which are the TC hook's.
@@ -262,17 +267,34 @@ pub fn seek<F: Family, M: Maps<F>>(
         ..Hop::NONE
     };
     let is_in_place = !is_reply || maps.is(&said.to, AddressKind::NODE);
-    if is_in_place && external::leaves::<F, M>(maps, &said.ends.0, &said.ends.1) {
-        let Some(next) = maps.next_hop(said.ifindex, &said.ends.0, &said.ends.1) else {
-            // The kernel may think otherwise of the next.
-            return Ok(Verdict::Pass);
-        };
-        // Of other interfaces nobody knows whether they take frames from XDP, or lose them.
-        if next.ifindex == said.ifindex || maps.xdp_uplink(next.ifindex).is_some() {
-            hop.ifindex = next.ifindex;
-            hop.ethernet = forward::ethernet(next.to, next.from);
-            hop.mtu = next.mtu;
+    let (src, dst) = said.ends;
+    let way = if is_in_place {
+        external::way_out::<F, M>(maps, &src, &dst)
+    } else {
+        WayOut::Other
+    };
+    let (next, mark, longest) = match way {
+        WayOut::Routes => (maps.next_hop(said.ifindex, &src, &dst), 0, u32::MAX),
+        WayOut::Tunnel(to) => {
+            let next = maps.tunnel_hop(said.ifindex, to);
+            (next, Hop::TUNNEL, maps.overlay().mtu)
         }
+        WayOut::Other => (Some(NextHop::default()), 0, 0),
+    };
+    let Some(next) = next else {
+        // The kernel may think otherwise of the next.
+        return Ok(Verdict::Pass);
+    };
+    // Of other interfaces nobody knows whether they take frames from XDP, or lose them.
+    let takes_frames = next.ifindex == said.ifindex || maps.xdp_uplink(next.ifindex).is_some();
+    if longest != 0 && takes_frames {
+        hop.ifindex = next.ifindex | mark;
+        hop.ethernet = forward::ethernet(next.to, next.from);
+        hop.mtu = if mark == 0 {
+            next.mtu
+        } else {
+            longest.min(next.mtu.saturating_sub(overlay::ADDED))
+        };
     }
     hop.check = said.check(&hop);
     maps.set_hop(id, is_reply, &hop);

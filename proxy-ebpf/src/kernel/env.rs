@@ -830,6 +830,11 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn tunnel_hop(&self, ingress: u32, to: V4) -> Option<NextHop> {
+                routes::next_hop(self.context, ingress, Maps::<V4>::node(self), to)
+            }
+
+            #[inline(always)]
             fn route(&self, addr: &$family) -> Option<Route> {
                 let bits = (size_of::<$family>() * 8) as u32;
                 $routes.get(Key::new(bits, *addr)).map(|route| copy(route))

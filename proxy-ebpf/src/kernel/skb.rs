@@ -387,6 +387,22 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn length(&self) -> usize {
+        self.0.len() as usize
+    }
+
+    #[inline(always)]
+    fn shift(&mut self, _: i32) -> Result<(), Refused> {
+        // The kernel's own devices make tunnels.
+        Err(Refused)
+    }
+
+    #[inline(always)]
+    fn enclose(&mut self, _: u16) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
     fn resize(&mut self, length: u32) -> Result<(), Refused> {
         // SAFETY: the helper checks the length.
         done(unsafe { bpf_skb_change_tail(self.0.skb.skb, length, 0) })

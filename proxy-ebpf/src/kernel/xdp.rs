@@ -6,12 +6,14 @@
 #![expect(unsafe_code, reason = "packet memory")]
 
 use aya_ebpf::{
-    bindings::xdp_action::XDP_TX, helpers::generated::bpf_redirect, programs::XdpContext,
+    bindings::xdp_action::XDP_TX,
+    helpers::generated::{bpf_redirect, bpf_xdp_adjust_head},
+    programs::XdpContext,
 };
-use penstock_common::Plain;
+use penstock_common::{Plain, V4};
 use penstock_ebpf::{
     checksum::Delta,
-    family::ETHERNET,
+    family::{ETHERNET, Family},
     packet::{Covers, Packet, Refused, Zero},
 };
 
@@ -20,6 +22,7 @@ use super::{
     skb::{opaque, sctp_change},
     unaligned,
 };
+use crate::programs::xdp::{enclose, label4, label6};
 
 /// A frame.
 pub(crate) struct Xdp<'a>(&'a XdpContext);
@@ -158,8 +161,37 @@ impl Packet for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn length(&self) -> usize {
+        self.0.data_end() - self.0.data()
+    }
+
+    #[inline(always)]
+    fn shift(&mut self, by: i32) -> Result<(), Refused> {
+        // SAFETY: the context is the one that the kernel called this program with; all pointers into the
+        // frame are made anew from it.
+        match unsafe { bpf_xdp_adjust_head(self.0.ctx, by) } {
+            0 => Ok(()),
+            _ => Err(Refused),
+        }
+    }
+
+    #[inline(always)]
+    fn enclose(&mut self, ethertype: u16) -> Result<(), Refused> {
+        // One after the other, so that neither needs the other's stack.
+        let label = if ethertype == V4::ETHERTYPE {
+            label4(self.0.ctx)
+        } else {
+            label6(self.0.ctx)
+        };
+        if label == 0 || enclose(self.0.ctx, label) != 0 {
+            return Err(Refused);
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
     fn resize(&mut self, _: u32) -> Result<(), Refused> {
-        // Nothing that changes a frame's length is done here.
+        // Nothing that changes where a frame ends is done here.
         Err(Refused)
     }
 

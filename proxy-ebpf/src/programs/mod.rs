@@ -18,7 +18,7 @@ mod sockets;
 mod stages;
 mod tc;
 mod verdicts;
-mod xdp;
+pub(crate) mod xdp;
 
 /// Counts a packet that goes no further.
 #[inline(always)]

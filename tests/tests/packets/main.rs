@@ -16,6 +16,7 @@ mod kernel;
 mod model;
 mod overlay;
 mod xdp;
+mod xdp_overlay;
 
 use std::net::IpAddr;
 

@@ -19,17 +19,17 @@ use crate::{
 
 /// Frames of test runs come in by the loopback interface.
 const LOOPBACK: u32 = 1;
-const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
+pub const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
 /// The node that the other pods are on, and one that has none.
-const PEERS: [&str; 2] = ["172.31.0.12", "fd00:31::c"];
-const STRANGERS: [&str; 2] = ["172.31.0.13", "fd00:31::d"];
+pub const PEERS: [&str; 2] = ["172.31.0.12", "fd00:31::c"];
+pub const STRANGERS: [&str; 2] = ["172.31.0.13", "fd00:31::d"];
 const PODS: [&str; 2] = ["10.244.1.5", "fd00:244:1::5"];
-const REMOTES: [&str; 2] = ["10.244.2.7", "fd00:244:2::7"];
-const RANGES: [(&str, u32); 2] = [("10.244.2.0", 24), ("fd00:244:2::", 64)];
+pub const REMOTES: [&str; 2] = ["10.244.2.7", "fd00:244:2::7"];
+pub const RANGES: [(&str, u32); 2] = [("10.244.2.0", 24), ("fd00:244:2::", 64)];
 const MAC: [u8; 6] = [2, 1, 1, 1, 1, 1];
 const HOST_MAC: [u8; 6] = [2, 1, 1, 1, 1, 2];
-const VNI: u32 = 7;
-const PORT: u16 = 8_472;
+pub const VNI: u32 = 7;
+pub const PORT: u16 = 8_472;
 
 /// A node with one pod, behind the interface that all test runs come in by, and one peer whose tunnels
 /// end at its address of a family.
@@ -76,7 +76,7 @@ fn range(family: usize) -> (IpAddr, u32) {
 }
 
 /// Through the tunnel to the peer's address of a family.
-fn route(underlay: usize) -> Route {
+pub fn route(underlay: usize) -> Route {
     let mut route = Route {
         kind: RouteKind::OVERLAY,
         ..Route::default()
@@ -174,20 +174,20 @@ fn only_a_pods_own_packets_enter_the_overlay() {
 }
 
 /// A tunnel's packet to this node.
-struct Tunnel {
-    from: &'static str,
-    vni: u32,
-    checksum: u16,
-    fragment: Option<(u32, u16, bool)>,
-    options: usize,
+pub struct Tunnel {
+    pub from: &'static str,
+    pub vni: u32,
+    pub checksum: u16,
+    pub fragment: Option<(u32, u16, bool)>,
+    pub options: usize,
     /// Where the frame inside goes.
-    mac: [u8; 6],
+    pub mac: [u8; 6],
     /// What routers have marked it with (RFC 3168).
-    ecn: u8,
+    pub ecn: u8,
 }
 
 impl Tunnel {
-    fn to(from: &'static str) -> Self {
+    pub fn to(from: &'static str) -> Self {
         Self {
             from,
             vni: VNI,
@@ -200,7 +200,7 @@ impl Tunnel {
     }
 
     /// Around a frame (RFC 7348, 5).
-    fn wrap(&self, inner: &[u8]) -> Vec<u8> {
+    pub fn wrap(&self, inner: &[u8]) -> Vec<u8> {
         let family = usize::from(ip(self.from).is_ipv6());
         let mut segment = Vec::new();
         segment.extend(50_000_u16.to_be_bytes());

@@ -25,19 +25,19 @@ use crate::{
 };
 
 /// From the kernel's uapi/linux/bpf.h.
-const XDP_PASS: i32 = 2;
-const XDP_REDIRECT: i32 = 4;
+pub const XDP_PASS: i32 = 2;
+pub const XDP_REDIRECT: i32 = 4;
 
 /// Frames of test runs come in by the loopback interface, which has this Ethernet address.
-const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
+pub const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
 
 /// The node's own addresses, which the testbed gives its first node.
 const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
-const BALANCERS: [&str; 2] = ["203.0.113.1", "2001:db8:203::1"];
+pub const BALANCERS: [&str; 2] = ["203.0.113.1", "2001:db8:203::1"];
 /// A pod of this node's.
 const PODS: [&str; 2] = ["10.244.1.5", "fd00:244:1::5"];
 /// Behind a gateway.
-const CLIENTS: [[&str; 3]; 2] = [
+pub const CLIENTS: [[&str; 3]; 2] = [
     ["192.0.2.1", "192.0.2.2", "198.18.7.7"],
     ["2001:db8:c::1", "2001:db8:c::2", "2001:db8:d::7"],
 ];
@@ -50,10 +50,10 @@ const BACKENDS: [[&str; 2]; 2] = [
 const UNKNOWN: [&str; 2] = ["172.31.0.99", "fd00:31::63"];
 const PROTOS: [u8; 3] = [TCP, UDP, SCTP];
 const GATEWAYS: [&str; 2] = ["172.31.0.1", "fd00:31::1"];
-const GATEWAY_MAC: &str = "02:00:00:00:00:fe";
-const BACKEND_MAC: &str = "02:00:00:00:00:65";
+pub const GATEWAY_MAC: &str = "02:00:00:00:00:fe";
+pub const BACKEND_MAC: &str = "02:00:00:00:00:65";
 
-fn mac(text: &str) -> [u8; 6] {
+pub fn mac(text: &str) -> [u8; 6] {
     let bytes: Vec<u8> = text
         .trim()
         .split(':')
@@ -235,7 +235,7 @@ fn generate(random: &mut Random, model: &Model, seen: &Seen) -> Case {
 }
 
 /// Tells the programs what they need to know of the node beside services; its Ethernet address.
-fn describe(kernel: &mut Kernel, node: &Node) -> [u8; 6] {
+pub fn describe(kernel: &mut Kernel, node: &Node) -> [u8; 6] {
     let links = node.host.run("ip", &["-j", "link", "show", "eth0"]);
     let links: Value = serde_json::from_str(&links.expect("ip")).expect("JSON");
     let index = links[0]["ifindex"].as_u64().expect("a number") as u32;
@@ -276,7 +276,7 @@ fn describe(kernel: &mut Kernel, node: &Node) -> [u8; 6] {
 }
 
 /// The node's ways: neighbours, and a gateway for everybody else.
-fn lay_out(node: &Node) {
+pub fn lay_out(node: &Node) {
     let run = |arguments: &[&str]| node.host.run("ip", arguments).expect("ip");
     for half in [0, 1] {
         let neighbours = BACKENDS[half].map(|ip| (ip, BACKEND_MAC));
@@ -301,7 +301,7 @@ fn lay_out(node: &Node) {
 }
 
 /// Whom a frame that left is from and to, if it is TCP or UDP.
-fn ends(frame: &[u8]) -> Option<(u8, Endpoint, Endpoint)> {
+pub fn ends(frame: &[u8]) -> Option<(u8, Endpoint, Endpoint)> {
     let header = frame::header(frame, 14, frame::family(frame)?)?;
     let (src, dst) = frame::ports(frame, header.transport)?;
     Some((header.proto, (header.src, src), (header.dst, dst)))
@@ -426,7 +426,7 @@ fn compare(node: &Node) {
 }
 
 /// Does something in a node's namespace: the kernel asks the routes of whoever runs a program.
-fn inside(node: &Node, act: impl FnOnce() + Send) {
+pub fn inside(node: &Node, act: impl FnOnce() + Send) {
     thread::scope(|scope| {
         let acting = scope.spawn(|| {
             let namespace = File::open(format!("/run/netns/{}", node.host.name));
@@ -439,7 +439,7 @@ fn inside(node: &Node, act: impl FnOnce() + Send) {
     });
 }
 
-/// A known flow whose packets only XDP gets.
+/// A known flow.
 struct Remembered {
     kernel: Kernel,
     request: [Vec<u8>; 2],
@@ -475,6 +475,8 @@ impl Remembered {
     fn sent(&mut self, is_long: bool) -> [Option<[u8; 6]>; 2] {
         let index = usize::from(is_long);
         [&self.request[index], &self.reply[index]].map(|frame| {
+            // Of a flow that nobody saw for some seconds the first packet is TC's.
+            self.kernel.run_classifier("from_uplink", frame);
             let (verdict, sent) = self.kernel.run_xdp(frame);
             (verdict == XDP_REDIRECT).then(|| sent[0..6].try_into().expect("six bytes"))
         })
