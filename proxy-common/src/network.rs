@@ -35,13 +35,21 @@ impl RouteKind {
     /// Another node's pods, behind a tunnel to it.
     pub const OVERLAY: u32 = 1;
     /// Reached as the kernel's routes say, with the pod's own address: another node's pods on a
-    /// network that carries them, or what the operator declared so.
+    /// network that carries them.
     pub const DIRECT: u32 = 2;
     /// This node's own range: what is no endpoint of it is nobody.
     pub const OWN: u32 = 3;
     /// Another node itself, on a network that carries pods' addresses: it sees them, or could not tell
     /// their replies from others. For policies it is outside.
     pub const NODE: u32 = 4;
+    /// What sees pods' own addresses because the operator said so, and is outside all the same.
+    pub const UNMASKED: u32 = 5;
+
+    /// Whether whoever is there is one of the cluster's pods.
+    #[inline(always)]
+    pub const fn is_of_pods(kind: u32) -> bool {
+        matches!(kind, Self::OVERLAY | Self::DIRECT | Self::OWN)
+    }
 }
 
 /// Where a range of addresses is; what no range covers is outside of the cluster.

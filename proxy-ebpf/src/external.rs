@@ -111,7 +111,7 @@ pub(crate) fn open_flow<F: Family, M: Maps<F>>(
     let frontend = pod::dialled::<F, M>(maps, segment)?;
     // Pods of other nodes come this way too, where the network does not hide them.
     let origin = match maps.route(&segment.src) {
-        Some(route) if route.kind != RouteKind::NODE => Origin::Cluster,
+        Some(route) if RouteKind::is_of_pods(route.kind) => Origin::Cluster,
         _ => Origin::Outside,
     };
     let chosen = select::backend(maps, &frontend, origin, segment.src)?;
@@ -186,8 +186,13 @@ pub fn onward<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     }
     if let Some(route) = tunnel_to::<F, M>(maps, &dst) {
-        return match forward::enter_overlay::<F>(packet, maps, route)? {
-            Verdict::Pass if maps.is(&src, AddressKind::NODE) => too_long::<F>(packet, maps),
+        // All parts of a packet go one way: a kernel that joins the long ones waits for the short one.
+        let verdict = match F::plain(packet, ETHERNET) {
+            Some(_) => forward::enter_overlay::<F>(packet, maps, route)?,
+            None => Verdict::Pass,
+        };
+        return match verdict {
+            Verdict::Pass if maps.is(&src, AddressKind::NODE) => by_kernel::<F>(packet, maps),
             verdict => Ok(verdict),
         };
     }
@@ -232,15 +237,17 @@ pub(crate) fn way_out<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::A
     }
 }
 
-/// A packet that does not fit the overlay: the kernel splits it where that is allowed, as if it had
-/// come in by the overlay's own device, which may have this node's addresses for sources.
+/// A packet to the overlay that is out of the ordinary: the kernel sends it, split where it does not fit and
+/// that is allowed, as if it had come in by the overlay's own device, which may have this node's
+/// addresses for sources.
 #[inline(always)]
-fn too_long<F: Family>(packet: &mut impl Packet, maps: &impl Maps<F>) -> Result<Verdict, Counter> {
-    if !F::may_be_split(packet, ETHERNET) {
+fn by_kernel<F: Family>(packet: &mut impl Packet, maps: &impl Maps<F>) -> Result<Verdict, Counter> {
+    let overlay = maps.overlay();
+    if !F::may_be_split(packet, ETHERNET) && !packet.fits(overlay.ifindex, overlay.mtu) {
         return Ok(Verdict::TooLong);
     }
     forward::frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(forward::refused)?;
-    Ok(Verdict::In(maps.overlay().ifindex))
+    Ok(Verdict::In(overlay.ifindex))
 }
 
 /// Tells the sender of a packet that does not fit the overlay, which was translated already, what

@@ -68,6 +68,21 @@ impl Host {
         self.start(traffic()?, arguments)
     }
 
+    /// Has the kernel track all connections that it sees here, as it does where a rule asks for their state.
+    pub fn track_everything(&self) -> Result<()> {
+        for iptables in ["iptables", "ip6tables"] {
+            let rule = ["-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID"];
+            self.run(iptables, &[&rule[..], &["-j", "ACCEPT"]].concat())?;
+        }
+        Ok(())
+    }
+
+    /// What the kernel tracks here (nf_conntrack), an entry each.
+    pub fn tracked(&self) -> Result<Vec<String>> {
+        let text = self.run("cat", &["/proc/thread-self/net/nf_conntrack"])?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
     /// Segments and datagrams that it dropped for a wrong checksum.
     pub fn checksum_errors(&self) -> Result<u64> {
         let text = self.run("cat", &["/proc/thread-self/net/snmp"])?;

@@ -319,7 +319,16 @@ impl Agent {
         let unswept = self.reconciler.unswept().map(str::to_owned);
         let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
         problems.extend(self.pressure.problems());
-        problems.extend(lock(&self.interfaces).problems.iter().cloned());
+        {
+            let interfaces = lock(&self.interfaces);
+            problems.extend(interfaces.problems.iter().cloned());
+            problems.extend(interfaces.unserved.iter().map(|name| {
+                format!(
+                    "interface {name} has no Ethernet header: clients there are not served; leave it out \
+                     of --uplinks if they need not be"
+                )
+            }));
+        }
         problems.extend(lock(&self.unchecked).values().cloned());
         problems.extend(lock(&self.unmonitored).values().cloned());
         if let Some(network) = &self.network {

@@ -85,6 +85,9 @@ pub struct Status {
     pub interfaces: BTreeMap<u32, Followed>,
     /// This node's pods as the CNI plugin remembers them, and the index of each one's interface.
     pub attachments: Vec<(Attachment, Option<u32>)>,
+    /// Interfaces to the outside whose packets have no Ethernet header, which is where the programs begin
+    /// to read.
+    pub unserved: Vec<String>,
     /// What of that can't be read, or can't be told the programs.
     pub problems: Vec<String>,
 }
@@ -334,6 +337,7 @@ impl Follower {
         self.tell_addresses();
         let mut present: Present = BTreeMap::new();
         let mut carriers = HashSet::new();
+        let mut unserved = Vec::new();
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await? {
             let mut name = None;
@@ -362,7 +366,12 @@ impl Follower {
             if let Some(name) = name
                 && let Some(role) = self.role(&name)
             {
-                let is_ethernet = link.header.link_layer_type == LinkLayerType::Ether;
+                let layer = link.header.link_layer_type;
+                let is_ethernet = layer == LinkLayerType::Ether;
+                if role == Role::Uplink && !is_ethernet && layer != LinkLayerType::Loopback {
+                    unserved.push(name);
+                    continue;
+                }
                 let facts = Facts {
                     mac: mac.filter(|_| is_ethernet),
                     is_veth: kind == Some(InfoKind::Veth),
@@ -377,6 +386,7 @@ impl Follower {
                 present.insert(link.header.index, link_seen);
             }
         }
+        lock(&self.status).unserved = unserved;
         for (index, link) in &mut present {
             link.facts.has_vlans = carriers.contains(index);
         }

@@ -306,7 +306,7 @@ pub fn wanted(plan: &Plan, direct: &[IpNetwork]) -> BTreeMap<IpNetwork, Route> {
     };
     let mut routes = BTreeMap::new();
     for range in direct {
-        routes.insert(*range, of_kind(RouteKind::DIRECT));
+        routes.insert(*range, of_kind(RouteKind::UNMASKED));
     }
     for (range, remote) in &plan.remote {
         let route = match &remote.hop {

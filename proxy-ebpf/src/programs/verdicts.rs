@@ -2,6 +2,8 @@
 //!
 //! None is a verdict of the kernel's; those are at least 0 and below [`DROPPED`].
 
+use penstock_common::limits;
+
 /// Leaves the packet to whoever is next at the hook, and else to the kernel.
 pub(super) const NEXT: i32 = -1;
 pub(super) const LOOK: i32 = -27;
@@ -37,7 +39,8 @@ pub(super) const CLAIMED: i32 = 1 << 20;
 // Plus the chunk.
 pub(super) const SEARCH: i32 = 1 << 20;
 // Plus twice the `FlowId`, and one for a reply.
-pub(super) const FOUND: i32 = 1 << 20;
-pub(super) const SOUGHT: i32 = 1 << 21;
+pub(super) const FOUND: i32 = 1 << 28;
+pub(super) const SOUGHT: i32 = 1 << 29;
+const _: () = assert!(2 * (limits::MOST_FLOWS as i32) <= SOUGHT - FOUND);
 /// In place of such a number.
 pub(super) const NOT_FOUND: u32 = u32::MAX;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use anyhow::{Result, ensure};
-use penstock_testbed::{PROTOCOLS, eventually, require_kernel, text};
+use penstock_testbed::{Host, PROTOCOLS, eventually, require_kernel, text};
 use serde_json::json;
 
 use crate::stage::{Answer, BALANCER, Pods, Stage, all_answers, ask, failure, same_family};
@@ -50,6 +50,8 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
     stage.client.without_checksum_offload("eth0")?;
     there.host.without_checksum_offload("eth0")?;
     stage.web(&[here, there], |web| web)?;
+    let node = &stage.nodes[0].host;
+    node.track_everything()?;
     for protocol in PROTOCOLS {
         for to in stage.addresses(protocol) {
             // A backend of the same node sees who asks, one elsewhere sees the node.
@@ -73,6 +75,10 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
     if options.contains(&"--xdp") {
         by_xdp(&stage)?;
         stage.web(&[here, there], |web| web)?;
+    }
+
+    if pods == Pods::Wired {
+        nothing_is_tracked(&stage, node)?;
     }
 
     // Larger than the links: fragments follow their first.
@@ -107,6 +113,22 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// No service's connection is one of the kernel's tracking, which is at work.
+fn nothing_is_tracked(stage: &Stage, node: &Host) -> Result<()> {
+    const PORTS: [u16; 4] = [80, 8080, 30_080, 30_081];
+    let is_ours =
+        |entry: &String| (PORTS.iter()).any(|port| entry.contains(&format!(" dport={port} ")));
+    let entries = node.tracked()?;
+    ensure!(!entries.iter().any(is_ours), "{entries:#?}");
+    let own = SocketAddr::new(node.ip4, 8080);
+    stage.client.who_answers("tcp", &own.to_string())?;
+    eventually("the node's own connection is tracked", || {
+        let entries = node.tracked()?;
+        ensure!(entries.iter().any(is_ours), "{entries:#?}");
+        Ok(())
+    })
+}
+
 /// XDP sends requests to another node and replies back, whoever connects that node's pods: of a flow's first
 /// packets it leaves one in sixteen to TC.
 fn by_xdp(stage: &Stage) -> Result<()> {
@@ -125,10 +147,20 @@ fn by_xdp(stage: &Stage) -> Result<()> {
 
 #[test]
 fn a_local_policy_keeps_to_the_node_and_to_the_clients_address() -> Result<()> {
+    a_local_policy_keeps(&[])
+}
+
+/// Who sees pods' own addresses is no pod.
+#[test]
+fn a_local_policy_is_heeded_where_pods_are_not_masqueraded() -> Result<()> {
+    a_local_policy_keeps(&["--non-masquerade", "172.31.0.192/26,fd00:31::c0/122"])
+}
+
+fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
-    let stage = Stage::new(Pods::Wired)?;
+    let stage = Stage::with(Pods::Wired, options)?;
     let [here, there] = &stage.servers;
     let local = |web: penstock_testbed::Service| web.set("externalTrafficPolicy", "Local");
     stage.web(&[here, there], local)?;

@@ -31,23 +31,20 @@ fn the_outside_sees_the_node_and_the_kernel_tracks_nothing() -> Result<()> {
     reaches(&pod, &inside)?;
     assert!(net.agents[0].count("masqueraded")? > 0);
     // Penstock wants nothing tracked, so nobody does.
-    assert_eq!(tracked(&node)?, Vec::<String>::new());
+    assert_eq!(node.tracked()?, Vec::<String>::new());
 
     // Even where somebody else has everything tracked, what passes between pods and the outside is
     // not seen by the kernel's tracking.
-    for iptables in ["iptables", "ip6tables"] {
-        let rule = ["-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID"];
-        node.run(iptables, &[&rule[..], &["-j", "ACCEPT"]].concat())?;
-    }
+    node.track_everything()?;
     is_masqueraded(&pod, &outside, &node)?;
-    let entries = tracked(&node)?;
+    let entries = node.tracked()?;
     let of_ours = |entry: &&String| entry.contains(" dport=8080 ") || entry.contains("icmp");
     let ours: Vec<&String> = entries.iter().filter(of_ours).collect();
     assert!(ours.is_empty(), "{ours:#?}");
     // That the tracking works at all is seen by what the node itself asks.
     node.who_answers("tcp", &SocketAddr::new(outside.ip4, 8080).to_string())?;
     eventually("the node's own connection is tracked", || {
-        let entries = tracked(&node)?;
+        let entries = node.tracked()?;
         ensure!(entries.iter().any(|entry| of_ours(&entry)), "{entries:#?}");
         Ok(())
     })?;
@@ -75,12 +72,6 @@ fn is_masqueraded(pod: &Host, outside: &Host, node: &Host) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// What the kernel tracks on a host.
-fn tracked(host: &Host) -> Result<Vec<String>> {
-    let text = host.run("cat", &["/proc/thread-self/net/nf_conntrack"])?;
-    Ok(text.lines().map(str::to_owned).collect())
 }
 
 #[test]
