@@ -163,12 +163,11 @@ pub fn testimony(
     expected: &Expected,
 ) -> Result<Vec<Evidence>> {
     let after = read(witnesses)?;
-    let counted = before
-        .iter()
-        .zip(&after)
-        .map(|(before, after)| after - before);
     let mut all = Vec::new();
-    for (witness, grew) in witnesses.iter().zip(counted) {
+    for ((witness, before), after) in witnesses.iter().zip(before).zip(&after) {
+        let grew = after
+            .checked_sub(*before)
+            .with_context(|| format!("{} went back from {before} to {after}", witness.what))?;
         let range = match witness.counts {
             Counts::Connections => expected.connections..=u64::MAX,
             Counts::Flows => expected.flows..=u64::MAX,

@@ -46,11 +46,16 @@ impl Median {
         }
     }
 
-    /// Whether a ratio says anything: its interval leaves 1 out, and is no wider than the way from 1
-    /// to the median. Both are measured as ratios, so that twice and half are equally far from 1.
+    /// Whether a ratio is another than 1: its interval leaves 1 out.
     pub fn is_difference(self) -> bool {
-        let is_beside = self.high < 1.0 || 1.0 < self.low;
-        is_beside && (self.high / self.low).ln() <= self.value.ln().abs()
+        // A ratio to nothing, or of nothing, is none.
+        self.low > 0.0 && (self.high < 1.0 || 1.0 < self.low)
+    }
+
+    /// Whether it says how large the difference is: its interval is no wider than the way from 1 to the
+    /// median. Both are measured as ratios, so that twice and half are equally far from 1.
+    pub fn is_sized(self) -> bool {
+        self.is_difference() && (self.high / self.low).ln() <= self.value.ln().abs()
     }
 
     /// In words; a ratio is only named where it says something.
@@ -58,6 +63,8 @@ impl Median {
         let Self { value, low, high } = self;
         if !self.is_difference() {
             format!("no difference (95 % interval {low:.3} to {high:.3})")
+        } else if !self.is_sized() {
+            format!("not 1, but not known better (95 % interval {low:.3} to {high:.3})")
         } else {
             format!("{value:.3} (95 % interval {low:.3} to {high:.3})")
         }
@@ -102,9 +109,12 @@ mod tests {
         );
         assert!(Median::of(&[1.2, 1.3, 1.4]).shown().starts_with("1.3"));
         // Beside 1, but nobody knows where.
-        assert!(!Median::of(&[1.01, 1.1, 3.0]).is_difference());
-        assert!(!Median::of(&[0.02, 0.7, 0.99]).is_difference());
-        assert!(Median::of(&[0.25, 0.3, 0.4]).is_difference());
+        for samples in [[1.01, 1.1, 3.0], [0.02, 0.7, 0.99]] {
+            let ratio = Median::of(&samples);
+            assert!(ratio.is_difference() && !ratio.is_sized());
+            assert!(ratio.shown().starts_with("not 1"), "{}", ratio.shown());
+        }
+        assert!(Median::of(&[0.25, 0.3, 0.4]).is_sized());
         assert!(!Median::of(&[0.0, 0.0, 0.0]).is_difference());
     }
 }

@@ -119,6 +119,23 @@ impl Machine {
         }
     }
 
+    /// What results have to have in common to be one's: kernel, processor, whether it is emulated, and what
+    /// was measured.
+    pub fn identity(&self) -> String {
+        let penstock = self.programs.iter().find(|(name, _)| name == "penstock");
+        format!(
+            "Linux {} on {}{}, Penstock {}",
+            self.kernel,
+            self.processor,
+            if self.emulation.is_some() {
+                ", emulated"
+            } else {
+                ""
+            },
+            penstock.map_or("unknown", |(_, version)| version),
+        )
+    }
+
     /// Says what it is, and what is wrong with measuring on it.
     pub fn introduce(&self) {
         println!("{}", self.line());

@@ -84,7 +84,7 @@ fn behind(outcome: &Outcome, turns: &Turns, metric: Metric, scale: f64) -> Strin
         let ratios = report::ratios_to_kube_proxy(outcome, turns, metric);
         let ratios: Vec<String> = ratios
             .into_iter()
-            .filter(|(_, ratio)| ratio.is_difference())
+            .filter(|(_, ratio)| ratio.is_sized())
             .map(|(mode, ratio)| format!("{:.2} × {mode}", ratio.value))
             .collect();
         if !ratios.is_empty() {

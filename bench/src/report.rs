@@ -60,9 +60,13 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     // Writing to a string can't fail.
     let _ = writeln!(
         text,
-        "{}. Made by `cargo xtask bench`.\n",
+        "{}. Made by `cargo xtask bench`:\n",
         results.machine.line()
     );
+    for command in &results.commands {
+        let _ = writeln!(text, "    cargo xtask bench -- {command}");
+    }
+    text.push('\n');
     for reason in results.machine.reservations() {
         let _ = writeln!(text, "**Mind: {reason}.**\n");
     }
@@ -71,8 +75,8 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     }
     text.push_str(
         "\nMedians of all rounds with their 95 % interval. A ratio compares with the first line of \
-         its table, round by round; one whose interval includes 1, or is wider than its distance from \
-         1, is called no difference.\n",
+         its table, round by round; one whose interval includes 1 is called no difference, and one whose \
+         interval is wider than its distance from 1 is not named.\n",
     );
     slower(&mut text, results);
     beside_kube_proxy(&mut text, results);
@@ -231,7 +235,9 @@ pub fn ratios_to_kube_proxy<'a>(
     ours: &Turns,
     metric: Metric,
 ) -> Vec<(&'a str, Median)> {
-    let modes = outcome.turns.iter();
+    // Who asks the pod itself has no service to compare.
+    let is_served = !ours.contender.ends_with("the pod's address");
+    let modes = outcome.turns.iter().filter(|_| is_served);
     modes
         .filter_map(|turns| Some((turns.mode()?, ours.ratio(turns, metric))))
         .collect()

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -16,6 +16,9 @@ use crate::{machine::Machine, plot, report, turns::Outcome};
 pub struct Results {
     /// Where and when.
     pub machine: Machine,
+    /// What was asked for: the benchmark's arguments, run by run.
+    #[serde(default)]
+    pub commands: Vec<String>,
     /// What was compared.
     pub outcomes: Vec<Outcome>,
     /// What programming takes, where it was measured.
@@ -31,6 +34,7 @@ impl Results {
     pub fn new(machine: Machine) -> Self {
         Self {
             machine,
+            commands: vec![std::env::args().skip(1).collect::<Vec<_>>().join(" ")],
             outcomes: Vec::new(),
             control: None,
             programs: None,
@@ -44,12 +48,24 @@ impl Results {
     }
 
     /// Reads several earlier runs' as one: the first's machine, and of what two have measured the later's.
+    /// They have to be of one machine, kernel and version of Penstock.
     pub fn read_all(paths: &[PathBuf]) -> Result<Self> {
         let mut all: Option<Self> = None;
         for path in paths {
             let next = Self::read(path)?;
             match &mut all {
-                Some(all) => all.take_in(next),
+                Some(all) => {
+                    let (ours, theirs) = (all.machine.identity(), next.machine.identity());
+                    ensure!(
+                        ours == theirs,
+                        "{} is not of the machine and version of {}: {theirs}, and not {ours}",
+                        path.display(),
+                        paths
+                            .first()
+                            .map_or_else(String::new, |path| path.display().to_string()),
+                    );
+                    all.take_in(next);
+                }
                 None => all = Some(next),
             }
         }
@@ -59,6 +75,7 @@ impl Results {
     /// Puts a later run's in the place of its own, or beside them.
     fn take_in(&mut self, later: Self) {
         self.machine.quiet.extend(later.machine.quiet);
+        self.commands.extend(later.commands);
         for outcome in later.outcomes {
             let is_same =
                 |one: &&mut Outcome| (&one.title, &one.what) == (&outcome.title, &outcome.what);

@@ -1,7 +1,11 @@
 //! The real kube-proxy in its iptables and its ipvs mode, on a node of the testbed, with a real API
 //! server.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use penstock_testbed::{self as testbed, ApiServer, Host, Node, ProxyMode, Testbed, patiently};
@@ -27,11 +31,13 @@ pub fn assets() -> Option<PathBuf> {
 /// A node's kube-proxy, and who tells it of services.
 pub struct KubeProxy {
     // Dropped from top to bottom.
-    _process: testbed::KubeProxy,
+    process: testbed::KubeProxy,
     _api: ApiServer,
-    /// Which services come first and last in its rules.
-    pub first_and_last: [Places; 2],
 }
+
+/// For how long its rules have to be the same to be taken for all: it writes them anew, and in another
+/// order, with every change that it hears of.
+const STEADY: Duration = Duration::from_secs(5);
 
 impl KubeProxy {
     /// Starts it with programs from `assets`, and waits until it has rules for so many services.
@@ -46,25 +52,28 @@ impl KubeProxy {
         let mode = ProxyMode::Iptables;
         let (api, mut process) = begin(testbed, assets, node, count, kind, server, mode)?;
         let expected = ports_of(count);
-        let first_and_last = patiently("kube-proxy has written its rules", || {
+        let mut before = String::new();
+        patiently("kube-proxy has written its rules", || {
             let rules = process.rules(true)?;
-            let ports = ports(&rules);
-            anyhow::ensure!(
-                ports.len() >= expected,
-                "{} of {expected} ports have rules",
-                ports.len()
-            );
-            Ok(first_and_last(&ports))
+            let found = ports(&rules).len();
+            anyhow::ensure!(found >= expected, "{found} of {expected} ports have rules");
+            if rules != before {
+                before = rules;
+                thread::sleep(STEADY);
+                anyhow::bail!("they change");
+            }
+            Ok(())
         })?;
-        Ok(Self {
-            _process: process,
-            _api: api,
-            first_and_last: first_and_last.context("no service has rules")?,
-        })
+        Ok(Self { process, _api: api })
     }
 
-    /// The same in its ipvs mode, until so many services have virtual servers. They have no order, so
-    /// any two are first and last.
+    /// Which services come first and last in its rules, as they are.
+    pub fn first_and_last(&mut self) -> Result<[Places; 2]> {
+        let rules = self.process.rules(true)?;
+        first_and_last(&ports(&rules)).context("no service has rules")
+    }
+
+    /// The same in its ipvs mode, until so many services have virtual servers, which have no order.
     pub fn start_ipvs(
         testbed: &mut Testbed,
         assets: &Path,
@@ -85,11 +94,7 @@ impl KubeProxy {
             );
             Ok(())
         })?;
-        Ok(Self {
-            _process: process,
-            _api: api,
-            first_and_last: objects::ends(count)?,
-        })
+        Ok(Self { process, _api: api })
     }
 }
 

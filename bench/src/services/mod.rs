@@ -122,7 +122,7 @@ struct Lane {
     server: Pod,
     serving: Rc<Process>,
     agent: Option<Rc<Agent>>,
-    _kube_proxy: Option<KubeProxy>,
+    kube_proxy: Option<KubeProxy>,
 }
 
 impl Lane {
@@ -143,17 +143,17 @@ impl Lane {
             client,
             server,
             agent: None,
-            _kube_proxy: None,
+            kube_proxy: None,
         })
     }
 
-    /// Programs so many services; which of them come first and last, where there is an order.
+    /// Programs so many services.
     fn program(
         &mut self,
         testbed: &mut Testbed,
         assets: Option<&PathBuf>,
         count: usize,
-    ) -> Result<Option<[Places; 2]>> {
+    ) -> Result<()> {
         let server = &self.server.host;
         match self.way {
             Way::Direct => {}
@@ -167,23 +167,21 @@ impl Lane {
                 let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
                 let kind = Kind::ClusterIp;
                 let proxy = KubeProxy::start(testbed, assets, &self.node, count, kind, server)?;
-                let order = proxy.first_and_last;
-                self._kube_proxy = Some(proxy);
-                return Ok(Some(order));
+                self.kube_proxy = Some(proxy);
             }
             Way::Ipvs => {
                 let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
                 let kind = Kind::ClusterIp;
                 let proxy =
                     KubeProxy::start_ipvs(testbed, assets, &self.node, count, kind, server)?;
-                self._kube_proxy = Some(proxy);
+                self.kube_proxy = Some(proxy);
             }
             Way::Nftables => {
                 let folder = testbed.folder();
                 nftables::load(count, Kind::ClusterIp, server, &self.node, folder)?;
             }
         }
-        Ok(None)
+        Ok(())
     }
 
     /// What tells that traffic to services took this way.
@@ -260,6 +258,19 @@ pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort) -> Result<Vec<Ou
     Ok(outcomes)
 }
 
+/// Which services come first and last in kube-proxy's rules, which have an order of their own; without
+/// them any two services will do.
+fn order(lanes: &mut [Lane], count: usize) -> Result<[Places; 2]> {
+    let mut proxies = lanes
+        .iter_mut()
+        .filter(|lane| lane.way == Way::Iptables)
+        .filter_map(|lane| lane.kube_proxy.as_mut());
+    match proxies.next() {
+        Some(proxy) => proxy.first_and_last(),
+        None => objects::ends(count),
+    }
+}
+
 fn with(
     count: usize,
     ways: &[Way],
@@ -269,18 +280,16 @@ fn with(
     anyhow::ensure!(count > 0, "there has to be a service to be asked");
     let mut testbed = Testbed::new()?;
     let mut lanes = Vec::new();
-    // kube-proxy's rules have an order of their own; without it any two services will do.
-    let mut order = objects::ends(count)?;
     for way in ways {
         let mut lane = Lane::new(&mut testbed, *way)?;
-        if let Some(found) = lane.program(&mut testbed, assets, count)? {
-            order = found;
-        }
+        lane.program(&mut testbed, assets, count)?;
         lanes.push(lane);
     }
-    let [first, last] = order;
     let mut outcomes = Vec::new();
-    for (which, places) in [("first", first), ("last", last)] {
+    for (index, which) in ["first", "last"].into_iter().enumerate() {
+        let order = order(&mut lanes, count)?;
+        let [first, last] = order;
+        let places = if index == 0 { first } else { last };
         let title = match (count, which) {
             (1, _) => "1 service".to_owned(),
             _ => format!("{count} services, the {which}"),
@@ -292,6 +301,10 @@ fn with(
             }
             outcomes.extend(turns::take(&title, &contenders, trials, effort)?);
         }
+        anyhow::ensure!(
+            self::order(&mut lanes, count)? == order,
+            "kube-proxy has written its rules in another order meanwhile: {title} was not that"
+        );
         if first == last {
             break;
         }
