@@ -184,9 +184,9 @@ fn annotations_that_say_nothing_known_are_refused() {
 }
 
 #[test]
-fn the_readmes_manifest_is_understood() {
-    let readme = include_str!("../../README.md");
-    let (_, rest) = readme.split_once("```yaml\n").expect("a manifest");
+fn the_manuals_manifest_is_understood() {
+    let manual = include_str!("../../docs/operations.md");
+    let (_, rest) = manual.split_once("```yaml\n").expect("a manifest");
     let (manifest, _) = rest.split_once("```").expect("its end");
     assert_eq!(refusals(manifest, false), Vec::<String>::new());
     let found = objects(manifest);
