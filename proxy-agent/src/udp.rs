@@ -10,19 +10,26 @@ use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    sync::Mutex,
 };
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use nix::sys::socket::{SockaddrStorage, connect, getpeername, getsockname, getsockopt, sockopt};
 use penstock_common::{Backend, BackendFlags, ConnectedUdp, SockEndpoint, V4, V6};
 
-use crate::dataplane::{
-    batch,
-    pins::{PinError, Pins},
+use crate::{
+    attach::follow::lock,
+    dataplane::{
+        batch,
+        pins::{PinError, Pins},
+    },
 };
 
 /// Linux 3.12 (include/uapi/asm-generic/socket.h).
 const SO_COOKIE: libc::c_int = 57;
+
+/// Of the kernel's uapi/linux/bpf.h: replace an element, and make none.
+const BPF_EXIST: u64 = 2;
 
 /// What a pass over the connected sockets did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +46,7 @@ pub struct Report {
 
 /// Looks after connected UDP sockets.
 pub struct Resteer {
-    sockets: HashMap<MapData, u64, ConnectedUdp>,
+    sockets: Mutex<HashMap<MapData, u64, ConnectedUdp>>,
     /// The same map, for reading all of it at once.
     all_sockets: MapData,
     backends4: Array<MapData, Backend<V4>>,
@@ -52,6 +59,7 @@ impl Resteer {
         let broken = |name| move |_| PinError::Missing { name };
         Ok(Self {
             sockets: HashMap::try_from(Map::HashMap(pins.map("CONNECTED_UDP")?))
+                .map(Mutex::new)
                 .map_err(broken("CONNECTED_UDP"))?,
             all_sockets: pins.map("CONNECTED_UDP")?,
             backends4: Array::try_from(Map::Array(pins.map("BACKENDS4")?))
@@ -76,7 +84,7 @@ impl Resteer {
             }
             match duplicate_of(socket.pid, *cookie) {
                 Some(fd) => {
-                    self.reconnect(*cookie, socket, &fd, &mut report);
+                    self.reconnect(*cookie, socket, socket.pid, &fd, &mut report);
                     false
                 }
                 None => true,
@@ -131,7 +139,7 @@ impl Resteer {
                 let Some(cookie) = cookie(&fd) else { continue };
                 if let Some(at) = wanted.iter().position(|(wanted, _)| *wanted == cookie) {
                     let (cookie, socket) = wanted.swap_remove(at);
-                    self.reconnect(cookie, &socket, &fd, report);
+                    self.reconnect(cookie, &socket, pid, &fd, report);
                 }
             }
         }
@@ -147,7 +155,15 @@ impl Resteer {
         }
     }
 
-    fn reconnect(&self, cookie: u64, socket: &ConnectedUdp, fd: &OwnedFd, report: &mut Report) {
+    /// Connects a socket anew that a process has.
+    fn reconnect(
+        &self,
+        cookie: u64,
+        socket: &ConnectedUdp,
+        owner: u32,
+        fd: &OwnedFd,
+        report: &mut Report,
+    ) {
         let peer: Option<SockaddrStorage> = getpeername(fd.as_raw_fd()).ok();
         let own: Option<SockaddrStorage> = getsockname(fd.as_raw_fd()).ok();
         let is_v6 = own.is_some_and(|own| own.as_sockaddr_in6().is_some());
@@ -163,8 +179,8 @@ impl Resteer {
             return;
         }
         match connect(fd.as_raw_fd(), &SockaddrStorage::from(frontend)) {
-            Ok(()) => match self.sockets.get(&cookie, 0) {
-                Ok(now) if self.is_live(&now) => report.moved += 1,
+            Ok(()) => match self.give_back(cookie, owner) {
+                Some(now) if self.is_live(&now) => report.moved += 1,
                 _ => report.waiting += 1,
             },
             Err(nix::errno::Errno::ECONNREFUSED | nix::errno::Errno::EHOSTUNREACH) => {
@@ -175,6 +191,19 @@ impl Resteer {
                 tracing::warn!("connecting a UDP socket to {frontend} anew: {error}");
             }
         }
+    }
+}
+
+impl Resteer {
+    /// Notes that a socket is its owner's, and not this process's, which connected it last: who has it is
+    /// looked for there first when it has to move again. What is known of it by now.
+    fn give_back(&self, cookie: u64, owner: u32) -> Option<ConnectedUdp> {
+        let mut sockets = lock(&self.sockets);
+        let mut now = sockets.get(&cookie, 0).ok()?;
+        now.pid = owner;
+        // Where it was closed meanwhile nothing is to be noted.
+        let _ = sockets.insert(cookie, now, BPF_EXIST);
+        Some(now)
     }
 }
 

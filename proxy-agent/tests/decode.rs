@@ -210,11 +210,68 @@ fn a_broken_document_harms_no_other() {
     assert!(errors[0].origin.contains("document 3"), "{:?}", errors[0]);
 }
 
+#[test]
+fn an_item_that_cant_be_decoded_harms_no_other() {
+    let [service, slice]: [&str; 2] = GOOD.split("---\n").collect::<Vec<_>>().try_into().unwrap();
+    let broken = slice
+        .replace("web-1", "web-2")
+        .replace("port: 8080", "port: http");
+    let indented = |item: &str| {
+        let mut lines = item.lines();
+        let first = lines.next().map(|line| format!("- {line}\n"));
+        let others = lines.map(|line| format!("  {line}\n"));
+        first.into_iter().chain(others).collect::<String>()
+    };
+    let items: String = [service, &broken, slice].map(indented).concat();
+    let yaml = format!("apiVersion: v1\nkind: List\nitems:\n{items}");
+    let value: serde_json::Value = serde_saphyr::from_str(&yaml).expect("YAML");
+    for (text, is_json) in [(yaml, false), (value.to_string(), true)] {
+        assert_eq!(decoded(&text, is_json), 2, "{text}");
+        let refused = refusals(&text, is_json);
+        assert_eq!(refused.len(), 1, "{refused:?}");
+        for part in ["EndpointSlice", "web-2", "item 1", "whole number"] {
+            assert!(refused[0].contains(part), "{part}: {refused:?}");
+        }
+    }
+    // A document that is wrong, and those around it.
+    let one = |name: &str, port: &str| {
+        format!(
+            r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}"}},
+                "spec":{{"clusterIP":"10.96.0.10","ports":[{{"port":{port}}}]}}}}"#
+        )
+    };
+    let wrong = one("b", "80").replace("\"metadata\":{", "\"endpoints\":7,\"metadata\":{");
+    let text = [one("a", "80"), wrong, one("c", "80")].join("\n");
+    assert_eq!(decoded(&text, true), 2);
+    let refused = refusals(&text, true);
+    assert_eq!(refused.len(), 1, "{refused:?}");
+    assert!(refused[0].contains("document 2"), "{refused:?}");
+}
+
+/// How many objects a manifest holds that can be used.
+fn decoded(text: &str, is_json: bool) -> usize {
+    let documents = Decoder::default().manifest(text, is_json, "test");
+    let mut count = 0;
+    for document in documents.into_iter().flatten() {
+        match document {
+            Decoded::List(items) => count += items.into_iter().flatten().count(),
+            _ => count += 1,
+        }
+    }
+    count
+}
+
 /// What is wrong with a document.
 fn refusals(text: &str, is_json: bool) -> Vec<String> {
-    let decoded = Decoder::default().manifest(text, is_json, "test");
-    let errors = decoded.into_iter().filter_map(Result::err);
-    errors.map(|rejection| rejection.to_string()).collect()
+    let mut errors = Vec::new();
+    for document in Decoder::default().manifest(text, is_json, "test") {
+        match document {
+            Ok(Decoded::List(items)) => errors.extend(items.into_iter().filter_map(Result::err)),
+            Ok(_) => {}
+            Err(rejection) => errors.push(rejection),
+        }
+    }
+    errors.iter().map(ToString::to_string).collect()
 }
 
 fn service(spec: &str) -> String {

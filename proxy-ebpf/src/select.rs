@@ -118,7 +118,8 @@ fn bound<F: Family>(
     now: u32,
 ) -> Option<Chosen<F::Addr>> {
     let affinity = maps.affinity(key)?;
-    if now.wrapping_sub(affinity.used_secs) >= frontend.affinity_secs {
+    // Both are whole seconds: rather a part of one longer than shorter.
+    if now.wrapping_sub(affinity.used_secs) > frontend.affinity_secs {
         return None;
     }
     let backend = maps.backend(affinity.backend)?;

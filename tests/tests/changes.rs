@@ -8,7 +8,10 @@
     reason = "a test fails by panicking"
 )]
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use penstock_testbed::{
@@ -17,11 +20,19 @@ use penstock_testbed::{
 };
 use serde_json::Value;
 
+/// One of these tests measures time, and the other begins with an API server that takes both processors.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn udp_leaves_a_backend_that_is_removed() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
+    let _turn = turn();
     let scene = Scene::new()?;
     let [a, b] = &scene.servers;
     let web = Service::new("web", 10).port("udp", 80, "UDP").json();
@@ -77,6 +88,7 @@ fn a_real_api_server_drives_the_kernel_and_may_restart() -> Result<()> {
     let Some(assets) = require_api_server() else {
         return Ok(());
     };
+    let _turn = turn();
     let mut scene = Scene::new()?;
     let host = scene.testbed.client()?;
     let mut api = ApiServer::start(&assets, &host, scene.testbed.folder())?;

@@ -350,11 +350,68 @@ fn an_agent_that_knows_its_node_no_more_keeps_the_address_that_it_had() -> Resul
     agent.kill();
     std::fs::write(node.manifests.join("node.json"), "{")?;
     agent.begin_again()?;
-    let started = Instant::now();
-    while started.elapsed() < Duration::from_secs(5) {
-        assert_eq!(speaks_as()?.to_string(), second);
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    assert_eq!(agent.status()?["synced"], true);
+    // All the time until it serves, and for a moment longer.
+    let stays = |time: Duration| -> Result<()> {
+        let started = Instant::now();
+        while started.elapsed() < time {
+            assert_eq!(speaks_as()?.to_string(), second);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    };
+    eventually("it serves again", || {
+        stays(Duration::from_millis(100))?;
+        anyhow::ensure!(agent.status()?["synced"] == true);
+        Ok(())
+    })?;
+    stays(Duration::from_secs(1))
+}
+
+#[test]
+fn cleanup_removes_nothing_that_is_no_pin() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("v4").join("precious");
+    std::fs::create_dir(folder.path().join("v4"))?;
+    std::fs::write(&file, "")?;
+    let said = std::process::Command::new(penstock_testbed::binary("penstock")?)
+        .args(["cleanup", "--bpffs"])
+        .arg(folder.path())
+        .arg("--run-dir")
+        .arg(folder.path())
+        .output()?;
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    let words = String::from_utf8_lossy(&said.stderr);
+    assert!(words.contains("no bpffs"), "{words}");
+    assert!(file.exists());
+
+    // Somebody else's pins beside ours.
+    let scene = Scene::new()?;
+    let bpffs = std::path::PathBuf::from(format!("/sys/fs/bpf/pn{}-mixed", std::process::id()));
+    let foreign = bpffs.join("theirs");
+    std::fs::create_dir_all(&foreign)?;
+    std::fs::create_dir_all(bpffs.join("v4"))?;
+    let run_dir = folder.path().display().to_string();
+    let place = bpffs.display().to_string();
+    let penstock = penstock_testbed::binary("penstock")?;
+    let said = scene.nodes[0].host.run(
+        penstock.to_str().expect("a text"),
+        &[
+            "cleanup",
+            "--bpffs",
+            &place,
+            "--run-dir",
+            &run_dir,
+            "--cni-conf-dir",
+            &run_dir,
+        ],
+    );
+    let is_left = foreign.exists();
+    let is_gone = !bpffs.join("v4").exists();
+    std::fs::remove_dir_all(&bpffs)?;
+    said?;
+    assert!(is_left && is_gone);
     Ok(())
 }

@@ -19,7 +19,8 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use penstock_agent::dataplane::pins::Pins;
 use penstock_common::{TcpPeer, limits};
 use penstock_testbed::{
-    Agent, PROTOCOLS, Scene, all_answer, eventually, frontends, require_kernel, text,
+    Agent, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
+    require_kernel, text,
 };
 use serde_json::json;
 
@@ -166,51 +167,72 @@ fn a_pod_reaches_itself_through_its_own_service() -> Result<()> {
     Ok(())
 }
 
+/// A service of its own, which asks both servers in turn whom it is not bound to, with this timeout.
+fn binding(scene: &Scene, timeout_secs: u32) -> Result<()> {
+    let timeout = json!({ "clientIP": { "timeoutSeconds": timeout_secs } });
+    let service = Service::new("bound", 15)
+        .port("tcp", 80, "TCP")
+        .annotation("penstock.io/algorithm", "round-robin")
+        .set("sessionAffinity", "ClientIP")
+        .set("sessionAffinityConfig", timeout);
+    let mut items = vec![service.json()];
+    let [first, second] = &scene.servers;
+    items.extend(Slice::both("bound", 8080, &[first, second]));
+    scene.nodes[0].manifest("bound.json", &list(&items))
+}
+
 #[test]
 fn clients_with_affinity_keep_their_backend_on_either_path() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
     let scene = Scene::new()?;
-    scene.manifests()?;
+    // However long an agent takes to start.
+    binding(&scene, 86_400)?;
     let mut agent = scene.agent(&[])?;
     let sockets = &scene.client.host;
     let packets = sockets.without_socket_hooks();
-    for service in frontends(14, 80) {
-        let service = service.to_string();
-        let bound = sockets.who_answers("tcp", &service)?;
-        for _ in 0..10 {
-            assert_eq!(sockets.who_answers("tcp", &service)?, bound);
-            assert_eq!(packets.who_answers("tcp", &service)?, bound);
+    let services = frontends(15, 80).map(|service| service.to_string());
+    let bound: Vec<String> = (services.iter())
+        .map(|service| sockets.who_answers("tcp", service))
+        .collect::<Result<_>>()?;
+    let all_are_bound = || -> Result<()> {
+        for (service, bound) in services.iter().zip(&bound) {
+            assert_eq!(&sockets.who_answers("tcp", service)?, bound);
+            assert_eq!(&packets.who_answers("tcp", service)?, bound);
         }
-        agent.kill();
-        // Each connection begins the timeout anew, however long the agent takes.
-        let is_back = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let asking = scope.spawn(|| -> Result<()> {
-                loop {
-                    let is_last = is_back.load(Ordering::Relaxed);
-                    let answers = sockets.who_answers("tcp", &service)?;
-                    anyhow::ensure!(answers == bound, "{answers} answers, and not {bound}");
-                    if is_last {
-                        return Ok(());
-                    }
-                    std::thread::sleep(Duration::from_millis(100));
-                }
-            });
-            let restarted = agent.restart();
-            is_back.store(true, Ordering::Relaxed);
-            asking.join().expect("nobody panics")?;
-            restarted
-        })?;
-        // Once the timeout has passed, either backend may answer again.
-        let is_elsewhere = (0..14).any(|_| {
-            std::thread::sleep(Duration::from_millis(4_100));
-            sockets
-                .who_answers("tcp", &service)
-                .is_ok_and(|name| name != bound)
+        Ok(())
+    };
+    for _ in 0..10 {
+        all_are_bound()?;
+    }
+    agent.kill();
+    let is_back = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| -> Result<()> {
+            while !is_back.load(Ordering::Relaxed) {
+                all_are_bound()?;
+            }
+            Ok(())
         });
-        assert!(is_elsewhere, "still bound to {bound} after its timeout");
+        let restarted = agent.restart();
+        is_back.store(true, Ordering::Relaxed);
+        asking.join().expect("nobody panics")?;
+        restarted
+    })?;
+    all_are_bound()?;
+
+    // Once the timeout has passed it is the other backend's turn: who is bound takes none.
+    binding(&scene, 1)?;
+    eventually("the timeout is another", || {
+        let ports = agent.show("services")?;
+        let mut ports = ports.as_array().expect("a list").iter();
+        anyhow::ensure!(ports.all(|port| port["affinity_secs"] == 1));
+        Ok(())
+    })?;
+    std::thread::sleep(Duration::from_millis(2_100));
+    for (service, bound) in services.iter().zip(&bound) {
+        assert_ne!(&sockets.who_answers("tcp", service)?, bound);
     }
     Ok(())
 }

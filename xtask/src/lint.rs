@@ -151,6 +151,7 @@ fn house_rules() -> Result<()> {
         "proxy-common",
         "proxy-ebpf",
         "proxy-agent",
+        "cni",
         "image",
         "tests",
         "bench",

@@ -134,7 +134,14 @@ fn install(packages: &[&str]) -> Result<()> {
     };
     as_root(&["update", "-qq"]).context("refreshing the package lists")?;
     let arguments = [
-        &["install", "-y", "-qq", "--no-install-recommends"],
+        // What is installed stays: a runtime of somebody else's may conflict with Debian's.
+        &[
+            "install",
+            "-y",
+            "-qq",
+            "--no-remove",
+            "--no-install-recommends",
+        ],
         packages,
     ]
     .concat();

@@ -6,6 +6,7 @@
 
 mod endpoint_slice;
 mod intern;
+mod piecemeal;
 mod raw;
 mod service;
 mod unique;
@@ -89,7 +90,8 @@ impl Decoder {
 
     /// Everything in a manifest, each document by itself.
     ///
-    /// Where JSON ends in the middle nothing behind can be told apart, so the error is the last.
+    /// Where a document of JSON has no end that can be told, nothing behind it can be either, so that the error
+    /// is the last.
     pub fn manifest(
         &mut self,
         text: &str,
@@ -104,38 +106,84 @@ impl Decoder {
         };
         let mut found = Vec::new();
         if is_json {
-            let values = serde_json::Deserializer::from_str(text).into_iter::<Raw>();
-            for (number, value) in values.enumerate() {
-                let origin = origin_of(file, number);
-                found.push(match value {
-                    Ok(raw) => self.raw(raw, &origin),
-                    Err(error) => Err(refused(origin, &error)),
-                });
+            let mut rest = text;
+            loop {
+                let origin = origin_of(file, found.len());
+                let mut documents = serde_json::Deserializer::from_str(rest).into_iter::<Raw>();
+                match documents.next() {
+                    None => return found,
+                    Some(Ok(raw)) => {
+                        found.push(self.raw(raw, &origin));
+                        rest = rest.get(documents.byte_offset()..).unwrap_or_default();
+                    }
+                    Some(Err(error)) => {
+                        let Some((document, behind)) = piecemeal::first_document(rest) else {
+                            found.push(Err(refused(origin, &error)));
+                            return found;
+                        };
+                        found.push(match piecemeal::json(document) {
+                            Some(list) => Ok(self.items(list, &origin)),
+                            None => Err(Rejection {
+                                object: name_in(document),
+                                ..refused(origin, &error)
+                            }),
+                        });
+                        rest = behind;
+                    }
+                }
             }
-            return found;
         }
         for (number, (line, document)) in documents(text).into_iter().enumerate() {
             let origin = format!("{} (from line {line})", origin_of(file, number));
             found.push(match yaml(document) {
                 Ok(raw) => self.raw(raw, &origin),
-                Err(error) => Err(refused(origin, &error)),
+                Err(error) => match piecemeal::yaml(document) {
+                    Some(list) => Ok(self.items(list, &origin)),
+                    None => Err(refused(origin, &error)),
+                },
             });
         }
         found
+    }
+
+    /// What a list holds of which one item at least can't be decoded.
+    fn items(&mut self, list: piecemeal::List, origin: &str) -> Decoded {
+        let items = list.items.into_iter().enumerate().map(|(number, item)| {
+            let origin = format!("{origin}, item {number}");
+            match item {
+                Ok(raw) => self.item(raw, (&list.kind, &list.version), &origin),
+                Err(broken) => Err(Rejection {
+                    kind: broken.kind,
+                    object: broken.object,
+                    origin,
+                    reason: format!("can't be decoded: {}", plain(&broken.error)),
+                }),
+            }
+        });
+        Decoded::List(items.collect())
+    }
+
+    /// An item of a list of this kind and version, which need not repeat them (a ServiceList's, for
+    /// instance).
+    fn item(
+        &mut self,
+        mut item: Raw,
+        (kind, version): (&str, &str),
+        origin: &str,
+    ) -> Result<Decoded, Rejection> {
+        if let Some(kind) = kind.strip_suffix("List").filter(|kind| !kind.is_empty()) {
+            item.kind.get_or_insert_with(|| kind.to_owned());
+            item.api_version.get_or_insert_with(|| version.to_owned());
+        }
+        self.raw(item, origin)
     }
 
     fn raw(&mut self, mut raw: Raw, origin: &str) -> Result<Decoded, Rejection> {
         let kind = raw.kind.take().unwrap_or_default();
         let version = raw.api_version.take().unwrap_or_default();
         if let Some(items) = raw.items.take() {
-            // Items of a list of one kind need not repeat it (a ServiceList's, for instance).
-            let of_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
-            let items = items.into_iter().enumerate().map(|(number, mut item)| {
-                if let Some(kind) = of_kind {
-                    item.kind.get_or_insert_with(|| kind.to_owned());
-                    item.api_version.get_or_insert_with(|| version.clone());
-                }
-                self.raw(item, &format!("{origin}, item {number}"))
+            let items = items.into_iter().enumerate().map(|(number, item)| {
+                self.item(item, (&kind, &version), &format!("{origin}, item {number}"))
             });
             return Ok(Decoded::List(items.collect()));
         }
@@ -192,7 +240,7 @@ impl Decoder {
 
 /// An object in YAML. A file's size bounds what is in it, so nothing is counted but what aliases
 /// and depth could make of little text.
-fn yaml(document: &str) -> Result<Raw, serde_saphyr::Error> {
+fn yaml<T: serde::de::DeserializeOwned>(document: &str) -> Result<T, serde_saphyr::Error> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_events: usize::MAX,

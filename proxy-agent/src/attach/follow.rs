@@ -400,7 +400,7 @@ impl Follower {
         is_settled &= self.attach_xdp(&present);
         is_settled &= self.write_xdp_uplinks(&present);
         is_settled &= self.identify_new(handle, &present).await;
-        self.write_namespaces();
+        self.write_namespaces(&present);
         is_settled &= self.write_endpoints();
         is_settled &= self.write_uplinks(&present);
         Ok(is_settled)
@@ -650,8 +650,18 @@ impl Follower {
         is_settled
     }
 
+    /// Whether there is an interface whose namespace may yet be found.
+    fn is_looking(&self, present: &Present) -> bool {
+        let status = lock(&self.status);
+        present
+            .iter()
+            .filter(|(_, link)| link.namespace.is_some())
+            .filter_map(|(index, _)| status.interfaces.get(index))
+            .any(|followed| followed.identity.is_none() && followed.looks < PATIENCE)
+    }
+
     /// Makes `NETNS` say what is known: pods' namespaces and the host's own.
-    fn write_namespaces(&mut self) {
+    fn write_namespaces(&mut self, present: &Present) {
         let mut wanted = HashMap::new();
         let excluded = lock(&self.excluded).clone();
         if excluded.are_all {
@@ -695,6 +705,12 @@ impl Follower {
                 host.cookie,
                 entry(NetnsFlags::HOST, addr4.or(host.addr4), addr6.or(host.addr6)),
             );
+        }
+        if self.is_looking(present) {
+            // What is known may be of an interface that is yet to be identified.
+            for (cookie, netns) in &self.known {
+                wanted.entry(*cookie).or_insert(*netns);
+            }
         }
         let map = self.namespaces.fd().as_fd();
         if let Err(error) = batch::settle(map, &mut self.known, &wanted) {

@@ -20,6 +20,7 @@ const NAMED: usize = 5;
 /// connects nodes, and what tells the runtime that pods can be connected.
 pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
     let place = &args.place;
+    require_bpffs(&place.bpffs)?;
     let configuration = args.cni_conf_dir.join(&args.cni_conf_name);
     let installed = Installed::find(&configuration, &place.run_dir)?;
     let described = place.run_dir.join(FILE);
@@ -51,7 +52,7 @@ pub(super) async fn run(args: &CleanupArgs) -> Result<()> {
         }
     }
     let filters = interface::remove_filters();
-    let pins = remove(&place.bpffs)?;
+    let pins = remove_pins(&place.bpffs)?;
     // The overlay of an agent with another run directory is not this one's to remove.
     let kernel = if has_network || args.force {
         network::remove().await?
@@ -138,16 +139,51 @@ fn refuse_beside_pods(installed: &Installed) -> Result<()> {
     );
 }
 
-/// Removes a folder and what is in it; how many files there were.
-fn remove(folder: &Path) -> Result<usize> {
+/// Fails if a folder is there and can't have pins.
+fn require_bpffs(folder: &Path) -> Result<()> {
+    /// Of the kernel's uapi/linux/magic.h.
+    const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+    if !folder.exists() {
+        return Ok(());
+    }
+    let kind = nix::sys::statfs::statfs(folder)
+        .with_context(|| format!("looking at {}", folder.display()))?;
+    if kind.filesystem_type().0 as u64 & 0xffff_ffff != BPF_FS_MAGIC {
+        bail!(
+            "{} is on no bpffs, so that no pins can be there: is --bpffs what the agent had?",
+            folder.display()
+        );
+    }
+    Ok(())
+}
+
+/// Removes the pins of all versions in a folder of the agent's, and the folder if nothing else is in it; how
+/// many pins there were.
+fn remove_pins(folder: &Path) -> Result<usize> {
     if !folder.exists() {
         return Ok(0);
     }
+    let about = || format!("looking at {}", folder.display());
+    let mut removed = 0;
+    for entry in fs::read_dir(folder).with_context(about)? {
+        let entry = entry.with_context(about)?;
+        if Pins::is_version(&entry.file_name()) {
+            removed += remove(&entry.path())?;
+        }
+    }
+    // Somebody else's pins stay, and with them the folder.
+    let _ = fs::remove_dir(folder);
+    Ok(removed)
+}
+
+/// Removes a folder and what is in it, and nothing that links there lead to; how many files there were.
+fn remove(folder: &Path) -> Result<usize> {
     let mut removed = 0;
     let read = || format!("reading {}", folder.display());
     for entry in fs::read_dir(folder).with_context(read)? {
-        let path = entry.with_context(read)?.path();
-        if path.is_dir() {
+        let entry = entry.with_context(read)?;
+        let path = entry.path();
+        if entry.file_type().with_context(read)?.is_dir() {
             removed += remove(&path)?;
         } else {
             fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;

@@ -4,6 +4,7 @@
 //! expect, of which the flow table's capacity is what the first agent made it; the path holds the ABI version, so another version's maps are never even met.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -196,6 +197,12 @@ impl Pins {
         Self {
             root: bpffs.join(format!("v{ABI_VERSION}")),
         }
+    }
+
+    /// Whether a name is that of some version's folder.
+    pub fn is_version(name: &OsStr) -> bool {
+        let number = name.to_str().and_then(|name| name.strip_prefix('v'));
+        number.is_some_and(|number| number.parse::<u32>().is_ok())
     }
 
     /// The pins in a folder, of whatever version.

@@ -204,7 +204,7 @@ fn cleanup_leaves_nothing_of_a_network_without_pods() -> Result<()> {
     // And an agent that starts makes all of it anew.
     net.agents[0].restart()?;
     eventually("the network is there again", || {
-        assert_eq!(there(&net)?, [true; 4]);
+        ensure!(there(&net)? == [true; 4]);
         Ok(())
     })
 }

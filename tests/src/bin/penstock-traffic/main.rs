@@ -135,7 +135,8 @@ enum Command {
         /// Bytes of each datagram's payload.
         #[arg(long, default_value_t = 1_000)]
         size: usize,
-        #[arg(long, default_value_t = 500)]
+        /// How long to wait for each; nobody waits where all come.
+        #[arg(long, default_value_t = 3_000)]
         timeout_ms: u64,
     },
     /// Does nothing, for ever: what keeps a pod's namespaces.
@@ -481,9 +482,11 @@ fn burst(to: SocketAddr, count: usize, size: usize, timeout: Duration) -> Result
 }
 
 fn hold(to: SocketAddr, interval: Duration) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+    /// Longer than some segments in a row take that are lost and sent again.
+    const PATIENCE: Duration = Duration::from_secs(15);
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     loop {
         let answer = stream.write_all(b"?").and_then(|()| read_line(&mut stream));
         let peer = stream
