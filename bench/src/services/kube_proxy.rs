@@ -52,13 +52,16 @@ impl KubeProxy {
         let mode = ProxyMode::Iptables;
         let (api, mut process) = begin(testbed, assets, node, count, kind, server, mode)?;
         let expected = ports_of(count);
-        let mut before = String::new();
+        let mut before = Vec::new();
         patiently("kube-proxy has written its rules", || {
             let rules = process.rules(true)?;
-            let found = ports(&rules).len();
+            let ports = ports(&rules);
+            let found = ports.len();
             anyhow::ensure!(found >= expected, "{found} of {expected} ports have rules");
-            if rules != before {
-                before = rules;
+            let owned = |(protocol, ip): &Port| format!("{protocol} {ip}");
+            let order: Vec<String> = ports.iter().map(owned).collect();
+            if order != before {
+                before = order;
                 thread::sleep(STEADY);
                 anyhow::bail!("they change");
             }
