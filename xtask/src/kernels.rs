@@ -40,6 +40,7 @@ const TESTS: &[Group] = &[
         "packets",
         &[
             "xdp::xdp_sends_what_tc_would_send_and_leaves_the_rest_alone",
+            "xdp_overlay::xdp_makes_and_unwraps_the_tunnels_that_the_kernels_device_would",
             "overlay::what_comes_through_a_tunnel_goes_into_its_pod",
         ],
     ),
