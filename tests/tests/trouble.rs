@@ -121,21 +121,18 @@ fn the_path_mtu_is_discovered_through_a_service() -> Result<()> {
     for service in frontends(21, 80) {
         let service = service.to_string();
         let before = agent.count("icmp_error")?;
-        let ask = || {
-            client.ask(
-                "udp-connected",
-                &service,
-                &["--size", "1400", "--timeout-ms", "500"],
-            )
+        let ask = |time| {
+            let options = ["--size", "1400", "--timeout-ms", time];
+            client.ask("udp-connected", &service, &options)
         };
-        let first = ask()?;
+        let first = ask("500")?;
         assert_eq!(text(&first, "server"), "", "it can't have fitted: {first}");
         assert!(
             agent.count("icmp_error")? > before,
             "{service}: no error was translated"
         );
         // The client's kernel knows now and sends fragments.
-        let second = ask()?;
+        let second = ask("5000")?;
         assert_eq!(text(&second, "reached"), "1400", "{second}");
         assert_eq!(
             client.who_answers("tcp", &service)?,

@@ -100,7 +100,14 @@ fn main() -> Result<()> {
         Command::Test { arguments } => {
             prepare()?;
             binaries()?;
-            in_root(cargo("test").arg("--workspace").args(arguments))
+            // All that fails is worth knowing, once everything was built.
+            let mut test = cargo("test");
+            test.arg("--workspace");
+            let mut options = arguments.iter().take_while(|argument| *argument != "--");
+            if options.all(|argument| argument != "--no-fail-fast") {
+                test.arg("--no-fail-fast");
+            }
+            in_root(test.args(arguments))
         }
         Command::Kernels {
             versions,

@@ -11,7 +11,7 @@ use penstock_testbed::{
 };
 use serde_json::Value;
 
-use crate::stage::{Answer, BALANCER, Pods, Stage, ask, failure, same_family};
+use crate::stage::{Answer, BALANCER, Pods, Stage, ask, refusal, same_family};
 
 const ANNOTATION: &str = "penstock.io/forwarding";
 /// Ways that keep the client's address.
@@ -254,7 +254,7 @@ fn a_port_that_nobody_listens_on_refuses() -> Result<()> {
                 let to = SocketAddr::new(ip, port);
                 eventually("it is refused by the pod", || {
                     let before = Counts::of(&stage)?;
-                    let failure = failure(&stage.client, protocol, to)?;
+                    let failure = refusal(&stage.client, protocol, to)?;
                     ensure!(failure == "connection refused", "{failure}");
                     ensure!(Counts::of(&stage)?.over > before.over);
                     Ok(())

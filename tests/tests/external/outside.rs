@@ -6,7 +6,9 @@ use anyhow::{Result, ensure};
 use penstock_testbed::{Host, PROTOCOLS, eventually, require_kernel, text};
 use serde_json::json;
 
-use crate::stage::{Answer, BALANCER, Pods, Stage, all_answers, ask, failure, same_family};
+use crate::stage::{
+    Answer, BALANCER, Pods, Stage, all_answers, ask, failure, refusal, same_family,
+};
 
 #[test]
 fn clients_outside_reach_pods_that_the_kernel_routes_to() -> Result<()> {
@@ -192,7 +194,7 @@ fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
     stage.web(&[], local)?;
     for protocol in ["tcp", "udp-connected"] {
         for to in stage.addresses(protocol) {
-            let failure = failure(&stage.client, protocol, to)?;
+            let failure = refusal(&stage.client, protocol, to)?;
             assert_eq!(failure, "connection refused", "{protocol} {to}");
         }
     }

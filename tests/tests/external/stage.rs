@@ -192,9 +192,18 @@ pub fn all_answers(
     anyhow::bail!("only {seen:?} of {expected:?} answered {protocol} {to}");
 }
 
-/// The error that asking ends with.
+/// The error that asking ends with, where that is silence.
 pub fn failure(from: &Host, protocol: &str, to: SocketAddr) -> Result<String> {
-    let options = ["--timeout-ms", "600"];
+    failure_within(from, protocol, to, "600")
+}
+
+/// The same, where there is an error to wait for.
+pub fn refusal(from: &Host, protocol: &str, to: SocketAddr) -> Result<String> {
+    failure_within(from, protocol, to, "5000")
+}
+
+fn failure_within(from: &Host, protocol: &str, to: SocketAddr, time: &str) -> Result<String> {
+    let options = ["--timeout-ms", time];
     let answer: Value = from.ask(protocol, &to.to_string(), &options)?;
     ensure!(!text(&answer, "error").is_empty(), "{to}: {answer}");
     Ok(text(&answer, "error").to_owned())
