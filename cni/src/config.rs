@@ -126,12 +126,17 @@ impl Wishes {
 /// GC's `cni.dev/valid-attachments`.
 pub fn valid_attachments(value: &Value) -> Result<Vec<AttachmentKey>, Failure> {
     const KEY: &str = "cni.dev/valid-attachments";
-    // To take a missing list for an empty one would take every pod's network away.
-    let Some(list) = value.get(KEY).and_then(Value::as_array) else {
-        return Err(Failure::config(
-            KEY,
-            "has to be a list of {\"containerID\": …, \"ifname\": …}",
-        ));
+    let list: &[Value] = match value.get(KEY) {
+        Some(Value::Array(list)) => list,
+        // libcni's way to write an empty list (a nil slice of Go).
+        Some(Value::Null) => &[],
+        // To take a missing list for an empty one would take every pod's network away.
+        _ => {
+            return Err(Failure::config(
+                KEY,
+                "has to be a list of {\"containerID\": …, \"ifname\": …}",
+            ));
+        }
     };
     let parse = |(index, entry): (usize, &Value)| {
         let text = |key: &str| {

@@ -252,4 +252,9 @@ fn gc_takes_all_that_is_not_valid_and_nothing_of_others() {
     bed.run(&other.with("cni.dev/valid-attachments", json!([])))
         .success();
     bed.check("a", &results[0]).success();
+    // A runtime in Go that has no attachments says null.
+    let own = bed.call("GC", "");
+    bed.run(&own.with("cni.dev/valid-attachments", json!(null)))
+        .success();
+    assert!(bed.state().attachments.is_empty());
 }

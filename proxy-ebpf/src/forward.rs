@@ -15,7 +15,7 @@ use crate::{
     family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow, handover,
     packet::{Packet, Refused},
-    parse,
+    parse::{self, tcp},
     pod::{self, Verdict},
     tunnel,
 };
@@ -202,6 +202,11 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let segment = pod::segment::<F, M>(packet, maps)?;
+    if segment.proto.has_connections() && segment.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+        // A reply to somebody who knows the pod by its own address, or of a connection that somebody
+        // else translates.
+        return Ok(Verdict::Pass);
+    }
     // That it leaves the cluster is known: `leaving` has looked.
     let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
     let source = source.ok_or(Counter::MasqueradeNoAddress)?;

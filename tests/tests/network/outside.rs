@@ -48,6 +48,13 @@ fn the_outside_sees_the_node_and_the_kernel_tracks_nothing() -> Result<()> {
         ensure!(entries.iter().any(|entry| of_ours(&entry)), "{entries:#?}");
         Ok(())
     })?;
+    // Who knows the way to a pod and dials it is answered by it.
+    outside.run("ip", &["route", "add", &v4, "via", &node.ip4.to_string()])?;
+    outside.run("ip", &["route", "add", &v6, "via", &node.ip6.to_string()])?;
+    for ip in [pod.ip4, pod.ip6] {
+        let to = SocketAddr::new(ip, 8080).to_string();
+        assert_eq!(outside.who_answers("tcp", &to)?, pod.name, "{to}");
+    }
     net.nothing_was_dropped()
 }
 
