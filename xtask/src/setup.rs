@@ -134,14 +134,7 @@ fn install(packages: &[&str]) -> Result<()> {
     };
     as_root(&["update", "-qq"]).context("refreshing the package lists")?;
     let arguments = [
-        // What is installed stays: a runtime of somebody else's may conflict with Debian's.
-        &[
-            "install",
-            "-y",
-            "-qq",
-            "--no-remove",
-            "--no-install-recommends",
-        ],
+        &["install", "-y", "-qq", "--no-install-recommends"],
         packages,
     ]
     .concat();
