@@ -11,6 +11,19 @@ use serde_json::Value;
 
 use crate::{machine::Machine, plot, report, turns::Outcome};
 
+/// What this program was asked for, as one would type it, but for where it writes.
+fn asked_for(mut arguments: impl Iterator<Item = String>) -> String {
+    let mut words = Vec::new();
+    while let Some(word) = arguments.next() {
+        match word.as_str() {
+            "--results" | "--name" => drop(arguments.next()),
+            _ if word.contains([' ', '$']) => words.push(format!("'{word}'")),
+            _ => words.push(word),
+        }
+    }
+    words.join(" ")
+}
+
 /// Everything of one run.
 #[derive(Serialize, Deserialize)]
 pub struct Results {
@@ -34,7 +47,7 @@ impl Results {
     pub fn new(machine: Machine) -> Self {
         Self {
             machine,
-            commands: vec![std::env::args().skip(1).collect::<Vec<_>>().join(" ")],
+            commands: vec![asked_for(std::env::args().skip(1))],
             outcomes: Vec::new(),
             control: None,
             programs: None,
@@ -146,6 +159,12 @@ mod tests {
         load::Summary,
         turns::{Metric, Turns},
     };
+
+    #[test]
+    fn what_was_asked_for_can_be_typed() {
+        let words = ["--name", "x", "pods", "--only", "one processor"].map(str::to_owned);
+        assert_eq!(asked_for(words.into_iter()), "pods --only 'one processor'");
+    }
 
     #[test]
     fn of_what_two_runs_have_measured_the_later_counts() {
