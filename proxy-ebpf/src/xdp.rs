@@ -11,11 +11,12 @@
 pub mod overlay;
 
 use penstock_common::{
-    Addr, AddressKind, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto, Said,
+    Addr, AddressKind, Be16, Counter, FlowFlags, FlowId, FlowKey, Hop, MASQUERADE_PORTS, Proto,
+    Responder, Said,
 };
 
 use crate::{
-    env::{Maps, NextHop, Record},
+    env::{Env, Maps, NextHop, Record},
     external::{self, WayOut},
     family::{ETHERNET, Family, Fragment, Network},
     flow::{self, succession},
@@ -79,10 +80,15 @@ fn key<A: Addr>(segment: &Segment<A>, is_reply: bool) -> FlowKey<A> {
 /// Whether a packet may be a reply.
 #[inline(always)]
 fn may_be_reply<F: Family>(maps: &impl Maps<F>, segment: &Segment<F::Addr>) -> bool {
+    may_answer(maps, segment.dst_port, key(segment, true).responder())
+}
+
+/// Whether a packet to this port of this node's from whom may be a reply.
+#[inline(always)]
+fn may_answer(maps: &impl Env, to: Be16, from: Responder) -> bool {
     // Whom this node speaks for has a port of these; others need not be looked for.
     let (low, high) = MASQUERADE_PORTS;
-    (low..=high).contains(&segment.dst_port.to_host())
-        && maps.may_respond(key(segment, true).responder())
+    (low..=high).contains(&to.to_host()) && maps.may_respond(from)
 }
 
 /// What a [`Hop`] is said of for this packet to `to`, of a flow with this key in the other direction.

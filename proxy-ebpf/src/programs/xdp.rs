@@ -26,7 +26,7 @@ use crate::kernel::{env::Kernel, xdp::Xdp};
 
 /// XDP's functions for one family; their answers are as the other hooks'.
 macro_rules! xdp_family {
-    ($family:ty: $before_stack:ident, $unwrapped:ident, $carry:ident, $look:ident, $seek:ident, $admit:ident, $begin:ident, $label:ident) => {
+    ($family:ty: $before_stack:ident, $unwrapped:ident, $sought:ident, $carry:ident, $look:ident, $seek:ident, $admit:ident, $begin:ident, $label:ident) => {
         xdp_family!(stage $carry, $family, (found: u32), |xdp, kernel| {
             let found = xdp::Found {
                 is_found: found != NOT_FOUND,
@@ -64,6 +64,12 @@ macro_rules! xdp_family {
                     verdict = $carry(xdp, (verdict - FOUND) as u32);
                 }
             }
+            $sought(xdp, verdict)
+        }
+
+        /// The end of both: asks for the way of packets of a flow, where that has to be asked for.
+        #[inline(always)]
+        fn $sought(xdp: *mut xdp_md, mut verdict: i32) -> i32 {
             if verdict >= SOUGHT {
                 let found = (verdict - SOUGHT) as u32;
                 verdict = $seek(xdp, found);
@@ -71,6 +77,7 @@ macro_rules! xdp_family {
                     verdict = $carry(xdp, found);
                 }
             }
+            // What was noted is no longer so, once more.
             if verdict >= FOUND { NEXT } else { verdict }
         }
 
@@ -92,15 +99,7 @@ macro_rules! xdp_family {
                     verdict = $carry(xdp, (verdict - FOUND) as u32);
                 }
             }
-            if verdict >= SOUGHT {
-                let found = (verdict - SOUGHT) as u32;
-                verdict = $seek(xdp, found);
-                if verdict == FORWARD {
-                    verdict = $carry(xdp, found);
-                }
-            }
-            // What was noted is no longer so, once more.
-            if verdict >= FOUND { NEXT } else { verdict }
+            $sought(xdp, verdict)
         }
     };
     (stage $name:ident, $family:ty, ($($argument:ident: u32)?), |$xdp:ident, $kernel:ident| $body:block) => {
@@ -132,8 +131,8 @@ fn numbered(id: FlowId, is_reply: bool) -> i32 {
     ((id.0 as i32) << 1) + i32::from(is_reply)
 }
 
-xdp_family!(V4: before_stack4, unwrapped4, carry4, look4, seek4, admit_at_xdp4, begin4, label4);
-xdp_family!(V6: before_stack6, unwrapped6, carry6, look6, seek6, admit_at_xdp6, begin6, label6);
+xdp_family!(V4: before_stack4, unwrapped4, sought4, carry4, look4, seek4, admit_at_xdp4, begin4, label4);
+xdp_family!(V6: before_stack6, unwrapped6, sought6, carry6, look6, seek6, admit_at_xdp6, begin6, label6);
 
 /// [`overlay::enclose`]; 0 where it is done.
 #[unsafe(no_mangle)]

@@ -8,8 +8,8 @@
 //! (RFC 6935, 5, lets tunnels do without it only where both ends agree).
 
 use penstock_common::{
-    Addr, AddressKind, Be16, Counter, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, V4,
-    V6,
+    Addr, AddressKind, Be16, Counter, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Responder, Route,
+    RouteKind, V4, V6,
 };
 
 use crate::{
@@ -169,14 +169,16 @@ pub fn disclose<M: Maps<V4> + Maps<V6>>(packet: &mut impl Packet, maps: &M) -> O
     Some(ethertype)
 }
 
-/// Whether the packet in a tunnel from `node` is one of that node's pod to this node.
+/// Whether the packet in a tunnel from `node` is from one of its pods, and may answer whom this node speaks for.
 #[inline(always)]
 fn may_be_reply<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M, node: V4) -> Option<bool> {
     let at = INSIDE + ETHERNET;
     let (src, dst) = parse::addrs::<F>(packet, at)?;
     let proto = F::plain(packet, at)?;
+    let [from, to]: [Be16; 2] = packet.load(at + F::HEADER)?;
     Some(
         pod::is_translated(proto)
+            && super::may_answer(maps, to, Responder::new(proto, src, from))
             && maps.is(&dst, AddressKind::NODE)
             && maps.route(&src).is_some_and(|route: Route| {
                 route.kind == RouteKind::OVERLAY && route.underlay4 == node

@@ -296,7 +296,12 @@ fn unusual(node: &Node) {
         let mut asked = request.clone();
         asked.src.0 = ip(REMOTES[half]);
         let frame = peer().wrap(&frame::build(&asked));
-        assert_eq!(kernel.run_xdp(&frame), (XDP_PASS, frame));
+        // Nor once its flow is known.
+        let (verdict, _) = kernel.run_classifier("from_uplink", &build(&asked));
+        assert_eq!(verdict, REDIRECT);
+        for _ in 0..3 {
+            assert_eq!(kernel.run_xdp(&frame), (XDP_PASS, frame.clone()));
+        }
         // Nor is a tunnel that ends elsewhere.
         kernel.put("UPLINKS", LOOPBACK.0, Uplink::default());
         let frame = peer().wrap(&answer);
