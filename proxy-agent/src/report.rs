@@ -79,8 +79,26 @@ pub struct Network {
     pub problem: Option<String>,
     /// Ranges that this node's pods get addresses from.
     pub pod_cidrs: Vec<String>,
+    /// How packets reach other nodes: vxlan or native.
+    #[serde(default)]
+    pub routing: String,
+    /// What pods' interfaces carry, in bytes.
+    #[serde(default)]
+    pub pod_mtu: u32,
     /// What a packet between nodes may measure.
     pub overlay_mtu: u32,
+    /// The UDP port of tunnels.
+    #[serde(default)]
+    pub vxlan_port: u16,
+    /// Their network identifier.
+    #[serde(default)]
+    pub vxlan_vni: u32,
+    /// Whether what pods send to the outside gets this node's address.
+    #[serde(default)]
+    pub masquerade: bool,
+    /// Ranges outside that see pods' own addresses all the same.
+    #[serde(default)]
+    pub non_masquerade: Vec<String>,
     /// Other nodes' ranges.
     pub nodes: Vec<RemoteRange>,
 }
@@ -394,7 +412,17 @@ impl From<&network::State> for Network {
             ready: state.is_ready,
             problem: state.problem.clone(),
             pod_cidrs: state.own.iter().map(ToString::to_string).collect(),
+            routing: state.routing.to_string(),
+            pod_mtu: state.pod_mtu,
             overlay_mtu: state.overlay_mtu,
+            vxlan_port: state.port,
+            vxlan_vni: state.vni,
+            masquerade: state.masquerades,
+            non_masquerade: state
+                .non_masquerade
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             nodes: state
                 .remote
                 .iter()

@@ -524,6 +524,9 @@ impl Agent {
             );
         };
         let network = network.borrow();
+        if let Some(obstacle) = &network.obstacle {
+            return Answer::NotYet(obstacle.clone());
+        }
         match (&network.problem, self.known.borrow().is_serving) {
             (_, true) => Answer::Done,
             (Some(problem), false) => Answer::NotYet(problem.clone()),

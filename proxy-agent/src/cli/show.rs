@@ -141,6 +141,9 @@ pub(super) async fn status(look: &Look) -> Result<ExitCode> {
             "pods can't be given a network yet".to_owned()
         };
         println!("  network: {state}");
+        if network.ready {
+            println!("    {}", ways(network));
+        }
     }
     let attached = report
         .interfaces
@@ -205,6 +208,34 @@ async fn running(look: &Look) -> Result<Report> {
             look.place.run_dir.display()
         )
     })
+}
+
+/// How packets reach other nodes and the outside.
+fn ways(network: &report::Network) -> String {
+    let tunnels = network
+        .nodes
+        .iter()
+        .filter(|node| node.by.starts_with("tunnel"));
+    let tunnels = tunnels.count();
+    let outside = if network.masquerade {
+        let but = match network.non_masquerade.as_slice() {
+            [] => String::new(),
+            ranges => format!(", and pods' own in {}", ranges.join(" and ")),
+        };
+        format!("this node's address outside{but}")
+    } else {
+        "pods' own addresses outside".to_owned()
+    };
+    format!(
+        "{} routing: {tunnels} by tunnel (VXLAN {}, UDP port {}), {} directly; MTU of pods {}, of \
+         tunnels {}; {outside}",
+        network.routing,
+        network.vxlan_vni,
+        network.vxlan_port,
+        network.nodes.len() - tunnels,
+        network.pod_mtu,
+        network.overlay_mtu,
+    )
 }
 
 pub(super) async fn pods(look: &Look) -> Result<()> {

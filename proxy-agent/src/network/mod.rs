@@ -10,7 +10,11 @@ mod maps;
 pub mod plan;
 pub mod pods;
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use ipnetwork::IpNetwork;
 use penstock_cni::{network, pool::Pool};
@@ -33,6 +37,9 @@ use install::Places;
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// How soon it is tried again after a failure.
 const RETRY: Duration = Duration::from_secs(1);
+/// For how long it is tried again before pods are said to be better off elsewhere: what fails once, as
+/// when the kernel's tables change while they are read, is over in a moment.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// What VXLAN adds to a packet: Ethernet, VXLAN, UDP and IP (RFC 7348, 5).
 const OVERHEAD_V4: u32 = 14 + 8 + 8 + 20;
 const OVERHEAD_V6: u32 = OVERHEAD_V4 + 20;
@@ -75,12 +82,21 @@ pub struct State {
     pub is_ready: bool,
     /// Why not, or what is wrong although they can.
     pub problem: Option<String>,
+    /// The same, if pods that came now would not be connected as they should be, and have not been for
+    /// [`PATIENCE`].
+    pub obstacle: Option<String>,
     /// The overlay device's index, 0 while there is none.
     pub overlay_ifindex: u32,
     /// This node's addresses in the overlay.
     pub addresses: Vec<IpAddr>,
     /// Whether what pods send to the outside gets this node's address.
     pub masquerades: bool,
+    /// Ranges outside that are sent pods' own addresses.
+    pub non_masquerade: Vec<IpNetwork>,
+    /// How packets reach other nodes.
+    pub routing: Routing,
+    /// What pods' interfaces carry at most.
+    pub pod_mtu: u32,
     /// What the overlay carries at most.
     pub overlay_mtu: u32,
     /// The network identifier of tunnels.
@@ -142,6 +158,13 @@ enum NetworkError {
     },
 }
 
+impl NetworkError {
+    /// Whether pods that come now are none the worse for it: what they need is there.
+    fn is_harmless(&self) -> bool {
+        matches!(self, Self::Install(_) | Self::Io { .. })
+    }
+}
+
 /// The maps that the network writes.
 struct Maps {
     routes: Routes,
@@ -187,6 +210,8 @@ impl Network {
 
     /// Looks after it.
     pub async fn run(mut self) {
+        // Since when what pods need can't be had.
+        let mut failing = None;
         loop {
             let (connection, handle, _) = match rtnetlink::new_connection() {
                 Ok(connected) => connected,
@@ -197,7 +222,7 @@ impl Network {
                 }
             };
             let connection = tokio::spawn(connection);
-            let failure = self.serve(&handle).await;
+            let failure = self.serve(&handle, &mut failing).await;
             connection.abort();
             match failure {
                 Some(error) => tracing::warn!("{error}; trying again"),
@@ -208,7 +233,7 @@ impl Network {
     }
 
     /// Looks after it until the agent ends (`None`) or the maps can't be opened.
-    async fn serve(&mut self, handle: &Handle) -> Option<MapsError> {
+    async fn serve(&mut self, handle: &Handle, failing: &mut Option<Instant>) -> Option<MapsError> {
         let mut maps = match Maps::open(&self.pins) {
             Ok(maps) => maps,
             Err(error) => return Some(error),
@@ -224,8 +249,15 @@ impl Network {
                     if state.problem.as_ref() != Some(&text) {
                         tracing::warn!("network: {text}; trying again");
                     }
+                    if error.is_harmless() {
+                        *failing = None;
+                    } else if failing.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+                        state.obstacle = Some(text.clone());
+                    }
                     state.problem = Some(text);
                     wait = RETRY;
+                } else {
+                    *failing = None;
                 }
                 self.state.send_if_modified(|old| {
                     let is_new = *old != state;
@@ -328,9 +360,13 @@ impl Network {
         *state = State {
             is_ready: true,
             problem: None,
+            obstacle: None,
             overlay_ifindex: index,
             addresses: ips,
             masquerades: self.options.masquerade,
+            non_masquerade: self.options.non_masquerade.clone(),
+            routing: self.options.routing,
+            pod_mtu,
             overlay_mtu,
             vni: self.options.vni,
             port: self.options.vxlan_port,

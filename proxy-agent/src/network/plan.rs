@@ -10,12 +10,22 @@ use ipnetwork::IpNetwork;
 use crate::model::object::{Family, Node, Rejection};
 
 /// How packets reach other nodes' pods.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Routing {
     /// Through VXLAN, always.
+    #[default]
     Vxlan,
     /// As they are where the node is on a network of ours, through VXLAN where it is not.
     Native,
+}
+
+impl std::fmt::Display for Routing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Vxlan => "vxlan",
+            Self::Native => "native",
+        })
+    }
 }
 
 /// How a range is reached.

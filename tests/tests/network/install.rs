@@ -55,7 +55,22 @@ fn the_runtime_is_told_of_the_network_once_it_can_be_had() -> Result<()> {
     testbed.end_network_pod(&node, &pod)?;
 
     node.knows(&[&node])?;
-    eventually("pods are served again", || plugin.status())
+    eventually("pods are served again", || plugin.status())?;
+    let network = &agent.status()?["network"];
+    assert_eq!(network["routing"], "vxlan", "{network}");
+    assert_eq!(network["vxlan_port"], 4789, "{network}");
+    assert_eq!(network["masquerade"], true, "{network}");
+    // Nor does one that could and can no longer, for more than a moment.
+    without_ranges(&node)?;
+    eventually("the runtime is told that it no longer can", || {
+        ensure!(plugin.status().is_err(), "{}", agent.log());
+        Ok(())
+    })?;
+    assert_eq!(code(plugin.status())?, 50);
+    let error = testbed.network_pod(&node).expect_err("there is no range");
+    assert_eq!(code(Err(error))?, 11, "try again later");
+    node.knows(&[&node])?;
+    eventually("pods are served once more", || plugin.status())
 }
 
 /// The agent knows its node, which has no range for pods.
