@@ -46,6 +46,8 @@ impl NetworkFlags {
     pub const HANDOVER4: u32 = 4;
     /// The same for IPv6.
     pub const HANDOVER6: u32 = 8;
+    /// Somebody else translates packets to pods, in the kernel's stack: what they answer has to go back there.
+    pub const CHAINED: u32 = 16;
 }
 
 /// The one element of `CONFIG`.

@@ -113,7 +113,8 @@ counters! {
     HandoverForged = "handover_forged", DROP;
     /// Dropped: a packet that another node handed over, of no flow or for no pod of this node.
     HandoverUnknown = "handover_unknown", DROP;
-    /// Dropped: a packet of a pod that would look as if a node sent it through the overlay.
+    /// Dropped: a packet of a pod that would look as if a node sent it through the overlay, or one that
+    /// came through a tunnel of another network.
     TunnelForged = "tunnel_forged", DROP;
     /// Dropped: a packet that may go no further, to or from a backend of another node.
     HopLimit = "hop_limit", DROP;

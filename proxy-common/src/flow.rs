@@ -314,8 +314,40 @@ pub struct FragmentPorts {
     pub dst_port: Be16,
 }
 
+/// When, and by what way, somebody outside last sent something to a pod.
+///
+/// Twice the seconds since boot, and the way.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dialled(u32);
+
+impl Dialled {
+    /// This node's programs handed it to the pod.
+    pub const PAST_KERNEL: u32 = 0;
+    /// It came through the kernel's stack, where others may have translated it.
+    pub const BY_KERNEL: u32 = 1;
+
+    /// It was at this time, in seconds since boot, by this way.
+    #[inline(always)]
+    pub const fn new(secs: u32, way: u32) -> Self {
+        Self(secs << 1 | way & 1)
+    }
+
+    /// [`Dialled::PAST_KERNEL`] or [`Dialled::BY_KERNEL`].
+    #[inline(always)]
+    pub const fn way(self) -> u32 {
+        self.0 & 1
+    }
+
+    /// How long ago it was, in seconds.
+    #[inline(always)]
+    pub const fn age(self, now_secs: u32) -> u32 {
+        (now_secs << 1).wrapping_sub(self.0 & !1) >> 1
+    }
+}
+
 map_types! {
-    PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
+    Dialled = 4, PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
     Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 4,
 }
 

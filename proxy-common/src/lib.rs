@@ -28,6 +28,7 @@
 //! | `BACKEND_COUNTS4/6` | hash | [`BackendLife`] → [`BackendCounts`] | programs and agent, each its own | backends that come next are not counted |
 //! | `SERVICE_COUNTS` | LRU hash | [`ServiceId`] → [`BackendCounts`] of backends that are gone | agent | a service whose backends went long ago forgets them |
 //! | `FRAGMENTS4/6` | LRU hash | [`FragmentKey`] → [`FragmentPorts`] | programs | the oldest datagram is forgotten |
+//! | `DIALLED4/6` | LRU hash | [`FlowKey`] of the reply of a pod that somebody outside dialled → [`Dialled`] | programs | the least recent one is forgotten: the pod's next datagram there gets the node's address |
 //! | `SOCKETS` | socket storage | socket → [`SocketPeer`] | programs | |
 //! | `TCP_PEERS` | array | socket cookie's low bits → [`TcpPeer`] | programs | the socket is in `SOCKETS` |
 //! | `CONNECTED_UDP` | hash | socket cookie → [`ConnectedUdp`] | programs | the socket is not translated |
@@ -68,8 +69,8 @@ pub use config::{Config, NetworkFlags, Timeouts};
 pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Load, Traffic};
 pub use counter::Counter;
 pub use flow::{
-    Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey, FragmentPorts,
-    MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
+    Dialled, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey,
+    FragmentPorts, MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
     SCTP_ESTABLISHED_SECS,
 };
 pub use forwarding::{Forwarding, Handover, Vtep};
@@ -144,6 +145,8 @@ pub mod limits {
     pub const SERVICE_COUNTS: u32 = 16_384;
     /// Fragmented datagrams of one family whose ports are remembered.
     pub const FRAGMENTS: u32 = 8_192;
+    /// Pairs of a pod and somebody outside of one family who dialled it.
+    pub const DIALLED: u32 = 65_536;
     /// Connected TCP sockets whose peers have a place outside of the sockets' own storage; a power of
     /// two.
     pub const TCP_PEERS: u32 = 65_536;

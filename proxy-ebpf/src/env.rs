@@ -4,9 +4,9 @@
 //! what is used.
 
 use penstock_common::{
-    Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Endpoint, Flow,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, HintPlace, Hints, Hop,
-    PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Uplink, V4, Vtep, XdpUplink,
+    Address, Affinity, AffinityKey, Backend, BackendId, Be16, Config, Counter, Dialled, Endpoint,
+    Flow, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, HintPlace, Hints,
+    Hop, PortChunk, Proto, Responder, Route, ServiceId, SourceRange, Uplink, V4, Vtep, XdpUplink,
 };
 
 use crate::{family::Family, pod::Back, quoted::Quote};
@@ -246,4 +246,8 @@ pub trait Maps<F: Family>: Env {
     fn fragment(&self, key: &FragmentKey<F::Addr>) -> Option<FragmentPorts>;
     /// Remembers the ports of a fragmented datagram.
     fn set_fragment(&self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts);
+    /// When and how somebody outside last dialled a pod, by the key of what the pod answers.
+    fn dialled(&self, answer: &FlowKey<F::Addr>) -> Option<Dialled>;
+    /// Notes that it was just now, by this way ([`Dialled::way`]).
+    fn note_dialled(&self, answer: &FlowKey<F::Addr>, way: u32);
 }

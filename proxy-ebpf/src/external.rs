@@ -49,7 +49,7 @@ fn sort<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result<Ver
         return Ok(Verdict::Wrapped);
     }
     let Some(address) = maps.address(&ends.1) else {
-        let verdict = forward::to_local::<F, M>(packet, maps, &ends)?;
+        let verdict = forward::arrives::<F, M>(packet, maps, &ends)?;
         return Ok(verdict.unwrap_or(Verdict::Pass));
     };
     let Some(header) = F::network(packet, ETHERNET) else {

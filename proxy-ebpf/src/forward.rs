@@ -5,12 +5,13 @@
 //! answers as a router must.
 
 use penstock_common::{
-    Addr, AddressKind, Counter, Endpoint, EndpointFlags, FlowFlags, FlowKey, Handover,
-    NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
+    Addr, AddressKind, Be16, Counter, Dialled, Endpoint, EndpointFlags, FlowFlags, FlowKey,
+    Handover, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
 };
 
 use crate::{
     checksum::Delta,
+    dialled,
     env::{Maps, Record, Way},
     family::{ETHERNET, ETHERNET_SOURCE, Family},
     flow, handover,
@@ -88,11 +89,50 @@ pub fn from_pod<F: Family, M: Maps<F>>(
     }
     match maps.route(&ends.1) {
         Some(route) if route.kind == RouteKind::OVERLAY => enter_overlay::<F>(packet, maps, route),
-        Some(_) => Ok(Verdict::Pass),
-        None if network & NetworkFlags::MASQUERADE == 0 => Ok(Verdict::Pass),
-        None if F::is_multicast(ends.1) || hops::<F>(packet).is_none() => Ok(Verdict::Pass),
-        None => leaving::<F, M>(packet, maps, &ends),
+        // What is no pod's there is nobody's.
+        Some(route) if route.kind == RouteKind::OWN => Ok(Verdict::Pass),
+        None if network & NetworkFlags::MASQUERADE != 0 => leaving::<F, M>(packet, maps, &ends),
+        _ => as_it_came::<F, M>(packet, maps, &ends),
     }
+}
+
+/// A packet to whoever sees pods' own addresses, by the kernel's routes but past its stack.
+#[inline(always)]
+fn as_it_came<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Verdict, Counter> {
+    let Some(egress) = way_out::<F, M>(packet, maps, ends)? else {
+        return Ok(Verdict::Pass);
+    };
+    let Some(hops) = hops::<F>(packet) else {
+        return Ok(Verdict::Pass);
+    };
+    take_hop::<F>(packet, hops).map_err(refused)?;
+    Ok(Verdict::Routed(egress))
+}
+
+/// The interface to the outside that a pod's packet leaves by, unless the kernel has to have it: too
+/// long, at the end of its life, for a group, or with no way out.
+#[inline(always)]
+fn way_out<F: Family, M: Maps<F>>(
+    packet: &impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Option<u32>, Counter> {
+    if F::is_multicast(ends.1) || hops::<F>(packet).is_none() {
+        return Ok(None);
+    }
+    let egress = maps.egress(packet.ifindex(), &ends.0, &ends.1);
+    let Some(egress) = egress.filter(|ifindex| maps.uplink(*ifindex).is_some()) else {
+        return Ok(None);
+    };
+    let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
+    if tunnel::forges(packet, maps, &header) {
+        return Err(Counter::TunnelForged);
+    }
+    Ok(Some(egress))
 }
 
 /// A packet whose source is not its pod's own, which is the kernel's to judge, unless it pretends to be
@@ -109,28 +149,24 @@ fn somebody_elses<F: Family, M: Maps<F>>(
     }
 }
 
-/// A packet to the outside, which the kernel gets where it may not leave as it is: too long, or
-/// with no way out.
+/// A packet to the outside, which is to get this node's address.
 #[inline(always)]
 fn leaving<F: Family, M: Maps<F>>(
     packet: &impl Packet,
     maps: &M,
     ends: &(F::Addr, F::Addr),
 ) -> Result<Verdict, Counter> {
-    let egress = maps.egress(packet.ifindex(), &ends.0, &ends.1);
-    if egress.and_then(|ifindex| maps.uplink(ifindex)).is_none() {
+    if way_out::<F, M>(packet, maps, ends)?.is_none() {
         return Ok(Verdict::Pass);
     }
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
-    if tunnel::forges(packet, maps, &header) {
-        return Err(Counter::TunnelForged);
-    }
     Ok(match header.proto {
         Proto::TCP | Proto::UDP | Proto::SCTP => Verdict::Outside,
         proto if proto == F::ICMP => {
-            let [request, _] = F::ECHO;
-            let is_request = || packet.load(header.transport) == Some(request);
-            if header.fragment.is_later || is_request() {
+            let icmp_type = packet.load::<u8>(header.transport);
+            if header.fragment.is_later
+                || icmp_type.is_some_and(|icmp_type| F::ECHO.contains(&icmp_type))
+            {
                 Verdict::Outside
             } else {
                 Verdict::Icmp
@@ -202,10 +238,21 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     maps: &M,
 ) -> Result<Verdict, Counter> {
     let segment = pod::segment::<F, M>(packet, maps)?;
-    if segment.proto.has_connections() && segment.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
-        // A reply to somebody who knows the pod by its own address, or of a connection that somebody
-        // else translates.
-        return Ok(Verdict::Pass);
+    let way_back = if segment.proto == F::ICMP {
+        // Only a reply has a second port, and nobody translates one but who translated its request.
+        (segment.dst_port != Be16::default()).then_some(Dialled::PAST_KERNEL)
+    } else {
+        dialled::way_back::<F, M>(maps, &segment)
+    };
+    let begins = segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    if segment.proto.has_connections() && !begins || way_back.is_some() {
+        let (header, ends) = pod::headers::<F>(packet)?;
+        parse::remember_ports::<F>(maps, &header, &segment);
+        return match way_back {
+            Some(Dialled::PAST_KERNEL) => as_it_came::<F, M>(packet, maps, &ends),
+            // Of a connection that somebody else translates, perhaps.
+            _ => Ok(Verdict::Pass),
+        };
     }
     // That it leaves the cluster is known: `leaving` has looked.
     let source = source_towards::<F, M>(maps, packet.ifindex(), &segment.src, &segment.dst);
@@ -238,13 +285,19 @@ pub fn from_overlay<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
+    // The device takes tunnels of any network. What this node lets in there itself had none.
+    let network = packet.tunnel_network();
+    if network.is_some_and(|vni| vni != maps.overlay().vni) {
+        return Err(Counter::TunnelForged);
+    }
     if let Some(verdict) = handover::sort::<F, M>(packet, maps)? {
         return Ok(verdict);
     }
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
-    if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
+    // Another node may speak with an address of its own that is in no range of pods.
+    if let Some(verdict) = arrives::<F, M>(packet, maps, &ends)? {
         return Ok(verdict);
     }
     // The reply of a backend that is not this node's, to whom this node spoke for somebody.
@@ -306,10 +359,26 @@ pub fn deliver<F: Family, M: Maps<F>>(
     into_pod::<F>(packet, maps, &to, hops)
 }
 
+/// What comes from elsewhere for a pod of this node, if it does: it may be a reply, and who sends it may
+/// have to be remembered ([`dialled::came`]), unless neither was so a moment ago.
+#[inline(always)]
+pub(crate) fn arrives<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Option<Verdict>, Counter> {
+    if let Some(way) = maps.way(packet.ifindex(), ends)
+        && way.kind == ShortcutKind::POD
+    {
+        return to_pod::<F, M>(packet, maps, ends.0, &way.to).map(Some);
+    }
+    Ok(is_local::<F, M>(packet, maps, &ends.1).then_some(Verdict::Local))
+}
+
 /// Into the pod of this node that a packet is for, if it is for one: at once, unless it may be a
 /// reply that has to be made the service's before.
 #[inline(always)]
-pub(crate) fn to_local<F: Family, M: Maps<F>>(
+fn to_local<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
     ends: &(F::Addr, F::Addr),
@@ -343,12 +412,17 @@ pub(crate) fn into_pod<F: Family>(
     to: &Endpoint,
     hops: u16,
 ) -> Result<Verdict, Counter> {
+    let is_shaped = to.flags & EndpointFlags::SHAPED != 0;
+    // Past the host end's interface nobody asks; there it would be dropped without a word.
+    if is_shaped && !packet.fits_link(to.ifindex) {
+        return Ok(Verdict::Pass);
+    }
     take_hop::<F>(packet, hops).map_err(refused)?;
     frame(packet, to.mac, to.host_mac).map_err(refused)?;
     maps.count(Counter::Delivered);
     Ok(Verdict::Deliver {
         ifindex: to.ifindex,
-        is_shaped: to.flags & EndpointFlags::SHAPED != 0,
+        is_shaped,
     })
 }
 

@@ -19,6 +19,7 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 pub mod checksum;
+pub mod dialled;
 pub mod env;
 pub mod external;
 pub mod family;

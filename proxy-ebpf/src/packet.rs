@@ -65,6 +65,12 @@ pub trait Packet {
     /// the Ethernet header; an interface with this MTU says so where it is not obvious.
     fn fits(&self, ifindex: u32, mtu: u32) -> bool;
 
+    /// The same by the MTU of the interface alone.
+    #[inline(always)]
+    fn fits_link(&self, _ifindex: u32) -> bool {
+        true
+    }
+
     /// Whether the frame is several that were joined, or are yet to be cut apart.
     fn is_joined(&self) -> bool;
 
@@ -99,6 +105,12 @@ pub trait Packet {
     /// Where a frame that came through a tunnel was sent from.
     #[inline(always)]
     fn tunnel_source(&self) -> Option<Vtep> {
+        None
+    }
+
+    /// The network identifier of the tunnel that a frame came through (RFC 7348, 5).
+    #[inline(always)]
+    fn tunnel_network(&self) -> Option<u32> {
         None
     }
 

@@ -11,6 +11,7 @@ use penstock_common::{
 };
 
 use crate::{
+    dialled,
     env::Maps,
     family::{ETHERNET, Family, Network},
     flow::{self, succession},
@@ -117,8 +118,12 @@ pub fn classify<F: Family, M: Maps<F>>(
     let Some(ends) = parse::addrs::<F>(packet, ETHERNET) else {
         return Ok(Verdict::Pass);
     };
-    if maps.network() & NetworkFlags::FORWARD == 0 {
+    let network = maps.network();
+    if network & NetworkFlags::FORWARD == 0 {
         return sort::<F, M>(packet, maps, &ends.1).map(|sorted| sorted.unwrap_or(Verdict::Pass));
+    }
+    if network & NetworkFlags::CHAINED != 0 && dialled::is_kernels::<F, M>(packet, maps, &ends) {
+        return Ok(Verdict::Pass);
     }
     let ifindex = packet.ifindex();
     if let Some(way) = maps.way(ifindex, &ends) {
@@ -347,14 +352,16 @@ pub fn to_node<F: Family, M: Maps<F>>(
     })
 }
 
-/// A packet that the kernel goes on with: to a pod, or to the outside.
+/// A packet on its way to a pod: [`Verdict::Untouched`], which is [`dialled`]'s, where it is no reply.
 #[inline(always)]
 pub fn returning<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    back::<F, M>(packet, maps)?;
-    Ok(Verdict::Pass)
+    Ok(match back::<F, M>(packet, maps)? {
+        Back::Request => Verdict::Untouched,
+        _ => Verdict::Pass,
+    })
 }
 
 /// Whether a packet is an ICMP error.

@@ -9,16 +9,16 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Endpoint, Flow, FlowCounts, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hints, Load, Netns, PortChunk,
-    Route, ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6,
-    Vtep, XdpUplink, limits,
+    ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Dialled, Endpoint, Flow, FlowCounts,
+    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hints, Load, Netns,
+    PortChunk, Route, ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink,
+    V4, V6, Vtep, XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
     ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
-        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $endpoints:ident, $routes:ident,
+        $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $dialled:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $hints:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
@@ -62,6 +62,9 @@ macro_rules! family_maps {
         #[map]
         pub(crate) static $fragments: LruHashMap<FragmentKey<$family>, FragmentPorts> =
             LruHashMap::pinned(limits::FRAGMENTS, 0);
+        #[map]
+        pub(crate) static $dialled: LruHashMap<FlowKey<$family>, Dialled> =
+            LruHashMap::pinned(limits::DIALLED, 0);
         /// What the tables said of packets a moment ago.
         #[map]
         pub(crate) static $shortcuts: PerCpuArray<Shortcut<$family>> =
@@ -79,9 +82,9 @@ macro_rules! family_maps {
     };
 }
 
-family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, ENDPOINTS4, ROUTES4,
+family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, DIALLED4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, HINTS4);
-family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, ENDPOINTS6, ROUTES6,
+family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, DIALLED6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, HINTS6);
 
 #[map]

@@ -318,6 +318,11 @@ impl Packet for Skb<'_> {
         if unsafe { (*self.0.skb.skb).gso_size } == 0 {
             return false;
         }
+        self.fits_link(ifindex)
+    }
+
+    #[inline(always)]
+    fn fits_link(&self, ifindex: u32) -> bool {
         let mut length = 0;
         // SAFETY: the context is the program's own, and `length` is written within this call.
         let result =
@@ -435,6 +440,21 @@ impl Packet for Skb<'_> {
             v6: V6::from_raw(raw),
             ..Vtep::default()
         })
+    }
+
+    #[inline(always)]
+    fn tunnel_network(&self) -> Option<u32> {
+        // SAFETY: the structure is plain numbers.
+        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+        let skb = self.0.skb.skb;
+        let mut ask = |flags: u32| {
+            // SAFETY: the helper writes `TUNNEL_KEY` bytes of the structure within this call.
+            done(unsafe {
+                bpf_skb_get_tunnel_key(skb, &mut key, TUNNEL_KEY as u32, u64::from(flags))
+            })
+            .map(|()| key.tunnel_id)
+        };
+        ask(0).or_else(|_| ask(BPF_F_TUNINFO_IPV6)).ok()
     }
 
     #[inline(always)]

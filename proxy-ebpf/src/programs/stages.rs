@@ -7,6 +7,7 @@
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use penstock_common::{Counter, V4, V6};
 use penstock_ebpf::{
+    dialled,
     env::Env,
     external, forward, handover,
     pod::{self, Verdict},
@@ -24,12 +25,12 @@ use crate::kernel::{env::Kernel, skb::Skb};
 /// A packet hook's functions for one family.
 macro_rules! family {
     ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $uplinked:ident, $overlaid:ident, $into_pod:ident, $end:ident, $classify:ident,
-        $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident,
+        $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident, $received:ident, $came:ident,
         $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
         $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
         $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident, $sent:ident,
         $hand_over:ident, $split:ident, $rejoin:ident, $shorten_as_it_came:ident, $accept:ident, $admit_handed:ident,
-        $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident, $begin:ident) => {
+        $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident, $towards_pod:ident, $begin:ident) => {
         family!(stage $classify, pod::classify, $family);
         family!(stage $request, pod::request, $family);
         family!(stage $open, pod::open, $family);
@@ -37,6 +38,8 @@ macro_rules! family {
         family!(stage $icmp, pod::error_about_reply, $family);
         family!(stage $node, pod::to_node, $family);
         family!(stage $returning, pod::returning, $family);
+        family!(stage $received, dialled::received, $family);
+        family!(stage $came, dialled::came, $family);
         family!(stage $forward, forward::from_pod, $family);
         family!(stage $deliver, forward::deliver, $family);
         family!(stage $masquerade, forward::masquerade, $family);
@@ -152,7 +155,14 @@ macro_rules! family {
         pub(super) fn $inward(skb: *mut __sk_buff, decided: i32) -> i32 {
             let mut verdict = decided;
             if verdict == LOCAL {
-                return $into_pod(skb);
+                return match $returning(skb) {
+                    NEXT => $deliver(skb),
+                    UNTOUCHED => match $came(skb) {
+                        NEXT => $deliver(skb),
+                        verdict => verdict,
+                    },
+                    verdict => verdict,
+                };
             }
             if verdict == ARRIVED {
                 verdict = $arrived(skb);
@@ -180,11 +190,11 @@ macro_rules! family {
             }
         }
 
-        /// Into a pod of this node, as the service's if it is a reply.
+        /// From one pod of this node into another one, as the service's if it is a reply.
         #[inline(always)]
         pub(super) fn $into_pod(skb: *mut __sk_buff) -> i32 {
             match $returning(skb) {
-                NEXT => $deliver(skb),
+                NEXT | UNTOUCHED => $deliver(skb),
                 verdict => verdict,
             }
         }
@@ -221,6 +231,15 @@ macro_rules! family {
             }
             // It is about to.
             if verdict == LEAVE { NEXT } else { verdict }
+        }
+
+        /// What the kernel sends to a pod.
+        #[inline(always)]
+        pub(super) fn $towards_pod(skb: *mut __sk_buff) -> i32 {
+            match $returning(skb) {
+                UNTOUCHED => $received(skb),
+                verdict => verdict,
+            }
         }
 
         /// What enters the overlay.
@@ -260,15 +279,15 @@ macro_rules! family {
     };
 }
 family!(V4: from_pod4, onward4, inward4, uplinked4, overlaid4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
-    returning4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
+    returning4, received4, came4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
     from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4, sent4,
     hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
-    hand_back4, came_back4, outbound4, into_overlay4, begin4);
+    hand_back4, came_back4, outbound4, into_overlay4, towards_pod4, begin4);
 family!(V6: from_pod6, onward6, inward6, uplinked6, overlaid6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
-    returning6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
+    returning6, received6, came6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
     from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6, sent6,
     hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
-    hand_back6, came_back6, outbound6, into_overlay6, begin6);
+    hand_back6, came_back6, outbound6, into_overlay6, towards_pod6, begin6);
 
 /// What a stage answers to the hook.
 #[inline(always)]

@@ -36,8 +36,8 @@ pub(crate) fn from_pod(context: TcContext) -> i32 {
 pub(crate) fn to_pod(context: TcContext) -> i32 {
     by_family(
         &context,
-        || returning4(context.skb.skb),
-        || returning6(context.skb.skb),
+        || towards_pod4(context.skb.skb),
+        || towards_pod6(context.skb.skb),
     )
 }
 

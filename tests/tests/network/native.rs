@@ -6,7 +6,7 @@ use anyhow::Result;
 use penstock_testbed::{Node, require_kernel};
 
 use crate::{
-    net::{Net, reaches},
+    net::{Net, nobody_tracks, reaches},
     size::{learns, transmitted},
 };
 
@@ -26,6 +26,9 @@ fn neighbours_need_no_tunnel() -> Result<()> {
     net.keep(server);
     let [here, neighbour, far] = net.pods.clone().try_into().expect("three pods");
 
+    for node in &net.nodes {
+        node.host.track_everything()?;
+    }
     let tunnelled = |node: &Node| Ok::<_, anyhow::Error>(transmitted(&node.host, "penstock0")?.1);
     reaches(&here.host, &neighbour.host)?;
     reaches(&neighbour.host, &here.host)?;
@@ -39,6 +42,7 @@ fn neighbours_need_no_tunnel() -> Result<()> {
         reaches(&from.host, &to.host)?;
     }
     assert!(tunnelled(&net.nodes[0])? > 0 && tunnelled(&net.nodes[2])? > 0);
+    nobody_tracks(&net)?;
     // Pods' links carry what the nodes' network does, and the tunnels less.
     learns(&here.host, &far.host, 1_430)?;
     let drain = far.host.drain(9000)?;

@@ -108,6 +108,34 @@ impl Net {
     }
 }
 
+/// Asserts that no node's kernel tracks anything of pods, although it would what it sees
+/// (`Host::track_everything`).
+pub fn nobody_tracks(net: &Net) -> Result<()> {
+    let ips = net.pods.iter().flat_map(|pod| [pod.host.ip4, pod.host.ip6]);
+    let ips: Vec<String> = ips.map(expanded).collect();
+    for node in &net.nodes {
+        let of_pods = |entry: &String| {
+            let mut fields = entry.split(['=', ' ']);
+            fields.any(|field| ips.iter().any(|ip| ip == field))
+        };
+        let entries = node.host.tracked()?;
+        let of_pods: Vec<String> = entries.into_iter().filter(of_pods).collect();
+        assert!(of_pods.is_empty(), "{}: {of_pods:#?}", node.name());
+    }
+    Ok(())
+}
+
+/// An address as the kernel's tracking shows it.
+fn expanded(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(ip) => ip.to_string(),
+        IpAddr::V6(ip) => {
+            let segments = ip.segments().map(|segment| format!("{segment:04x}"));
+            segments.join(":")
+        }
+    }
+}
+
 /// The address of a host's in the same family.
 pub fn same_family(host: &Host, ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { host.ip4 } else { host.ip6 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Result, ensure};
 use penstock_testbed::{Host, eventually, require_kernel, text};
 
-use crate::net::{Net, asked, reaches, same_family};
+use crate::net::{Net, asked, nobody_tracks, reaches, same_family};
 
 #[test]
 fn the_outside_sees_the_node_and_the_kernel_tracks_nothing() -> Result<()> {
@@ -48,14 +48,66 @@ fn the_outside_sees_the_node_and_the_kernel_tracks_nothing() -> Result<()> {
         ensure!(entries.iter().any(|entry| of_ours(&entry)), "{entries:#?}");
         Ok(())
     })?;
-    // Who knows the way to a pod and dials it is answered by it.
+    // Nor is what pods send with their own addresses.
+    reaches(&pod, &inside)?;
+    reaches(&inside, &pod)?;
+    nobody_tracks(&net)?;
+    // Who knows the way to a pod and dials it is answered by it, on the way that it came: where what is
+    // part of nothing that the kernel tracks is dropped, as kube-proxy does, that makes no difference.
     outside.run("ip", &["route", "add", &v4, "via", &node.ip4.to_string()])?;
     outside.run("ip", &["route", "add", &v6, "via", &node.ip6.to_string()])?;
+    for iptables in ["iptables", "ip6tables"] {
+        let rule = ["-I", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID"];
+        node.run(iptables, &[&rule[..], &["-j", "DROP"]].concat())?;
+    }
+    reaches(&outside, &pod)?;
     for ip in [pod.ip4, pod.ip6] {
         let to = SocketAddr::new(ip, 8080).to_string();
-        assert_eq!(outside.who_answers("tcp", &to)?, pod.name, "{to}");
+        let answer = outside.ask("udp", &to, &["--size", "4000"])?;
+        assert_eq!(text(&answer, "reached"), "4000", "{to}: {answer}");
+        let echo = outside.ask("icmp", &to, &["--size", "4000"])?;
+        assert_eq!(echo["reached"], 4000, "{to}: {echo}");
     }
+    // What the pod asks there itself has the node's address all the same.
+    is_masqueraded(&pod, &outside, &node)?;
     net.nothing_was_dropped()
+}
+
+#[test]
+fn tunnels_of_other_networks_lead_nowhere() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = penstock_testbed::Testbed::new()?;
+    let stranger = testbed.client()?;
+    let nodes = vec![testbed.network_node()?];
+    let net = Net::on(testbed, nodes, &[], &[0])?;
+    let (pod, node) = (&net.pods[0].host, &net.nodes[0].host);
+    let tunnel = |vni: &str| -> Result<()> {
+        let to = node.ip4.to_string();
+        let own = ["id", vni, "dstport", "4789", "remote", &to];
+        stranger.run(
+            "ip",
+            &[&["link", "add", "t0", "type", "vxlan"][..], &own].concat(),
+        )?;
+        let mac = ["address", "02:50:53:00:00:02"];
+        stranger.run("ip", &[&["link", "set", "t0", "up"][..], &mac].concat())?;
+        stranger.run("ip", &["address", "add", "10.99.0.1/24", "dev", "t0"])?;
+        let pod = pod.ip4.to_string();
+        stranger.run("ip", &["route", "add", &pod, "dev", "t0"])?;
+        let to = ["lladdr", "02:50:53:00:00:01", "nud", "permanent"];
+        stranger.run(
+            "ip",
+            &[&["neigh", "add", &pod, "dev", "t0"][..], &to].concat(),
+        )?;
+        Ok(())
+    };
+    let to = SocketAddr::new(pod.ip4, 8080).to_string();
+    tunnel("77")?;
+    let answer = stranger.ask("tcp", &to, &[])?;
+    assert!(!text(&answer, "error").is_empty(), "{answer}");
+    assert!(net.agents[0].count("tunnel_forged")? > 0);
+    Ok(())
 }
 
 /// A pod asks somebody outside, who sees its node, in packets of every kind and size.

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddr};
 use anyhow::Result;
 use penstock_testbed::{PROTOCOLS, all_answer, frontends, require_kernel, text};
 
-use crate::net::{Net, asked, reaches, same_family};
+use crate::net::{Net, asked, nobody_tracks, reaches, same_family};
 
 #[test]
 fn pods_nodes_and_services_reach_each_other() -> Result<()> {
@@ -13,11 +13,15 @@ fn pods_nodes_and_services_reach_each_other() -> Result<()> {
         return Ok(());
     };
     let mut net = Net::new(&[])?;
+    for node in &net.nodes {
+        node.host.track_everything()?;
+    }
     for from in &net.pods {
         for to in &net.pods {
             reaches(&from.host, &to.host)?;
         }
     }
+    nobody_tracks(&net)?;
     assert!(net.agents[0].count("delivered")? > 0);
     assert!(net.agents[0].count("overlay_sent")? > 0);
 
