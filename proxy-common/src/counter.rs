@@ -123,6 +123,8 @@ counters! {
     RewriteFailed = "rewrite_failed", DROP;
 }
 
+const _: () = assert!(Counter::ALL.len() <= crate::limits::COUNTERS as usize);
+
 #[cfg(test)]
 mod tests {
     use super::Counter;

@@ -312,6 +312,13 @@ pub struct FragmentPorts {
     pub src_port: Be16,
     /// Destination port.
     pub dst_port: Be16,
+    /// When it came, in seconds since boot: identifications come around.
+    pub seen_secs: u32,
+}
+
+impl FragmentPorts {
+    /// For how many seconds later fragments are waited for, as the kernel does (ipfrag_time).
+    pub const LASTS_SECS: u32 = 30;
 }
 
 /// When, and by what way, somebody outside last sent something to a pod.
@@ -348,7 +355,7 @@ impl Dialled {
 
 map_types! {
     Dialled = 4, PortChunk = 16, FlowId = 4, FlowKey<V4> = 16, FlowKey<V6> = 40, Flow<V4> = 48, Flow<V6> = 96,
-    Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 4,
+    Fragment<V4> = 16, Fragment<V6> = 40, FragmentPorts = 8,
 }
 
 #[cfg(test)]

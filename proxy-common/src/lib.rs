@@ -92,7 +92,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// How many entries each map holds.
 pub mod limits {
@@ -147,6 +147,8 @@ pub mod limits {
     pub const FRAGMENTS: u32 = 8_192;
     /// Pairs of a pod and somebody outside of one family who dialled it.
     pub const DIALLED: u32 = 65_536;
+    /// What programs count: room for more than there is, so that a new reason needs no other layout.
+    pub const COUNTERS: u32 = 64;
     /// Connected TCP sockets whose peers have a place outside of the sockets' own storage; a power of
     /// two.
     pub const TCP_PEERS: u32 = 65_536;

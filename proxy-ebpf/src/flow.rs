@@ -89,9 +89,9 @@ pub fn may_continue<F: Family, M: Maps<F>>(
     if is_opening && is_ending(known) {
         return false;
     }
-    // UDP never sticks to a dead backend, and neither does a handshake that nobody answered; an
-    // established TCP connection ends by itself.
-    if segment.proto == Proto::UDP || (is_opening && known.state == FlowState::EMBRYONIC) {
+    // UDP never sticks to a dead backend, and neither does what a client begins, whatever was known of its
+    // port; an established TCP connection ends by itself.
+    if segment.proto == Proto::UDP || is_opening {
         let (id, generation) = known.record.backend();
         // No service, no backend that could die.
         return generation == 0
@@ -126,7 +126,12 @@ fn finish<A: Addr, R: Record<A>>(known: &Known<A, R>, is_reply: bool) -> u32 {
         Fins::CLIENT
     };
     let before = known.record.fins();
-    if known.state != FlowState::ESTABLISHED || before | own == Fins::CLIENT | Fins::BACKEND {
+    // Of a flow that is answered past this node nobody will see the other one.
+    let is_one_way = known.flags & FlowFlags::DSR != 0;
+    if is_one_way
+        || known.state != FlowState::ESTABLISHED
+        || before | own == Fins::CLIENT | Fins::BACKEND
+    {
         return FlowState::CLOSING;
     }
     if before != own {

@@ -83,26 +83,6 @@ fn overlay_route<F: Family, M: Maps<F>>(maps: &M, backend: &F::Addr) -> Option<R
     (route.kind == RouteKind::OVERLAY).then_some(route)
 }
 
-/// Whether a client opens a connection anew that was handed over to a backend which is gone: what the
-/// backend says of connections is not seen here.
-#[inline(always)]
-pub(crate) fn is_lost<F: Family, M: Maps<F>>(
-    maps: &M,
-    known: &Known<F::Addr, M::Record>,
-    segment: &Segment<F::Addr>,
-) -> bool {
-    if known.flags & FlowFlags::DSR == 0
-        || segment.proto != Proto::TCP
-        || segment.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN
-    {
-        return false;
-    }
-    let (id, generation) = known.record.backend();
-    !maps
-        .backend(id)
-        .is_some_and(|backend| backend.is(generation, penstock_common::BackendFlags::LIVE))
-}
-
 /// Takes a flow whose replies are not seen for established once its client shows that it has seen one:
 /// it acknowledges something, or still sends datagrams in another second.
 #[inline(always)]

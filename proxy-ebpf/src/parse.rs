@@ -106,6 +106,10 @@ pub fn segment<F: Family>(
     if header.fragment.is_later {
         let key = FragmentKey::new(addrs.0, addrs.1, header.fragment.id, header.proto);
         let ports = maps.fragment(&key).ok_or(Counter::FragmentUnmatched)?;
+        let age = maps.now_secs().wrapping_sub(ports.seen_secs);
+        if age > FragmentPorts::LASTS_SECS {
+            return Err(Counter::FragmentUnmatched);
+        }
         segment.src_port = ports.src_port;
         segment.dst_port = ports.dst_port;
         return Ok(segment);
@@ -151,6 +155,7 @@ pub fn remember_ports<F: Family>(
         let ports = FragmentPorts {
             src_port: segment.src_port,
             dst_port: segment.dst_port,
+            seen_secs: maps.now_secs(),
         };
         maps.set_fragment(&key, &ports);
     }

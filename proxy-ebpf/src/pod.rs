@@ -15,7 +15,7 @@ use crate::{
     env::Maps,
     family::{ETHERNET, Family, Network},
     flow::{self, succession},
-    forward, handover,
+    forward,
     packet::Packet,
     parse::{self, Segment},
     quoted, reject, rewrite,
@@ -214,9 +214,7 @@ pub fn request<F: Family, M: Maps<F>>(
     let Some(known) = flow::find::<F, M>(maps, &request_key(&segment)) else {
         return Ok(Verdict::Open);
     };
-    if !flow::may_continue(maps, &known, &segment)
-        || handover::is_lost::<F, M>(maps, &known, &segment)
-    {
+    if !flow::may_continue(maps, &known, &segment) {
         flow::retire(maps, &known);
         return Ok(Verdict::Open);
     }

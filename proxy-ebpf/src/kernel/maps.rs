@@ -113,7 +113,7 @@ pub(crate) static CHANGED: Array<u64> = Array::pinned(1, 0);
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]
-pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::ALL.len() as u32, 0);
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(limits::COUNTERS, 0);
 /// Second and count of the ICMP errors sent within it.
 #[map]
 pub(crate) static ERRORS_SENT: PerCpuArray<[u32; 2]> = PerCpuArray::pinned(1, 0);

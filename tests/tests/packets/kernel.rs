@@ -187,6 +187,16 @@ impl Kernel {
         map.insert(key, value, 0).expect(name);
     }
 
+    pub fn get<K: Pod, V: Pod>(&mut self, name: &str, key: &K) -> Option<V> {
+        let map: HashMap<&mut MapData, K, V> = self
+            .ebpf
+            .map_mut(name)
+            .expect(name)
+            .try_into()
+            .expect("a hash map");
+        map.get(key, 0).ok()
+    }
+
     /// Puts a range behind a route, or takes it away.
     pub fn route(&mut self, (ip, bits): (IpAddr, u32), route: Option<Route>) {
         fn set<A: Pod>(map: &mut Map, key: Key<A>, route: Option<Route>) {

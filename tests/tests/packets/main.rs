@@ -11,6 +11,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod beginnings;
 mod frame;
 mod kernel;
 mod model;
