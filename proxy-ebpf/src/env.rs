@@ -236,7 +236,11 @@ pub trait Maps<F: Family>: Env {
     /// The interface that a packet of this source leaves by, having come in by `ingress`, if the
     /// kernel's routes and the packet's length let it.
     fn egress(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;
-    /// The same, and the neighbour there if the kernel knows it.
+    /// The same, however long the packet is.
+    fn egress_anyway(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<u32>;
+    /// How long a packet may be on that way, in bytes, IP header included; 0 where there is none.
+    fn way_mtu(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> u32;
+    /// The interface that it leaves by, and the neighbour there if the kernel knows it.
     fn next_hop(&self, ingress: u32, src: &F::Addr, dst: &F::Addr) -> Option<NextHop>;
     /// The kernel's way to the other end of a tunnel.
     fn tunnel_hop(&self, ingress: u32, to: V4) -> Option<NextHop>;

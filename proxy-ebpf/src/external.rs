@@ -156,7 +156,7 @@ fn source<F: Family, M: Maps<F>>(
         F::of(config.overlay4, config.overlay6)
     } else {
         let egress = maps
-            .egress(ingress, &segment.src, backend)
+            .egress_anyway(ingress, &segment.src, backend)
             .ok_or(Counter::SourceNoAddress)?;
         match maps.uplink(egress) {
             Some(uplink) => F::of(uplink.addr4, uplink.addr6),
@@ -250,8 +250,7 @@ fn by_kernel<F: Family>(packet: &mut impl Packet, maps: &impl Maps<F>) -> Result
     Ok(Verdict::In(overlay.ifindex))
 }
 
-/// Tells the sender of a packet that does not fit the overlay, which was translated already, what
-/// does.
+/// Tells the sender of a packet that does not fit its way, which was translated already, what does.
 #[inline(always)]
 pub fn shorten<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -264,11 +263,15 @@ pub fn shorten<F: Family, M: Maps<F>>(
         (segment.dst, segment.dst_port),
         (segment.src, segment.src_port),
     );
+    let mut mtu = maps.overlay().mtu;
+    if tunnel_to::<F, M>(maps, &segment.dst).is_none() {
+        mtu = maps.way_mtu(packet.ifindex(), &segment.src, &segment.dst);
+    }
     let known = flow::find::<F, M>(maps, &key).ok_or(Counter::TooLong)?;
     let (frontend, client) = known.ends();
     rewrite::translate::<F>(packet, &segment, client, frontend)?;
     (segment.src, segment.src_port) = client;
     (segment.dst, segment.dst_port) = frontend;
-    reject::too_long::<F, M>(packet, maps, &segment, maps.overlay().mtu)?;
+    reject::too_long::<F, M>(packet, maps, &segment, mtu)?;
     Ok(Verdict::TurnAround)
 }

@@ -128,6 +128,10 @@ fn way_out<F: Family, M: Maps<F>>(
     let Some(egress) = egress.filter(|ifindex| maps.uplink(*ifindex).is_some()) else {
         return Ok(None);
     };
+    // Of what was joined the kernel looks at the parts only where it sends them itself.
+    if packet.is_joined() && !packet.fits_link(egress) {
+        return Ok(None);
+    }
     let header = F::network(packet, ETHERNET).ok_or(Counter::Truncated)?;
     if tunnel::forges(packet, maps, &header) {
         return Err(Counter::TunnelForged);
@@ -205,7 +209,7 @@ pub(crate) fn source_towards<F: Family, M: Maps<F>>(
     src: &F::Addr,
     dst: &F::Addr,
 ) -> Option<F::Addr> {
-    let uplink = maps.uplink(maps.egress(ingress, src, dst)?)?;
+    let uplink = maps.uplink(maps.egress_anyway(ingress, src, dst)?)?;
     let source = F::of(uplink.addr4, uplink.addr6);
     (!source.is_unspecified()).then_some(source)
 }
@@ -261,7 +265,8 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     flow::begin::<F, M>(maps, &flow::masquerading(maps, &segment, source))
 }
 
-/// Sends a masqueraded packet on its way.
+/// Sends a masqueraded packet on its way. The kernel can't answer one that is too long: what has this node's
+/// address for its source it takes for forged.
 #[inline(always)]
 pub fn leave<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -270,8 +275,15 @@ pub fn leave<F: Family, M: Maps<F>>(
     let ends = parse::addrs::<F>(packet, ETHERNET).ok_or(Counter::Truncated)?;
     // One after the other: nothing that may be missing is to be kept across a look-up.
     let Some(ifindex) = maps.egress(packet.ifindex(), &ends.0, &ends.1) else {
-        return Ok(Verdict::Pass);
+        return Ok(if maps.way_mtu(packet.ifindex(), &ends.0, &ends.1) == 0 {
+            Verdict::Pass
+        } else {
+            Verdict::TooLong
+        });
     };
+    if packet.is_joined() && !packet.fits_link(ifindex) {
+        return Ok(Verdict::TooLong);
+    }
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };

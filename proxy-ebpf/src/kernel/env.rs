@@ -825,6 +825,16 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn egress_anyway(&self, ingress: u32, src: &$family, dst: &$family) -> Option<u32> {
+                routes::egress_anyway(self.context, ingress, *src, *dst)
+            }
+
+            #[inline(always)]
+            fn way_mtu(&self, ingress: u32, src: &$family, dst: &$family) -> u32 {
+                routes::mtu(self.context, ingress, *src, *dst)
+            }
+
+            #[inline(always)]
             fn next_hop(&self, ingress: u32, src: &$family, dst: &$family) -> Option<NextHop> {
                 routes::next_hop(self.context, ingress, *src, *dst)
             }

@@ -17,9 +17,10 @@ use penstock_ebpf::{env::NextHop, family::ETHERNET};
 
 use super::maps::WAYS;
 
-/// From the kernel's uapi/linux/bpf.h, as the one below.
+/// From the kernel's uapi/linux/bpf.h, as those below.
 const BPF_FIB_LKUP_RET_SUCCESS: i64 = 0;
 const BPF_FIB_LKUP_RET_NO_NEIGH: i64 = 7;
+const BPF_FIB_LKUP_RET_FRAG_NEEDED: i64 = 8;
 
 /// A program's context.
 pub(crate) trait Hook: EbpfContext {
@@ -114,6 +115,39 @@ pub(crate) fn egress<A: Routable>(hook: &impl Hook, ingress: u32, src: A, dst: A
     let is_found = result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH;
     // SAFETY: as in `ask`.
     is_found.then(|| unsafe { addr_of!((*way).ifindex).read() })
+}
+
+/// The same for a packet that may be too long for its way, which somebody will be told of.
+#[inline(always)]
+pub(crate) fn egress_anyway<A: Routable>(
+    hook: &impl Hook,
+    ingress: u32,
+    src: A,
+    dst: A,
+) -> Option<u32> {
+    let (result, way) = ask(hook, ingress, src, dst)?;
+    let is_found = match result {
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => true,
+        // Where it was told the length, the kernel ends before it says which interface.
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => hook.length() == 0,
+        _ => false,
+    };
+    // SAFETY: as in `ask`.
+    is_found.then(|| unsafe { addr_of!((*way).ifindex).read() })
+}
+
+/// How long a packet may be on the way by which the kernel would forward it, in bytes, IP header included; 0
+/// where there is none.
+#[inline(always)]
+pub(crate) fn mtu<A: Routable>(hook: &impl Hook, ingress: u32, src: A, dst: A) -> u32 {
+    match ask(hook, ingress, src, dst) {
+        Some((
+            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED,
+            way,
+            // SAFETY: as in `ask`.
+        )) => unsafe { addr_of!((*way).__bindgen_anon_1.mtu_result).read() }.into(),
+        _ => 0,
+    }
 }
 
 /// The interface and the neighbour that the kernel would forward a packet to.

@@ -204,7 +204,10 @@ macro_rules! family {
         pub(super) fn $end(context: &TcContext, verdict: i32) -> i32 {
             let skb = context.skb.skb;
             match verdict {
-                LEAVE => $leave(skb),
+                LEAVE => match $leave(skb) {
+                    TOO_LONG => $shorten(skb),
+                    verdict => verdict,
+                },
                 TOO_LONG => $shorten(skb),
                 // Nothing of ours after all.
                 OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,

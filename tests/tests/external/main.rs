@@ -15,6 +15,7 @@ mod health;
 mod inside;
 mod joined;
 mod live;
+mod narrow;
 mod outside;
 mod sctp;
 mod stage;
