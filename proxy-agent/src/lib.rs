@@ -19,6 +19,7 @@ pub mod model;
 pub mod monitor;
 pub mod network;
 pub mod plan;
+pub mod ports;
 mod process;
 pub mod reconcile;
 pub mod report;

@@ -8,8 +8,8 @@ use std::{
 
 use penstock_common::{
     Affinity, AffinityKey, BackendCounts, BackendId, BackendLife, ConnectedUdp, Datagram,
-    DatagramKey, Endpoint, Load, Netns, Plain, Route, SourcePrefix, Uplink, V4, V6, Vtep,
-    XdpUplink, limits,
+    DatagramKey, Endpoint, Load, MASQUERADE_PORTS, Netns, Plain, Route, SourcePrefix, Uplink, V4,
+    V6, Vtep, XdpUplink, limits,
 };
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +139,19 @@ pub fn flows(v4: usize, v6: usize, limit: u32) -> [Fill; 2] {
         Fill::refusing(table, used, limit, when_full)
     };
     [fill("IPv4 flows", v4), fill("IPv6 flows", v6)]
+}
+
+/// Source ports of this node's towards the destination with most, by family.
+pub fn source_ports(used: [usize; 2]) -> [Fill; 2] {
+    let (low, high) = MASQUERADE_PORTS;
+    let limit = u32::from(high - low) + 1;
+    let fill = |family: &str, used| {
+        let table = format!("{family} source ports of the busiest destination");
+        let when_full = "what is new to it is dropped; penstock conntrack shows which one it is";
+        Fill::refusing(&table, used, limit, when_full)
+    };
+    let [v4, v6] = used;
+    [fill("IPv4", v4), fill("IPv6", v6)]
 }
 
 /// The other tables.

@@ -70,6 +70,7 @@ pub(super) fn sweep_flows(pins: &Pins, lifetimes: Lifetimes, counted: Counted) -
             for number in 0_u64.. {
                 let live = sweeper.sweep();
                 usage::tell(&counted, usage::flows(live.v4, live.v6, sweeper.records()));
+                usage::tell(&counted, usage::source_ports(live.ports));
                 if number.is_multiple_of(COUNT) {
                     usage::tell(&counted, usage::others(&pins));
                 }

@@ -31,6 +31,7 @@ use crate::{
     },
     monitor, network,
     plan::planner::Watched,
+    ports,
     reconcile::Reconciler,
     report::{self, Report},
     usage::{self, Counted, Fill, Pressure},
@@ -335,6 +336,7 @@ impl Agent {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }
         problems.extend(self.unforwarded());
+        problems.extend(ports::overlap());
         problems
     }
 

@@ -10,14 +10,15 @@ mod table;
 
 use std::{
     collections::{HashMap as Map, HashSet},
+    hash::Hash,
     io,
     sync::atomic::Ordering,
 };
 
 use aya::maps::{HashMap, Map as AnyMap, MapData, MapError, Queue};
 use penstock_common::{
-    Addr, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, Plain, Proto, SCTP_ESTABLISHED_SECS,
-    ServiceId, Timeouts, V4, V6,
+    Addr, Be16, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, MASQUERADE_PORTS, Plain, Proto,
+    SCTP_ESTABLISHED_SECS, ServiceId, Timeouts, V4, V6,
 };
 
 use ends::Ends;
@@ -174,13 +175,15 @@ pub struct Sweep {
     pub swept: usize,
     /// Flows that are there.
     pub live: usize,
+    /// How many source ports of this node's those have that stay, towards the destination with most.
+    pub ports: usize,
     /// What those that went had brought their backends.
     pub(crate) ended: Ended,
     /// The backends of those that are there, if they were asked for.
     pub(crate) referred: HashSet<Life>,
 }
 
-impl<A: Addr> Swept<A>
+impl<A: Addr + Hash> Swept<A>
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: Plain,
@@ -215,6 +218,7 @@ where
     /// Frees flows that have expired.
     fn sweep(&mut self, ends: &Ends, lifetimes: &Lifetimes, now: u32, refers: bool) -> Sweep {
         let mut sweep = Sweep::default();
+        let mut ports: Map<FlowKey<A>, usize> = Map::new();
         for id in 0..self.table.records() {
             if self.table.state(id).load(Ordering::Relaxed) == FlowState::FREE {
                 continue;
@@ -225,6 +229,11 @@ where
                 .flatten();
             let Some(flow) = taken else {
                 sweep.live += 1;
+                if let Some(destination) = destination(&flow) {
+                    let taken = ports.entry(destination).or_default();
+                    *taken += 1;
+                    sweep.ports = sweep.ports.max(*taken);
+                }
                 if refers {
                     let life = (flow.backend_id, flow.backend_generation);
                     sweep.referred.insert(life);
@@ -270,6 +279,19 @@ where
     }
 }
 
+/// Towards whom a flow has a source port of this node's that it gives up for nobody: its reply's key
+/// without that port.
+fn destination<A: Addr>(flow: &Flow<A>) -> Option<FlowKey<A>> {
+    let (low, high) = MASQUERADE_PORTS;
+    let is_ours = flow.source != flow.client && (low..=high).contains(&flow.source_port.to_host());
+    let stays = flow.state == FlowState::ESTABLISHED && !is_half_closed(flow);
+    (is_ours && stays).then(|| {
+        let mut key = flow.reply_key();
+        key.dst_port = Be16::default();
+        key
+    })
+}
+
 /// Adds what was counted of a flow, unless it was no service's.
 fn add<A>(ended: &mut Ended, flow: &Flow<A>, counts: &FlowCounts) {
     if flow.backend_generation == 0 {
@@ -300,6 +322,8 @@ pub struct Live {
     pub v4: usize,
     /// IPv6 flows that are there.
     pub v6: usize,
+    /// [`Sweep::ports`] of each family.
+    pub ports: [usize; 2],
 }
 
 /// Every how many sweeps the counts of backends are looked through.
@@ -352,6 +376,7 @@ impl Sweeper {
             swept: v4.swept + v6.swept,
             v4: v4.live,
             v6: v6.live,
+            ports: [v4.ports, v6.ports],
         }
     }
 }
@@ -389,6 +414,55 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_are_taken_by_flows_that_stay() {
+        let flow = Flow::<V4> {
+            state: FlowState::ESTABLISHED,
+            proto: Proto::TCP,
+            client: V4::from_octets([192, 0, 2, 1]),
+            source: V4::from_octets([172, 18, 0, 2]),
+            source_port: Be16::from_host(1_024),
+            backend: V4::from_octets([10, 244, 1, 5]),
+            backend_port: Be16::from_host(8_080),
+            ..Flow::default()
+        };
+        let to = destination(&flow).expect("it has one");
+        let other = Flow {
+            source_port: Be16::from_host(29_999),
+            ..flow
+        };
+        assert_eq!(destination(&other), Some(to), "another port of the same");
+        let other = Flow {
+            backend_port: Be16::from_host(8_081),
+            ..flow
+        };
+        assert_ne!(destination(&other), Some(to));
+        for gives_way in [
+            Flow {
+                state: FlowState::EMBRYONIC,
+                ..flow
+            },
+            Flow {
+                state: FlowState::CLOSING,
+                ..flow
+            },
+            Flow {
+                fins: Fins::CLIENT,
+                ..flow
+            },
+            Flow {
+                source: flow.client,
+                ..flow
+            },
+            Flow {
+                source_port: Be16::from_host(61_000),
+                ..flow
+            },
+        ] {
+            assert_eq!(destination(&gives_way), None, "{gives_way:?}");
+        }
+    }
 
     #[test]
     fn a_flow_goes_once_it_was_idle_for_as_long_as_its_state_may_be() {
