@@ -109,6 +109,9 @@ impl Ends {
         let link = self.found(&self.container, &attachment.key.ifname).await?;
         if attachment.ips.iter().any(IpAddr::is_ipv6) {
             self.netns.quiet_ipv6(&attachment.key.ifname)?;
+        } else {
+            // No address by which to ask for routers that are not there, and to tell groups of.
+            self.container.mute_ipv6(link.index).await;
         }
         self.container.set_up(link.index).await?;
         for ip in &attachment.ips {

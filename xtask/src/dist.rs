@@ -14,19 +14,34 @@ use penstock_image::{LayerBuilder, release};
 use crate::run::{cargo, in_root, root};
 
 const AGENT: &str = "penstock";
+const AGENT_PACKAGE: &str = "penstock-agent";
 const PLUGIN: &str = "penstock-cni";
 /// The image's archive.
 const ARCHIVE: &str = "penstock-image.tar";
 
 /// Puts both programs into `target/dist`, built with optimisation.
 pub fn collect() -> Result<Vec<PathBuf>> {
+    build(&[(AGENT_PACKAGE, AGENT), (PLUGIN, PLUGIN)])
+}
+
+/// Puts the plugin there alone.
+pub fn plugin() -> Result<()> {
+    build(&[(PLUGIN, PLUGIN)]).map(drop)
+}
+
+/// Puts programs of these packages there.
+fn build(wanted: &[(&str, &str)]) -> Result<Vec<PathBuf>> {
     let target = host()?;
     // With a target of its own, build scripts and macros are not meant by these flags: a macro is
     // a library that the compiler loads, and can't be static.
     in_root(
         cargo("build")
-            .args(["--release", "--package", "penstock-agent", "--bin", AGENT])
-            .args(["--package", PLUGIN, "--bin", PLUGIN])
+            .arg("--release")
+            .args(
+                wanted
+                    .iter()
+                    .flat_map(|(package, program)| ["--package", package, "--bin", program]),
+            )
             .args(["--target", &target])
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo"),
@@ -34,7 +49,7 @@ pub fn collect() -> Result<Vec<PathBuf>> {
     let built = root().join("target").join(&target).join("release");
     let folder = folder()?;
     let mut programs = Vec::new();
-    for name in [AGENT, PLUGIN] {
+    for (_, name) in wanted {
         let program = built.join(name);
         ensure!(
             is_static(&program)?,

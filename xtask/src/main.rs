@@ -100,6 +100,7 @@ fn main() -> Result<()> {
         Command::Test { arguments } => {
             prepare()?;
             binaries()?;
+            dist::plugin()?;
             // All that fails is worth knowing, once everything was built.
             let mut test = cargo("test");
             test.arg("--workspace");
