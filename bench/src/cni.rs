@@ -3,16 +3,23 @@
 //! A plugin is called as a runtime calls it, with a namespace that is there already; the time is
 //! that of its process, from its start to its end.
 
-use std::{path::Path, time::Instant};
+use std::{
+    fmt::{Display, Formatter},
+    path::PathBuf,
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use penstock_testbed::{Agent, Container, Node, Plugin, Service, Source, Testbed, list};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    bridge,
+    bridge, figures,
     load::Summary,
-    report,
+    machine::{self, Watch},
+    results::Keeper,
     turns::{Effort, Metric, Outcome, Turns, order},
 };
 
@@ -48,6 +55,75 @@ impl Families {
     }
 }
 
+/// Where plugins keep what they gave to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum State {
+    /// A file system in memory, as `/run` is: no disk is measured.
+    Memory,
+    /// Beside this program: on a disk, wherever that is not in memory.
+    Disk,
+}
+
+impl State {
+    /// Both of them.
+    const ALL: [Self; 2] = [Self::Memory, Self::Disk];
+
+    fn folder(self) -> Result<PathBuf> {
+        if self == Self::Memory {
+            return Ok(MEMORY.into());
+        }
+        let program = std::env::current_exe().context("finding this program")?;
+        let folder = program.with_file_name("bench-state");
+        std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        Ok(folder)
+    }
+
+    /// In words, with the file system's kind.
+    fn said(self) -> Result<String> {
+        let folder = self.folder()?;
+        let folder = folder.to_str().context("a folder's name is no text")?;
+        let kind = machine::said("findmnt", &["-no", "FSTYPE", "-T", folder]);
+        let kind = kind.as_deref().unwrap_or("a file system of unknown kind");
+        Ok(match self {
+            Self::Memory => format!("state in memory ({kind})"),
+            Self::Disk => format!("state on {kind}"),
+        })
+    }
+}
+
+impl Display for State {
+    fn fmt(&self, formatter: &mut Formatter) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Memory => "memory",
+            Self::Disk => "disk",
+        })
+    }
+}
+
+/// How long each call of one plugin's took, over all rounds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Calls {
+    /// What was measured, command first.
+    pub what: String,
+    /// The plugin.
+    pub contender: String,
+    /// All calls.
+    pub nanos: Vec<u64>,
+}
+
+impl Calls {
+    /// Whether the other is of the same plugin and command.
+    pub fn is_of(&self, other: &Self) -> bool {
+        (&self.what, &self.contender) == (&other.what, &other.contender)
+    }
+
+    /// The median and the time that one of a hundred exceeds.
+    pub fn p50_and_p99(&self) -> (u64, u64) {
+        let at = |percent| figures::percentile(&self.nanos, percent);
+        (at(50), at(99))
+    }
+}
+
 /// A plugin and the namespaces that it is called with.
 struct Contender {
     name: &'static str,
@@ -55,31 +131,74 @@ struct Contender {
     containers: Vec<Container>,
 }
 
-/// Times of all calls.
+/// Times of all calls, by turn.
 #[derive(Default)]
 struct Times {
-    add: Vec<Summary>,
-    del: Vec<Summary>,
+    add: Vec<Vec<u64>>,
+    del: Vec<Vec<u64>>,
 }
 
-/// Measures, with so many calls a turn.
-pub fn measure(effort: &Effort, calls: usize) -> Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
-    for families in [Families::V4, Families::Both] {
-        outcomes.extend(with(families, effort, calls)?);
+/// What trials are called, command first.
+fn name(command: &str, families: Families, state: &str) -> String {
+    format!(
+        "{command} beside {RESIDENTS} pods, {}, {state}",
+        families.name()
+    )
+}
+
+/// The names of all trials here.
+pub fn names() -> Vec<String> {
+    let mut names = Vec::new();
+    for state in State::ALL {
+        let said = state.said().unwrap_or_else(|_| state.to_string());
+        for families in [Families::V4, Families::Both] {
+            names.extend(["ADD", "DEL"].map(|command| name(command, families, &said)));
+        }
     }
-    Ok(outcomes)
+    names
 }
 
-fn with(families: Families, effort: &Effort, calls: usize) -> Result<Vec<Outcome>> {
-    // Both keep what they gave to whom in memory, so that no disk is measured.
-    let mut testbed = Testbed::new_in(Path::new(MEMORY))?;
+/// Measures, with so many calls a turn and what plugins keep in these places; in all, if none is named.
+pub fn measure(effort: &Effort, calls: usize, states: &[State], keeper: &mut Keeper) -> Result<()> {
+    let states = match states {
+        [] if effort.is_brief => &[State::Disk],
+        [] => &State::ALL[..],
+        named => named,
+    };
+    let families = if effort.is_brief {
+        &[Families::Both][..]
+    } else {
+        &[Families::V4, Families::Both]
+    };
+    for state in states {
+        let said = state.said()?;
+        for families in families {
+            let is_wanted = ["ADD", "DEL"]
+                .iter()
+                .any(|command| effort.wants(&name(command, *families, &said)));
+            if is_wanted {
+                let effort = effort.of(format!("cni --calls {calls} --state {state}"));
+                with(*families, *state, &effort, calls, keeper)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn with(
+    families: Families,
+    state: State,
+    effort: &Effort,
+    calls: usize,
+    keeper: &mut Keeper,
+) -> Result<()> {
+    let mut testbed = Testbed::new_in(&state.folder()?)?;
 
     let bridged = testbed.node()?;
     let ranges = families.ranges(&bridged);
     let ranges: Vec<&str> = ranges.iter().map(String::as_str).collect();
-    let state = testbed.folder().join("host-local");
-    let bridge = bridge::plugin(&bridged, &ranges, MTU, &state)?;
+    let kept = testbed.folder().join("host-local");
+    let bridge = bridge::plugin(&bridged, &ranges, MTU, &kept)?;
 
     let ours = testbed.network_node()?;
     // A cluster without any service is not one.
@@ -106,22 +225,61 @@ fn with(families: Families, effort: &Effort, calls: usize) -> Result<Vec<Outcome
         });
     }
 
+    let watch = Watch::begin();
+    let add = |plugin: &Plugin, container: &Container| plugin.add(container).map(drop);
+    // Programs are in memory and neighbours' caches are as they will be, before anything counts.
+    for contender in &contenders {
+        contender.all(add)?;
+        contender.all(Plugin::del)?;
+    }
     let mut times: Vec<Times> = contenders.iter().map(|_| Times::default()).collect();
     for round in 0..effort.rounds {
         for (contender, times) in order(&contenders, &mut times, round) {
-            let add = |plugin: &Plugin, container: &Container| plugin.add(container).map(drop);
             times.add.push(contender.all(add)?);
             times.del.push(contender.all(Plugin::del)?);
         }
     }
-    let (add, del) = times
+    let quiet = watch.end();
+    let (add, del): (Vec<_>, Vec<_>) = times
         .into_iter()
         .map(|times| (times.add, times.del))
         .unzip();
-    Ok(vec![
-        outcome("ADD", families, &contenders, add),
-        outcome("DEL", families, &contenders, del),
-    ])
+    let said = state.said()?;
+    for (command, times) in [("ADD", add), ("DEL", del)] {
+        let what = name(command, families, &said);
+        if !effort.wants(&what) {
+            continue;
+        }
+        let each = contenders.iter().zip(&times);
+        let pooled: Vec<Calls> = each
+            .map(|(contender, turns)| Calls {
+                what: what.clone(),
+                contender: contender.name.to_owned(),
+                nanos: turns.concat(),
+            })
+            .collect();
+        keeper.keep(Outcome {
+            title: "CNI plugins".to_owned(),
+            metrics: vec![Metric::P50, Metric::P99],
+            turns: turns(&contenders, times),
+            command: effort.to_repeat(Some(&what)),
+            quiet: Some(quiet),
+            what,
+        })?;
+        for calls in pooled {
+            let (p50, p99) = calls.p50_and_p99();
+            println!(
+                "  all {:5} {:40} p50 {:.2} ms, p99 {:.2} ms, p99 / p50 {:.2}",
+                calls.nanos.len(),
+                calls.contender,
+                p50 as f64 / 1e6,
+                p99 as f64 / 1e6,
+                p99 as f64 / p50 as f64,
+            );
+            keeper.results.plugins.push(calls);
+        }
+    }
+    Ok(())
 }
 
 /// A node's object, with its ranges of these families.
@@ -134,39 +292,54 @@ fn object(node: &Node, families: Families) -> Value {
     object
 }
 
-fn outcome(
-    command: &str,
-    families: Families,
-    contenders: &[Contender],
-    summaries: Vec<Vec<Summary>>,
-) -> Outcome {
-    let turns = contenders.iter().zip(summaries);
-    let turns = turns.map(|(contender, summaries)| Turns {
-        contender: contender.name.to_owned(),
-        summaries,
-        evidence: Vec::new(),
-    });
-    let outcome = Outcome {
-        title: "CNI plugins".to_owned(),
-        what: format!("{command} beside {RESIDENTS} pods, {}", families.name()),
-        metrics: vec![Metric::P50, Metric::P99],
-        turns: turns.collect(),
+/// Each contender's turns.
+fn turns(contenders: &[Contender], times: Vec<Vec<Vec<u64>>>) -> Vec<Turns> {
+    let summary = |times: Vec<u64>| {
+        let seconds = times.iter().sum::<u64>() as f64 / 1e9;
+        Summary::of_requests(times, seconds, 0)
     };
-    report::print(&outcome);
-    outcome
+    let each = contenders.iter().zip(times);
+    each.map(|(contender, times)| Turns {
+        contender: contender.name.to_owned(),
+        summaries: times.into_iter().map(summary).collect(),
+        evidence: Vec::new(),
+    })
+    .collect()
 }
 
 impl Contender {
-    /// Calls the plugin with each of the containers.
-    fn all(&self, call: impl Fn(&Plugin, &Container) -> Result<()>) -> Result<Summary> {
-        let begun = Instant::now();
+    /// Calls the plugin with each of the containers; how long each call took.
+    fn all(&self, call: impl Fn(&Plugin, &Container) -> Result<()>) -> Result<Vec<u64>> {
         let mut times = Vec::with_capacity(self.containers.len());
         for container in &self.containers {
             let started = Instant::now();
             call(&self.plugin, container).context(self.name)?;
             times.push(started.elapsed().as_nanos() as u64);
         }
-        let seconds = begun.elapsed().as_secs_f64();
-        Ok(Summary::of_requests(times, seconds, 0))
+        Ok(times)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_call_in_a_hundred_is_beyond_the_ninety_ninth() {
+        let mut nanos = vec![10; 990];
+        nanos.extend([25; 10]);
+        let calls = Calls {
+            what: "ADD".to_owned(),
+            contender: "one".to_owned(),
+            nanos,
+        };
+        assert_eq!(calls.p50_and_p99(), (10, 25));
+    }
+
+    #[test]
+    fn where_state_is_kept_is_said() -> Result<()> {
+        assert!(State::Memory.said()?.contains("tmpfs"));
+        assert!(State::Disk.said()?.starts_with("state on "));
+        Ok(())
     }
 }

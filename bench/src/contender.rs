@@ -233,6 +233,8 @@ impl Contender {
             warm_up_ms: 0,
             only: None,
             contenders: Vec::new(),
+            is_brief: false,
+            command: String::new(),
         };
         self.turn(&Trial::closed(Workload::Connect), &effort)
             .map(drop)

@@ -3,13 +3,12 @@
 use std::{
     fs,
     process::Command,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
 
-/// A machine on which this much of the processors is in use before anything was started, or that has
-/// as many processes waiting, is not idle.
+/// A machine on which others use this much of the processors is not idle.
 const IDLE: f64 = 0.05;
 /// Says how this machine is emulated, by whoever made it.
 const EMULATION: &str = "PENSTOCK_EMULATION";
@@ -40,42 +39,90 @@ pub struct Machine {
     pub programs: Vec<(String, String)>,
     /// Whether Penstock was built with optimisation.
     pub is_release: bool,
-    /// What else ran, at the beginning and after each comparison.
+    /// What else ran, before anything was measured and during what is no trial.
     pub quiet: Vec<Quiet>,
 }
 
 /// How quiet the machine was.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Quiet {
-    /// The part of all processors that was in use while this program waited.
+    /// The part of all processors that programs used which this one has not started.
     pub busy: f64,
-    /// The load average of the last minute. After a comparison it is its own.
+    /// The part of all processors that the machine's own host took away.
+    #[serde(default)]
+    pub stolen: f64,
+    /// The load average of the last minute, this program's own work included.
     pub load: f64,
 }
 
 impl Quiet {
     /// Watches the processors for a moment.
     pub fn watch() -> Self {
-        let before = busy_and_all();
+        let watch = Watch::begin();
         std::thread::sleep(WATCHED);
-        let after = busy_and_all();
-        let (busy, all) = (after.0 - before.0, after.1 - before.1);
-        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        let first = load.split(' ').next();
-        Self {
-            busy: if all > 0.0 { busy / all } else { 1.0 },
-            load: first.and_then(|one| one.parse().ok()).unwrap_or_default(),
-        }
+        watch.end()
     }
 
     /// Whether nothing else ran.
     pub fn is_idle(self) -> bool {
-        self.busy <= IDLE
+        self.busy <= IDLE && self.stolen <= IDLE
+    }
+
+    /// In words.
+    pub fn shown(self) -> String {
+        let busy = format!(
+            "other programs used {:.0} % of the processors",
+            self.busy * 100.0
+        );
+        if self.stolen <= IDLE {
+            return busy;
+        }
+        format!(
+            "{busy}, the machine's host took {:.0} %",
+            self.stolen * 100.0
+        )
     }
 }
 
-/// The processors' time so far, used and all of it. What the machine's host took away counts as used.
-fn busy_and_all() -> (f64, f64) {
+/// From when on others are watched.
+pub struct Watch {
+    begun: Instant,
+    others: u64,
+    stolen: (f64, f64),
+}
+
+impl Watch {
+    /// From now on. From the first time on, children whose parent has ended become this process's, so that it
+    /// knows them for its own.
+    pub fn begin() -> Self {
+        // Without it some of our own work is taken for others', which errs on the safe side.
+        let _ = nix::sys::prctl::set_child_subreaper(true);
+        Self {
+            begun: Instant::now(),
+            others: used_by_others(),
+            stolen: stolen_and_all(),
+        }
+    }
+
+    /// What others did since.
+    pub fn end(&self) -> Quiet {
+        let used = used_by_others().saturating_sub(self.others) as f64 / TICKS;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let seconds = self.begun.elapsed().as_secs_f64() * processors as f64;
+        let after = stolen_and_all();
+        let (stolen, all) = (after.0 - self.stolen.0, after.1 - self.stolen.1);
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let first = load.split(' ').next();
+        Quiet {
+            busy: used / seconds,
+            stolen: if all > 0.0 { stolen / all } else { 0.0 },
+            load: first.and_then(|one| one.parse().ok()).unwrap_or_default(),
+        }
+    }
+}
+
+/// What the machine's host took of the processors' time so far, and all of it.
+fn stolen_and_all() -> (f64, f64) {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let line = text.lines().next().unwrap_or_default();
     let times: Vec<f64> = line
@@ -85,9 +132,69 @@ fn busy_and_all() -> (f64, f64) {
         .take(8)
         .filter_map(|time| time.parse().ok())
         .collect();
-    let all: f64 = times.iter().sum();
-    let idle: f64 = times.iter().skip(3).take(2).sum();
-    (all - idle, all)
+    (
+        times.get(7).copied().unwrap_or_default(),
+        times.iter().sum(),
+    )
+}
+
+/// A process, in /proc/PID/stat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    pid: u32,
+    parent: u32,
+    is_kernels: bool,
+    /// Ticks of its own, and of its children that have ended.
+    ticks: u64,
+}
+
+/// Threads of the kernel's (PF_KTHREAD, linux/sched.h).
+const KERNEL_THREAD: u64 = 0x0020_0000;
+
+fn seen(stat: &str) -> Option<Seen> {
+    let pid = stat.split(' ').next()?.parse().ok()?;
+    // The name may hold anything, but ends with the last parenthesis; the state is next.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
+    Some(Seen {
+        pid,
+        parent: number(1)? as u32,
+        is_kernels: number(6)? & KERNEL_THREAD != 0,
+        ticks: number(11)? + number(12)? + number(13)? + number(14)?,
+    })
+}
+
+/// Ticks that all programs have used but this one and whom it has started. Those of one that has ended are its
+/// parent's, so that the sum only grows. What the kernel does by threads of its own is left out: much of it
+/// is ours, and what isn't comes with programs that are seen.
+fn used_by_others() -> u64 {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let all: Vec<Seen> = entries
+        .filter(|entry| {
+            let name = entry.file_name();
+            name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+        })
+        .filter_map(|entry| seen(&fs::read_to_string(entry.path().join("stat")).ok()?))
+        .collect();
+    others(&all, std::process::id())
+}
+
+fn others(all: &[Seen], own: u32) -> u64 {
+    let mut ours = std::collections::HashSet::from([own]);
+    loop {
+        let before = ours.len();
+        let children = all.iter().filter(|one| ours.contains(&one.parent));
+        let children: Vec<u32> = children.map(|one| one.pid).collect();
+        ours.extend(children);
+        if ours.len() == before {
+            break;
+        }
+    }
+    let others = all
+        .iter()
+        .filter(|one| !one.is_kernels && !ours.contains(&one.pid));
+    others.map(|one| one.ticks).sum()
 }
 
 impl Machine {
@@ -163,17 +270,13 @@ impl Machine {
     /// Why the numbers should not be relied upon.
     pub fn reservations(&self) -> Vec<String> {
         let mut reasons = Vec::new();
-        let loud: Vec<f64> = self
-            .quiet
-            .iter()
-            .filter(|quiet| !quiet.is_idle())
-            .map(|quiet| quiet.busy * 100.0)
-            .collect();
-        if let Some(most) = loud.iter().copied().reduce(f64::max) {
-            let before = self.quiet.first().map_or(0.0, |quiet| quiet.load);
+        let loud = self.quiet.iter().filter(|quiet| !quiet.is_idle());
+        if let Some(loudest) =
+            loud.max_by(|a, b| (a.busy + a.stolen).total_cmp(&(b.busy + b.stolen)))
+        {
             reasons.push(format!(
-                "the machine was not idle: other processes used up to {most:.0} % of it (load average \
-                 before: {before:.2}); these numbers are provisional"
+                "the machine was not idle: {}; these numbers are provisional",
+                loudest.shown()
             ));
         }
         if !self.is_release {
@@ -219,11 +322,16 @@ fn programs() -> Vec<(String, String)> {
             found.push((package.to_owned(), version));
         }
     }
-    let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(std::path::PathBuf::from);
-    let proxy = assets.map(|assets| assets.join("kube-proxy"));
+    // Debian's package has both; which of them writes rules is an alternative's choice.
+    if let Some(backend) = said("iptables", &["-V"]) {
+        found.push(("iptables' backend".to_owned(), backend));
+    }
+    let proxy = crate::services::program::find();
     if let Some(version) = proxy.and_then(|proxy| said(proxy, &["--version"])) {
         found.push(("kube-proxy".to_owned(), version));
     }
+    let kernel = fs::read_to_string("/proc/sys/kernel/version").unwrap_or_default();
+    found.push(("kernel".to_owned(), kernel.trim().to_owned()));
     found
 }
 
@@ -237,7 +345,7 @@ fn commit() -> String {
 }
 
 /// The first line that a program prints.
-fn said(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Option<String> {
+pub fn said(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let line = text.lines().next()?.trim();
@@ -277,6 +385,27 @@ fn ticks(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_this_program_starts_is_not_others() {
+        let stat = |pid, parent, flags, used| {
+            format!(
+                "{pid} (a b) c) S {parent} 7 7 0 -1 {flags} 9 0 0 0 {used} 1 10 20 20 0 1 0 5 6 7"
+            )
+        };
+        let all = [
+            stat(1, 0, 4_194_560, 100),
+            stat(2, 0, 0x0020_8040, 5_000),
+            stat(10, 1, 4_194_560, 7_000),
+            // A child that is listed before its parent.
+            stat(11, 12, 4_194_560, 9_000),
+            stat(12, 10, 4_194_560, 9_000),
+            stat(13, 1, 4_194_560, 40),
+        ];
+        let all: Vec<Seen> = all.iter().filter_map(|stat| seen(stat)).collect();
+        assert_eq!(all.len(), 6);
+        assert_eq!(others(&all, 10), 131 + 71);
+    }
 
     #[test]
     fn ticks_are_the_fourteenth_and_fifteenth_field() {

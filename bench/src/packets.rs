@@ -4,7 +4,7 @@
 //! Only the measured node works. Packets are made at the other end of its link ([`crate::load`]), and what
 //! it sends is counted and dropped there.
 
-use std::path::PathBuf;
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use penstock_testbed::{Host, Testbed, patiently};
@@ -12,15 +12,24 @@ use serde_json::Value;
 
 use crate::{
     contender::{self, Expected, PORT},
+    family::Family,
     load::Summary,
-    outside::{Backend, Lane, UPLINK, Way},
-    report,
-    services::kube_proxy,
+    machine::Watch,
+    outside::{self, Backend, Lane, UPLINK, Way},
+    results::Keeper,
+    services::program::{self, Program},
     turns::{Effort, Metric, Outcome, Turns, order},
 };
 
 /// In which order they stand: the others are compared with kube-proxy.
-pub const WAYS: [Way; 5] = [Way::Iptables, Way::Nftables, Way::Tc, Way::Xdp, Way::Direct];
+pub const WAYS: [Way; 6] = [
+    Way::Iptables,
+    Way::Nftables,
+    Way::Ipvs,
+    Way::Tc,
+    Way::Xdp,
+    Way::Direct,
+];
 
 /// Protocols, as they are called in titles and on the command line.
 const PROTOCOLS: [(&str, &str); 2] = [("UDP", "udp"), ("TCP", "tcp")];
@@ -28,6 +37,7 @@ const PROTOCOLS: [(&str, &str); 2] = [("UDP", "udp"), ("TCP", "tcp")];
 /// A node that forwards, and the other end of its link.
 struct Forwarder {
     lane: Lane,
+    family: Family,
     network: Host,
     /// The Ethernet address of the node's end.
     ethernet: String,
@@ -36,11 +46,11 @@ struct Forwarder {
 impl Forwarder {
     fn new(
         testbed: &mut Testbed,
-        assets: Option<&PathBuf>,
+        kube_proxy: Option<&Program>,
         way: Way,
-        services: usize,
+        (services, family): (usize, Family),
     ) -> Result<Self> {
-        let mut lane = Lane::new(testbed, way, Backend::Remote)?;
+        let mut lane = Lane::new(testbed, way, Backend::Remote, family)?;
         let node = &lane.node.host;
         // With it veth receives by NAPI, as network cards do; an XDP program brings both.
         node.run("ethtool", &["-K", UPLINK, "gro", "on"])?;
@@ -50,9 +60,10 @@ impl Forwarder {
         let ethernet = ethernet
             .context("the link has an Ethernet address")?
             .to_owned();
-        lane.program(testbed, assets, services)?;
+        lane.program(testbed, kube_proxy, services)?;
         Ok(Self {
             lane,
+            family,
             network: testbed.network()?,
             ethernet,
         })
@@ -60,10 +71,11 @@ impl Forwarder {
 
     /// One turn of so many milliseconds, after each flow has become known.
     fn turn(&self, protocol: &str, flows: u32, for_ms: u64) -> Result<Summary> {
-        let (ip, port) = self.lane.target(0)?;
-        let to = format!("{ip}:{port}");
-        let backend = format!("{}:{PORT}", self.lane.server.host.ip4);
-        let (interface, node) = (self.lane.node.port(), self.lane.node.host.ip4.to_string());
+        let to = SocketAddr::from(self.lane.target(0)?).to_string();
+        let server = self.family.of(&self.lane.server.host);
+        let backend = SocketAddr::new(server, PORT).to_string();
+        let node = self.family.of(&self.lane.node.host).to_string();
+        let interface = self.lane.node.port();
         let (flows, for_ms) = (flows.to_string(), for_ms.to_string());
         let mut arguments = vec!["flood", protocol, "--interface", &interface];
         arguments.extend(["--to-ethernet", &self.ethernet, "--to", &to]);
@@ -73,57 +85,80 @@ impl Forwarder {
             arguments.extend(["--from", &node]);
         }
         arguments.extend(["--flows", &flows, "--for-ms", &for_ms]);
-        contender::measured(&self.network, &arguments).with_context(|| self.lane.way.name())
+        contender::measured(&self.network, &arguments).with_context(|| self.lane.name())
     }
+}
+
+/// The names of all trials with so many flows.
+pub fn names(flows: u32) -> Vec<String> {
+    PROTOCOLS
+        .iter()
+        .map(|(protocol, _)| name(protocol, flows))
+        .collect()
+}
+
+fn name(protocol: &str, flows: u32) -> String {
+    format!("{protocol} packets of {flows} flows, one processor for all")
 }
 
 /// Measures some ways with so many services, of which the first is sent to, and so many flows, a power
 /// of two.
-pub fn measure(services: usize, flows: u32, ways: &[Way], effort: &Effort) -> Result<Vec<Outcome>> {
-    let mut ways = ways.to_vec();
-    for way in &ways {
+pub fn measure(
+    services: usize,
+    flows: u32,
+    family: Family,
+    ways: &[Way],
+    effort: &Effort,
+    keeper: &mut Keeper,
+) -> Result<()> {
+    for way in ways {
         anyhow::ensure!(
             way.through_overlay().is_none(),
             "{}: frames are looked at where they come out, and not inside of tunnels",
             way.name()
         );
     }
-    let assets = kube_proxy::assets();
-    ways.retain(|way| *way != Way::Iptables || assets.is_some());
+    let effort = effort.of(format!(
+        "packets --services {services} --flows {flows} --family {family}"
+    ));
+    let kube_proxy = program::required();
+    let mut ways = outside::available(ways, kube_proxy.as_ref());
     ways.retain(|way| effort.names(way.name()));
     let mut testbed = Testbed::new()?;
     let forwarders: Vec<Forwarder> = ways
         .iter()
-        .map(|way| Forwarder::new(&mut testbed, assets.as_ref(), *way, services))
+        .map(|way| {
+            Forwarder::new(&mut testbed, kube_proxy.as_ref(), *way, (services, family))
+                .with_context(|| way.name())
+        })
         .collect::<Result<_>>()?;
-    let mut outcomes = Vec::new();
     for (protocol, argument) in PROTOCOLS {
-        let what = format!("{protocol} packets of {flows} flows, one processor for all");
-        if !effort
-            .only
-            .as_deref()
-            .is_none_or(|only| what.contains(only))
-        {
+        let what = name(protocol, flows);
+        if !effort.wants(&what) {
             continue;
         }
-        outcomes.push(trial(
-            &what,
-            (argument, flows),
-            &forwarders,
-            services,
-            effort,
-        )?);
+        let watch = Watch::begin();
+        let said = family.said();
+        let turns = trial((argument, flows), &forwarders, &effort)?;
+        keeper.keep(Outcome {
+            title: format!(
+                "Packets to a node port of {services}{said}, the backend on another node"
+            ),
+            metrics: vec![Metric::Packets],
+            turns,
+            command: effort.to_repeat(Some(&what)),
+            quiet: Some(watch.end()),
+            what,
+        })?;
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 fn trial(
-    what: &str,
     (protocol, flows): (&str, u32),
     forwarders: &[Forwarder],
-    services: usize,
     effort: &Effort,
-) -> Result<Outcome> {
+) -> Result<Vec<Turns>> {
     let witnesses: Vec<_> = forwarders
         .iter()
         .map(|forwarder| forwarder.lane.witnesses())
@@ -150,7 +185,7 @@ fn trial(
         .zip(&witnesses)
         .zip(&before);
     for (((forwarder, summaries), witnesses), before) in all {
-        let name = forwarder.lane.way.name();
+        let name = forwarder.lane.name();
         let expected = Expected {
             connections: flows.into(),
             flows: flows.into(),
@@ -165,12 +200,5 @@ fn trial(
             summaries,
         });
     }
-    let outcome = Outcome {
-        title: format!("Packets to a node port of {services}, the backend on another node"),
-        what: what.to_owned(),
-        metrics: vec![Metric::Packets],
-        turns,
-    };
-    report::print(&outcome);
-    Ok(outcome)
+    Ok(turns)
 }

@@ -247,6 +247,8 @@ mod tests {
             what: GROWING.to_owned(),
             metrics: vec![Metric::P50],
             turns: vec![turns("direct", 20_000), turns("other", nanos)],
+            command: String::new(),
+            quiet: None,
         }
     }
 
@@ -282,6 +284,8 @@ mod tests {
                 turns("Penstock, XDP", 1_500_000.0),
                 turns("no service", 900_000.0),
             ],
+            command: String::new(),
+            quiet: None,
         };
         draw(&path, &outcome)?;
         let text = std::fs::read_to_string(&path)?;

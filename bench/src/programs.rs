@@ -1,9 +1,9 @@
 //! What the programs that meet packets cost by themselves: one run a packet (BPF_PROG_TEST_RUN), each
-//! packet of another flow, over the maps that a real agent has filled.
+//! packet of another flow, over the maps that a real agent has filled. Once with a thousand flows, which caches
+//! hold, and once with more than they hold, all of them known.
 //!
-//! Every run is also a call of the kernel's, whose clock is read before and after the program. A frame that
-//! is not IP ends at a program's first comparison: what it takes is what measuring takes, and is
-//! subtracted.
+//! Every run is also a call of the kernel's, whose clock is read before and after the program. What an empty
+//! program takes for the same frames is what measuring takes, and is subtracted.
 
 use std::{
     fs::File,
@@ -15,7 +15,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use aya::{
     Ebpf, TestRun,
     maps::HashMap,
-    programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
+    programs::{Program, SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use nix::sched::{CloneFlags, setns};
 use penstock_agent::dataplane::pins::Pins;
@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 
 use crate::{
     figures::{self, Median},
+    load,
     turns::Effort,
 };
 
@@ -37,6 +38,14 @@ const XDP_REDIRECT: i32 = 4;
 /// TCP's flags (RFC 9293, 3.1).
 const SYN: u8 = 2;
 const ACK: u8 = 0x10;
+/// The processor that runs them.
+const PROCESSOR: usize = 1;
+/// Flows of one client's, where there are many.
+const PER_CLIENT: usize = 100;
+/// Ports of the service that has many flows: one backend has a source port of the node's for 28,976 of each.
+const PORTS: usize = 8;
+/// Their first node port.
+const FIRST_PORT: u16 = 30_100;
 /// By which frames of test runs come in, and its Ethernet address.
 const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
 
@@ -52,24 +61,43 @@ struct Subject {
     service: (Ipv4Addr, Ipv6Addr),
     /// In a port's place.
     port: u16,
+    /// Where many clients are, if it meets them: the second octet of 198.18.0.0/15, in which those of IPv4 are, and
+    /// the third group of 2001:2::/47 (RFC 2544, appendix C.2.2; RFC 5180, 8).
+    crowd: Option<u8>,
 }
 
 /// What a program got.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
+    Empty,
     Nothing,
     First,
     Known,
     Reply,
+    ManyEmpty,
+    ManyKnown,
+    ManyReply,
 }
 
 impl Kind {
     const fn name(self) -> &'static str {
         match self {
+            Self::Empty => "an empty program instead",
             Self::Nothing => "not IP",
             Self::First => "a flow's first packet",
             Self::Known => "a known flow's packet",
             Self::Reply => "a reply",
+            Self::ManyEmpty => "an empty program instead, of many flows",
+            Self::ManyKnown => "a known flow's packet, of many flows",
+            Self::ManyReply => "a reply, of many flows",
+        }
+    }
+
+    /// What an empty program got alike.
+    const fn empty(self) -> Self {
+        match self {
+            Self::ManyEmpty | Self::ManyKnown | Self::ManyReply => Self::ManyEmpty,
+            _ => Self::Empty,
         }
     }
 }
@@ -82,8 +110,18 @@ struct Line {
     nanos: Vec<f64>,
 }
 
-/// Measures; prints nanoseconds a packet as they are and less what measuring takes.
-pub fn measure(effort: &Effort) -> Result<Value> {
+/// Flows that are all known at once.
+struct Crowd {
+    program: &'static str,
+    is_v4: bool,
+    verdict: i32,
+    known: Vec<Vec<u8>>,
+    replies: Vec<Vec<u8>>,
+}
+
+/// Measures, also with so many flows at once; prints nanoseconds a packet as they are and less what measuring
+/// takes.
+pub fn measure(effort: &Effort, flows: usize) -> Result<Value> {
     let mut testbed = Testbed::new()?;
     let nodes = [testbed.node()?, testbed.node()?];
     let [node, other] = &nodes;
@@ -94,8 +132,12 @@ pub fn measure(effort: &Effort) -> Result<Value> {
         .balanced(30_080, &[]);
     let mut items = vec![service.json()];
     items.extend(Slice::both("web", 8080, &[&there]));
+    items.extend(crowded(&there));
     node.manifest("web.json", &list(&items))?;
-    let mut agent = Agent::start(node, &Source::Manifests, &["--log-level", "info"])?;
+    // Two programs know as many of each family, and each round brings others.
+    let most = (2 * flows + limits::FLOWS as usize).to_string();
+    let options = ["--log-level", "info", "--conntrack-min", &most];
+    let mut agent = Agent::start(node, &Source::Manifests, &options)?;
     eventually("the agent has hooks on the node's interface", || {
         let log = agent.log();
         ensure!(log.contains("hooks are on interface eth0"), "{log}");
@@ -104,21 +146,52 @@ pub fn measure(effort: &Effort) -> Result<Value> {
     // The kernel goes on without, and nobody else is at work.
     agent.kill();
     let lines = thread::scope(|scope| {
-        let run = || -> Result<Vec<Line>> {
+        let run = || -> Result<(Vec<Line>, Vec<Value>)> {
+            load::stay_on(PROCESSOR)?;
             let namespace = File::open(format!("/run/netns/{}", node.host.name));
             setns(
                 namespace.context("the node's namespace")?,
                 CloneFlags::CLONE_NEWNET,
             )?;
-            rounds(node, other, &here, effort.rounds)
+            rounds(node, other, &here, (effort.rounds, flows))
         };
         scope.spawn(run).join()
     });
-    let lines = lines.map_err(|_| anyhow!("measuring panicked"))??;
-    Ok(tell(&lines))
+    let (lines, crowds) = lines.map_err(|_| anyhow!("measuring panicked"))??;
+    let mut told = tell(&lines);
+    if let Some(told) = told.as_object_mut() {
+        let command = effort
+            .of(format!("programs --flows {flows}"))
+            .to_repeat(None);
+        told.insert("command".to_owned(), command.into());
+        told.insert("many".to_owned(), crowds.into());
+    }
+    Ok(told)
 }
 
-fn rounds(node: &Node, other: &Node, here: &Pod, rounds: usize) -> Result<Vec<Line>> {
+/// A service with several ports, for many flows to one backend.
+fn crowded(backend: &Pod) -> Vec<Value> {
+    let numbers = || 0..PORTS as u16;
+    let service = numbers().fold(Service::new("crowd", 11), |service, number| {
+        service.port(&format!("p{number}"), 80 + number, "TCP")
+    });
+    let slices = [true, false].map(|is_v4| {
+        let slice = Slice::new("crowd", is_v4).pod(backend);
+        let slice = numbers().fold(slice, |slice, number| {
+            slice.port(&format!("p{number}"), 8_100 + number, "TCP")
+        });
+        slice.json()
+    });
+    let service = service.balanced(FIRST_PORT, &[]).json();
+    std::iter::once(service).chain(slices).collect()
+}
+
+fn rounds(
+    node: &Node,
+    other: &Node,
+    here: &Pod,
+    (rounds, flows): (usize, usize),
+) -> Result<(Vec<Line>, Vec<Value>)> {
     let mut programs = Programs::load(node)?;
     lay_out(&mut programs, node, other)?;
     let (v4, v6) = families(here.host.ip4, here.host.ip6)?;
@@ -140,6 +213,7 @@ fn rounds(node: &Node, other: &Node, here: &Pod, rounds: usize) -> Result<Vec<Li
                 "fd00:96::a".parse().context("an address")?,
             ),
             port: 80,
+            crowd: None,
         },
         Subject {
             request: "from_uplink",
@@ -148,6 +222,7 @@ fn rounds(node: &Node, other: &Node, here: &Pod, rounds: usize) -> Result<Vec<Li
             clients: client(201),
             service: (node4, node6),
             port: 30_080,
+            crowd: Some(0),
         },
         Subject {
             request: "xdp_uplink",
@@ -156,45 +231,164 @@ fn rounds(node: &Node, other: &Node, here: &Pod, rounds: usize) -> Result<Vec<Li
             clients: client(202),
             service: (node4, node6),
             port: 30_080,
+            crowd: Some(1),
         },
     ];
     let mut lines: Vec<Line> = Vec::new();
+    let mut note = |is_v4: bool, turn: Turn| {
+        for (program, kind, times) in turn {
+            let nanos = figures::percentile(&times, 50) as f64;
+            let known = lines
+                .iter_mut()
+                .find(|line| line.program == program && line.kind == kind && line.is_v4 == is_v4);
+            match known {
+                Some(line) => line.nanos.push(nanos),
+                None => lines.push(Line {
+                    program,
+                    kind,
+                    is_v4,
+                    nanos: vec![nanos],
+                }),
+            }
+        }
+    };
     for round in 0..rounds {
         let mut order: Vec<&Subject> = subjects.iter().collect();
         order.rotate_left(round % subjects.len());
         for subject in order {
             for is_v4 in [true, false] {
-                for (program, kind, times) in turn(&mut programs, subject, is_v4, round)? {
-                    let nanos = figures::percentile(&times, 50) as f64;
-                    let known = lines.iter_mut().find(|line| {
-                        line.program == program && line.kind == kind && line.is_v4 == is_v4
-                    });
-                    match known {
-                        Some(line) => line.nanos.push(nanos),
-                        None => lines.push(Line {
-                            program,
-                            kind,
-                            is_v4,
-                            nanos: vec![nanos],
-                        }),
-                    }
-                }
+                note(is_v4, turn(&mut programs, subject, is_v4, round)?);
             }
         }
     }
-    lines.sort_by_key(|line| !line.is_v4);
-    Ok(lines)
+    let mut crowds = Vec::new();
+    for subject in subjects.iter().filter(|subject| subject.crowd.is_some()) {
+        for is_v4 in [true, false] {
+            crowds.push(Crowd::gather(&mut programs, subject, is_v4, flows)?);
+        }
+    }
+    for round in 0..rounds {
+        let mut order: Vec<&Crowd> = crowds.iter().collect();
+        order.rotate_left(round % crowds.len());
+        for crowd in order {
+            note(crowd.is_v4, crowd.turn(&mut programs)?);
+        }
+    }
+    lines.sort_by_key(|line| (!line.is_v4, line.program));
+    let counts = crowds.iter().map(|crowd| {
+        let family = family(crowd.is_v4);
+        json!({ "program": crowd.program, "family": family, "flows": crowd.known.len() })
+    });
+    Ok((lines, counts.collect()))
+}
+
+const fn family(is_v4: bool) -> &'static str {
+    if is_v4 { "IPv4" } else { "IPv6" }
+}
+
+impl Crowd {
+    /// Begins so many flows; those are kept that the program serves.
+    fn gather(
+        programs: &mut Programs,
+        subject: &Subject,
+        is_v4: bool,
+        flows: usize,
+    ) -> Result<Self> {
+        let net = subject.crowd.context("nobody comes from elsewhere")?;
+        let requests =
+            |flags| (0..flows).map(move |index| crowds(subject, net, is_v4, index, flags));
+        let first: Vec<_> = requests(SYN).collect();
+        let runs = programs.run_all(subject.request, &first)?;
+        let mut crowd = Self {
+            program: subject.request,
+            is_v4,
+            verdict: subject.verdict,
+            known: Vec::new(),
+            replies: Vec::new(),
+        };
+        for ((run, first), known) in runs.iter().zip(&first).zip(requests(ACK)) {
+            if run.verdict == subject.verdict && run.frame != *first {
+                crowd.known.push(known);
+                let reply = answer(&run.frame, is_v4).context("a translated packet")?;
+                crowd.replies.push(reply);
+            }
+        }
+        check(crowd.program, Kind::ManyKnown, (crowd.known.len(), flows))?;
+        // Not in the order in which they began, which memory and caches may like.
+        for frames in [&mut crowd.known, &mut crowd.replies] {
+            *frames = scattered(frames);
+        }
+        // What the first of a flow and direction finds out, the others need not ask.
+        programs.run_all(crowd.program, &crowd.known)?;
+        programs.run_all(crowd.program, &crowd.replies)?;
+        Ok(crowd)
+    }
+
+    /// One packet of each flow, and one reply.
+    fn turn(&self, programs: &mut Programs) -> Result<Turn> {
+        let times = |runs: Vec<Run>| runs.iter().map(|run| run.nanos).collect();
+        let empty = times(programs.run_empty(self.program, &self.known)?);
+        let mut done = vec![(self.program, Kind::ManyEmpty, empty)];
+        for (kind, frames) in [
+            (Kind::ManyKnown, &self.known),
+            (Kind::ManyReply, &self.replies),
+        ] {
+            let runs = programs.run_all(self.program, frames)?;
+            done.push(worked(self.program, kind, self.verdict, runs, frames)?);
+        }
+        Ok(done)
+    }
+}
+
+/// The packet of one of many flows.
+fn crowds(subject: &Subject, net: u8, is_v4: bool, index: usize, flags: u8) -> Vec<u8> {
+    let (client, port) = (1 + index / PER_CLIENT, 2_000 + index % PER_CLIENT);
+    let (high, low) = ((client >> 8) as u8, client as u8);
+    let (client, service): (IpAddr, IpAddr) = if is_v4 {
+        let client = Ipv4Addr::new(198, 18 + net, high, low);
+        (client.into(), subject.service.0.into())
+    } else {
+        let client = Ipv6Addr::new(0x2001, 2, net.into(), 0, 0, 0, 0, client as u16);
+        (client.into(), subject.service.1.into())
+    };
+    let to = FIRST_PORT + (index % PORTS) as u16;
+    frame((client, port as u16), (service, to), flags)
+}
+
+/// The same in another order, which is always the same.
+fn scattered(frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    // A prime that is longer than any list has no divisor in common with its length.
+    const STEP: usize = 2_147_483_647;
+    let order = (0..frames.len()).map(|index| index * STEP % frames.len());
+    order
+        .filter_map(|index| frames.get(index).cloned())
+        .collect()
+}
+
+/// A program's times for one kind of packet, each.
+type Turn = Vec<(&'static str, Kind, Times)>;
+
+/// The times of those packets that went the way that is measured, which have to be most.
+fn worked(
+    program: &'static str,
+    kind: Kind,
+    verdict: i32,
+    runs: Vec<Run>,
+    frames: &[Vec<u8>],
+) -> Result<(&'static str, Kind, Times)> {
+    let worked = runs
+        .iter()
+        .zip(frames)
+        .filter(|(run, frame)| run.verdict == verdict && run.frame != **frame);
+    let times: Times = worked.map(|(run, _)| run.nanos).collect();
+    check(program, kind, (times.len(), frames.len()))?;
+    Ok((program, kind, times))
 }
 
 type Times = Vec<u64>;
 
 /// A program's turn: times of each kind of packet.
-fn turn(
-    programs: &mut Programs,
-    subject: &Subject,
-    is_v4: bool,
-    round: usize,
-) -> Result<Vec<(&'static str, Kind, Times)>> {
+fn turn(programs: &mut Programs, subject: &Subject, is_v4: bool, round: usize) -> Result<Turn> {
     let first_port = 1_024 + round * PACKETS;
     ensure!(
         first_port + PACKETS <= usize::from(u16::MAX),
@@ -224,9 +418,11 @@ fn turn(
         names.push(subject.reply);
     }
     for name in names {
+        let times = |runs: Vec<Run>| runs.iter().map(|run| run.nanos).collect();
+        let empty = programs.run_empty(name, &nothing)?;
+        done.push((name, Kind::Empty, times(empty)));
         let runs = programs.run_all(name, &nothing)?;
-        let times = runs.iter().map(|run| run.nanos).collect();
-        done.push((name, Kind::Nothing, times));
+        done.push((name, Kind::Nothing, times(runs)));
     }
 
     let first: Vec<_> = (0..PACKETS).map(|index| request(index, SYN)).collect();
@@ -241,7 +437,7 @@ fn turn(
             replies.push(answer(&run.frame, is_v4).context("a translated packet")?);
         }
     }
-    check(subject.request, Kind::First, times.len())?;
+    check(subject.request, Kind::First, (times.len(), PACKETS))?;
     done.push((subject.request, Kind::First, times));
     for (name, kind, frames) in [
         (subject.request, Kind::Known, &known),
@@ -250,22 +446,16 @@ fn turn(
         // What the first of a flow and direction finds out, the others need not ask.
         programs.run_all(name, frames)?;
         let runs = programs.run_all(name, frames)?;
-        let worked = runs
-            .iter()
-            .zip(frames)
-            .filter(|(run, frame)| run.verdict == subject.verdict && run.frame != **frame);
-        let times: Times = worked.map(|(run, _)| run.nanos).collect();
-        check(name, kind, times.len())?;
-        done.push((name, kind, times));
+        done.push(worked(name, kind, subject.verdict, runs, frames)?);
     }
     Ok(done)
 }
 
 /// Most packets have to have gone the way that is measured.
-fn check(program: &str, kind: Kind, worked: usize) -> Result<()> {
+fn check(program: &str, kind: Kind, (worked, packets): (usize, usize)) -> Result<()> {
     ensure!(
-        worked > PACKETS * 8 / 10,
-        "{program} did its work on {worked} of {PACKETS} packets only ({})",
+        worked > packets * 8 / 10,
+        "{program} did its work on {worked} of {packets} packets only ({})",
         kind.name()
     );
     Ok(())
@@ -276,20 +466,21 @@ fn tell(lines: &[Line]) -> Value {
     let mut all = Vec::new();
     println!("programs, nanoseconds a packet; less what measuring takes:");
     for line in lines {
-        let nothing = lines.iter().find(|other| {
-            (other.program, other.is_v4, other.kind) == (line.program, line.is_v4, Kind::Nothing)
+        let empty = lines.iter().find(|other| {
+            (other.program, other.is_v4, other.kind)
+                == (line.program, line.is_v4, line.kind.empty())
         });
-        let nothing = nothing.map_or(&[][..], |line| &line.nanos);
+        let empty = empty.map_or(&[][..], |line| &line.nanos);
         let less: Vec<f64> = line
             .nanos
             .iter()
-            .zip(nothing)
-            .map(|(nanos, nothing)| nanos - nothing)
+            .zip(empty)
+            .map(|(nanos, empty)| nanos - empty)
             .collect();
         let (whole, less) = (Median::of(&line.nanos), Median::of(&less));
-        let family = if line.is_v4 { "IPv4" } else { "IPv6" };
+        let family = family(line.is_v4);
         println!(
-            "  {:12} {family} {:24} {:>6.0} ({:.0} to {:.0}); {:>6.0} ({:.0} to {:.0})",
+            "  {:12} {family} {:40} {:>6.0} ({:.0} to {:.0}); {:>6.0} ({:.0} to {:.0})",
             line.program,
             line.kind.name(),
             whole.value,
@@ -319,11 +510,20 @@ fn lay_out(programs: &mut Programs, node: &Node, other: &Node) -> Result<()> {
         let at = ["dev", "eth0", "nud", "permanent"];
         node.host.run("ip", &[&to[..], &at].concat())?;
     }
+    for (net, via) in [
+        ("198.18.0.0/15", "172.31.0.201"),
+        ("2001:2::/47", "fd00:31::c9"),
+    ] {
+        node.host.run("ip", &["route", "add", net, "via", via])?;
+    }
     let links = node.host.run("ip", &["-j", "link", "show", "eth0"])?;
     let links: Value = serde_json::from_str(&links).context("ip's JSON")?;
     let index = links.get(0).and_then(|link| link.get("ifindex"));
     let index = index.and_then(Value::as_u64).context("eth0's index")?;
-    let map = programs.0.map_mut("XDP_UPLINKS").context("XDP_UPLINKS")?;
+    let map = programs
+        .ours
+        .map_mut("XDP_UPLINKS")
+        .context("XDP_UPLINKS")?;
     let mut uplinks: HashMap<_, u32, XdpUplink> = HashMap::try_from(map)?;
     let (loopback, mac) = LOOPBACK;
     for index in [loopback, index as u32] {
@@ -389,7 +589,11 @@ fn answer(translated: &[u8], is_v4: bool) -> Option<Vec<u8>> {
 }
 
 /// The programs, loaded once more, over the maps that the agent's use.
-struct Programs(Ebpf);
+struct Programs {
+    ours: Ebpf,
+    /// One for each kind of hook, which do nothing.
+    empty: Ebpf,
+}
 
 /// What a program made of a frame.
 struct Run {
@@ -400,22 +604,44 @@ struct Run {
 
 impl Programs {
     fn load(node: &Node) -> Result<Self> {
-        let mut programs = Self(Pins::at(&node.bpffs).load(true, false, limits::FLOWS)?);
+        let mut programs = Self {
+            ours: Pins::at(&node.bpffs).load(true, false, limits::FLOWS)?,
+            empty: Ebpf::load(load::OBJECT).context("loading empty programs")?,
+        };
         for name in ["from_pod", "to_pod", "from_uplink"] {
             programs.classifier(name)?.load()?;
         }
         programs.xdp()?.load()?;
+        let empty: &mut Xdp = programs.nothing("pass")?.try_into()?;
+        empty.load()?;
+        let empty: &mut SchedClassifier = programs.nothing("nothing")?.try_into()?;
+        empty.load()?;
         Ok(programs)
     }
 
     fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
-        let program = self.0.program_mut(name).context("a program")?;
+        let program = self.ours.program_mut(name).context("a program")?;
         Ok(program.try_into()?)
     }
 
     fn xdp(&mut self) -> Result<&mut Xdp> {
-        let program = self.0.program_mut("xdp_uplink").context("a program")?;
+        let program = self.ours.program_mut("xdp_uplink").context("a program")?;
         Ok(program.try_into()?)
+    }
+
+    fn nothing(&mut self, name: &str) -> Result<&mut Program> {
+        self.empty.program_mut(name).context("an empty program")
+    }
+
+    /// Has an empty program of the same kind of hook get the frames.
+    fn run_empty(&mut self, name: &str, frames: &[Vec<u8>]) -> Result<Vec<Run>> {
+        if name == "xdp_uplink" {
+            let empty: &mut Xdp = self.nothing("pass")?.try_into()?;
+            run_all(empty, frames)
+        } else {
+            let empty: &mut SchedClassifier = self.nothing("nothing")?.try_into()?;
+            run_all(empty, frames)
+        }
     }
 
     fn run_all(&mut self, name: &str, frames: &[Vec<u8>]) -> Result<Vec<Run>> {
@@ -447,4 +673,36 @@ where
         });
     }
     Ok(runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn many_flows_are_all_different_and_none_gets_lost_by_scattering() {
+        let subject = Subject {
+            request: "xdp_uplink",
+            reply: "xdp_uplink",
+            verdict: XDP_REDIRECT,
+            clients: (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+            service: (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+            port: 80,
+            crowd: Some(1),
+        };
+        for is_v4 in [true, false] {
+            let frames = (0..100_000).map(|index| crowds(&subject, 1, is_v4, index, ACK));
+            let frames: Vec<_> = frames.collect();
+            let all: BTreeSet<_> = frames.iter().collect();
+            assert_eq!(all.len(), frames.len());
+            let scattered = scattered(&frames);
+            assert_eq!(scattered.iter().collect::<BTreeSet<_>>(), all);
+            assert_ne!(
+                scattered.first().zip(scattered.get(1)),
+                frames.first().zip(frames.get(1))
+            );
+        }
+    }
 }

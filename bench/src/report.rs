@@ -5,6 +5,8 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use crate::{
+    claims,
+    cni::Calls,
     figures::{self, Median},
     plot,
     results::Results,
@@ -67,8 +69,14 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
         let _ = writeln!(text, "    cargo xtask bench -- {command}");
     }
     text.push('\n');
-    for reason in results.machine.reservations() {
+    for reason in results.reservations() {
         let _ = writeln!(text, "**Mind: {reason}.**\n");
+    }
+    if let Some(left_out) = &results.left_out {
+        let _ = writeln!(
+            text,
+            "A brief run. Left out: {left_out}. `--full` measures everything.\n"
+        );
     }
     for (program, version) in &results.machine.programs {
         let _ = writeln!(text, "* {program}: {version}");
@@ -79,6 +87,7 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
          interval is wider than its distance from 1 is not named.\n",
     );
     slower(&mut text, results);
+    claims::table(&mut text, results);
     beside_kube_proxy(&mut text, results);
     for (title, file) in plots.iter().filter(|(title, _)| title == GROWTH) {
         let _ = writeln!(text, "\n## {title}\n\n![{title}]({file})\n");
@@ -95,12 +104,19 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
             .first()
             .map_or(0, |turns| turns.summaries.len());
         let _ = writeln!(text, "### {}, {rounds} rounds\n", outcome.what);
+        if !outcome.command.is_empty() {
+            let _ = writeln!(text, "    cargo xtask bench -- {}\n", outcome.command);
+        }
+        if let Some(quiet) = outcome.quiet.filter(|quiet| !quiet.is_idle()) {
+            let _ = writeln!(text, "**Provisional: {} meanwhile.**\n", quiet.shown());
+        }
         let name = outcome.name();
         for (_, file) in plots.iter().filter(|(plotted, _)| *plotted == name) {
             let _ = writeln!(text, "![{name}]({file})\n");
         }
         table(&mut text, outcome);
     }
+    plugins(&mut text, &results.plugins);
     text.push_str(&programming(results));
     if let Some(programs) = &results.programs {
         text.push_str(&per_packet(programs));
@@ -108,13 +124,56 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     text
 }
 
+/// What calls of plugins take, all rounds together: a turn has too few for its 99th percentile to say much.
+fn plugins(text: &mut String, plugins: &[Calls]) {
+    if plugins.is_empty() {
+        return;
+    }
+    text.push_str(
+        "\n## CNI plugins, all calls\n\n| | plugin | calls | p50 in ms | p99 in ms | p99 / p50 |\n\
+         | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for calls in plugins {
+        let (p50, p99) = calls.p50_and_p99();
+        let (p50, p99) = (p50 as f64 / 1e6, p99 as f64 / 1e6);
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {p50:.2} | {p99:.2} | {:.2} |",
+            calls.what,
+            calls.contender,
+            calls.nanos.len(),
+            p99 / p50
+        );
+    }
+}
+
 /// What packets cost in the programs.
 fn per_packet(programs: &Value) -> String {
     let mut text = String::from(
         "\n## Programs\n\nNanoseconds a packet, of one run each (BPF_PROG_TEST_RUN), each packet of another flow; \
-         less those of a frame that is not IP, which are what measuring takes.\n\n\
-         | program | packet | in all | less measuring |\n| --- | --- | --- | --- |\n",
+         less those of an empty program of the same kind with the same frames, which are what measuring takes.\n\n",
     );
+    if let Some(command) = programs.get("command").and_then(Value::as_str) {
+        let _ = writeln!(text, "    cargo xtask bench -- {command}\n");
+    }
+    for many in programs
+        .get("many")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        let word = |field: &str| many.get(field).and_then(Value::as_str).unwrap_or_default();
+        let flows = many
+            .get("flows")
+            .and_then(Value::as_u64)
+            .unwrap_or_default();
+        let (program, family) = (word("program"), word("family"));
+        let _ = writeln!(
+            text,
+            "* `{program}`, {family}: many flows are {flows} at once"
+        );
+    }
+    text.push_str("\n| program | packet | in all | less measuring |\n| --- | --- | --- | --- |\n");
     for line in programs
         .get("programs")
         .and_then(Value::as_array)
@@ -210,7 +269,7 @@ fn slower(text: &mut String, results: &Results) {
                         ours.contender,
                         other.contender,
                         ratio.shown(),
-                        why.unwrap_or("not known yet"),
+                        why.unwrap_or("cause not known"),
                     ));
                 }
             }
@@ -387,6 +446,8 @@ mod tests {
             what: "UDP request".to_owned(),
             metrics: vec![metric],
             turns: medians.iter().map(turns).collect(),
+            command: String::new(),
+            quiet: None,
         }
     }
 

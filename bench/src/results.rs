@@ -9,7 +9,12 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{machine::Machine, plot, report, turns::Outcome};
+use crate::{
+    cni::Calls,
+    machine::{Machine, Quiet},
+    plot, report,
+    turns::Outcome,
+};
 
 /// What this program was asked for, as one would type it, but for where it writes.
 fn asked_for(mut arguments: impl Iterator<Item = String>) -> String {
@@ -24,6 +29,37 @@ fn asked_for(mut arguments: impl Iterator<Item = String>) -> String {
     words.join(" ")
 }
 
+/// Results of a run that goes on: what is measured stays, should something fail later.
+pub struct Keeper {
+    /// What there is so far.
+    pub results: Results,
+    folder: PathBuf,
+    name: String,
+}
+
+impl Keeper {
+    /// Results that are written into a folder.
+    pub fn new(results: Results, folder: &Path, name: &str) -> Self {
+        Self {
+            results,
+            folder: folder.to_owned(),
+            name: name.to_owned(),
+        }
+    }
+
+    /// Says what came out of a trial, and writes it down.
+    pub fn keep(&mut self, outcome: Outcome) -> Result<()> {
+        report::print(&outcome);
+        self.results.outcomes.push(outcome);
+        self.results.write_json(&self.folder, &self.name).map(drop)
+    }
+
+    /// Writes everything, the report and the pictures too; where they are.
+    pub fn write(&self) -> Result<Vec<PathBuf>> {
+        self.results.write(&self.folder, &self.name)
+    }
+}
+
 /// Everything of one run.
 #[derive(Serialize, Deserialize)]
 pub struct Results {
@@ -34,6 +70,12 @@ pub struct Results {
     pub commands: Vec<String>,
     /// What was compared.
     pub outcomes: Vec<Outcome>,
+    /// What a brief run leaves out, if this is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
+    /// All calls of CNI plugins, where they were measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plugins: Vec<Calls>,
     /// What programming takes, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<Value>,
@@ -49,6 +91,8 @@ impl Results {
             machine,
             commands: vec![asked_for(std::env::args().skip(1))],
             outcomes: Vec::new(),
+            left_out: None,
+            plugins: Vec::new(),
             control: None,
             programs: None,
         }
@@ -97,6 +141,13 @@ impl Results {
                 None => self.outcomes.push(outcome),
             }
         }
+        for calls in later.plugins {
+            match self.plugins.iter_mut().find(|one| one.is_of(&calls)) {
+                Some(earlier) => *earlier = calls,
+                None => self.plugins.push(calls),
+            }
+        }
+        self.left_out = self.left_out.take().and(later.left_out);
         // What is of one title stays together.
         let titles: Vec<String> = self.titles().into_iter().map(str::to_owned).collect();
         let place = |outcome: &Outcome| titles.iter().position(|title| *title == outcome.title);
@@ -107,8 +158,7 @@ impl Results {
 
     /// Writes NAME.json, NAME.md and the pictures that it shows; their paths.
     pub fn write(&self, folder: &Path, name: &str) -> Result<Vec<PathBuf>> {
-        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        let mut files = Vec::new();
+        let mut files = vec![self.write_json(folder, name)?];
         let mut plots = Vec::new();
         for outcome in &self.outcomes {
             let file = format!("{name}-{}.svg", slug(&outcome.name()));
@@ -123,13 +173,40 @@ impl Results {
             plots.push((report::GROWTH.to_owned(), file));
             files.push(path);
         }
-        let json = serde_json::to_string(self).context("writing JSON")? + "\n";
-        for (end, text) in [("json", json), ("md", report::markdown(self, &plots))] {
-            let path = folder.join(format!("{name}.{end}"));
-            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-            files.push(path);
-        }
+        let path = folder.join(format!("{name}.md"));
+        let text = report::markdown(self, &plots);
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        files.push(path);
         Ok(files)
+    }
+
+    /// Writes NAME.json.
+    fn write_json(&self, folder: &Path, name: &str) -> Result<PathBuf> {
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        let path = folder.join(format!("{name}.json"));
+        let json = serde_json::to_string(self).context("writing JSON")? + "\n";
+        fs::write(&path, json).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Why the numbers should not be relied upon.
+    pub fn reservations(&self) -> Vec<String> {
+        let mut reasons = self.machine.reservations();
+        let watched = self.outcomes.iter().filter_map(|outcome| outcome.quiet);
+        let (quiet, loud): (Vec<Quiet>, Vec<Quiet>) = watched.partition(|one| one.is_idle());
+        let loudest = loud
+            .iter()
+            .max_by(|a, b| (a.busy + a.stolen).total_cmp(&(b.busy + b.stolen)));
+        if let Some(loudest) = loudest {
+            reasons.push(format!(
+                "during {} of {} trials the machine was not idle, of which each says so: {} at most; their \
+                 numbers are provisional",
+                loud.len(),
+                loud.len() + quiet.len(),
+                loudest.shown()
+            ));
+        }
+        reasons
     }
 
     /// The titles of comparisons, in their order.
@@ -180,6 +257,8 @@ mod tests {
                         summaries: vec![Summary::default(); rounds],
                         evidence: Vec::new(),
                     }],
+                    command: String::new(),
+                    quiet: None,
                 })
                 .collect(),
             ..Results::new(Machine::look())
@@ -201,6 +280,36 @@ mod tests {
             found,
             [("a", "x", 6), ("a", "y", 9), ("b", "x", 9), ("c", "x", 9)]
         );
+    }
+
+    #[test]
+    fn a_trial_beside_others_work_is_named_and_a_quiet_one_is_not() {
+        let run = |busy| {
+            let quiet = |busy| Quiet {
+                busy,
+                stolen: 0.0,
+                load: 3.0,
+            };
+            let mut results = Results::new(Machine {
+                quiet: vec![quiet(0.01)],
+                ..Machine::look()
+            });
+            results.outcomes = [0.01, busy]
+                .map(|busy| Outcome {
+                    title: "a".to_owned(),
+                    what: "x".to_owned(),
+                    metrics: Vec::new(),
+                    turns: Vec::new(),
+                    command: String::new(),
+                    quiet: Some(quiet(busy)),
+                })
+                .to_vec();
+            results.reservations().join("\n")
+        };
+        assert!(!run(0.04).contains("idle"), "{}", run(0.04));
+        let said = run(0.3);
+        assert!(said.contains("during 1 of 2 trials"), "{said}");
+        assert!(said.contains("used 30 %"), "{said}");
     }
 
     #[test]

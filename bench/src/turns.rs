@@ -7,6 +7,8 @@ use crate::{
     contender::{Contender, Evidence},
     figures::Median,
     load::{Summary, Workload, is_there},
+    machine::{Quiet, Watch},
+    results::Keeper,
 };
 
 /// How much is measured.
@@ -18,16 +20,55 @@ pub struct Effort {
     pub turn_ms: u64,
     /// How long it is done before, unmeasured.
     pub warm_up_ms: u64,
-    /// Only trials whose names hold this are done.
+    /// Only trials whose names hold this are done; after an equals sign it has to be all of the name.
     pub only: Option<String>,
     /// Only contenders whose names hold one of these take turns; all, if there are none.
     pub contenders: Vec<String>,
+    /// Whether only those trials are done that tell most in the least time.
+    pub is_brief: bool,
+    /// What this program was asked for, without how much of it.
+    pub command: String,
 }
 
 impl Effort {
-    fn holds(&self, trial: &Trial) -> bool {
-        let only = self.only.as_deref();
-        only.is_none_or(|only| trial.name().contains(only))
+    /// The same for a part of what was asked for, which alone is asked for so.
+    pub fn of(&self, command: String) -> Self {
+        Self {
+            command,
+            ..self.clone()
+        }
+    }
+
+    /// Whether what has this name is to be measured.
+    pub fn wants(&self, name: &str) -> bool {
+        match self.only.as_deref() {
+            None => true,
+            Some(only) => match only.strip_prefix('=') {
+                Some(whole) => name == whole,
+                None => name.contains(only),
+            },
+        }
+    }
+
+    /// What of these trials is to be measured.
+    pub fn chosen<'a>(&self, trials: &'a [Trial]) -> Vec<&'a Trial> {
+        let is_chosen =
+            |trial: &&Trial| self.wants(&trial.name()) && (!self.is_brief || trial.is_brief());
+        trials.iter().filter(is_chosen).collect()
+    }
+
+    /// What one has to type to measure this alone, in the same way.
+    pub fn to_repeat(&self, what: Option<&str>) -> String {
+        let only = what.map_or_else(String::new, |what| format!(" --only '={what}'"));
+        let contenders: String = self
+            .contenders
+            .iter()
+            .map(|name| format!(" --contender '{name}'"))
+            .collect();
+        format!(
+            "{}{only}{contenders} --rounds {} --turn-ms {} --warm-up-ms {}",
+            self.command, self.rounds, self.turn_ms, self.warm_up_ms
+        )
     }
 
     /// Whether a contender of this name takes turns.
@@ -106,6 +147,18 @@ impl Trial {
         match self.processors {
             Processors::One => format!("{name}, one processor for both"),
             Processors::Two => name,
+        }
+    }
+
+    /// Whether it is measured in a brief run, too: what says most about a way in the least time. Clients of
+    /// others measure for whole seconds.
+    pub fn is_brief(&self) -> bool {
+        match (self.workload, self.processors) {
+            (Workload::Stream, Processors::Two) => self.connections > 1,
+            (Workload::Connect, Processors::Two) => self.rate.is_some_and(|rate| rate < 1_000),
+            (Workload::Connect | Workload::TcpRr | Workload::Stream, Processors::One) => true,
+            (Workload::UdpRr | Workload::UdpPackets, Processors::One) => true,
+            _ => false,
         }
     }
 
@@ -196,6 +249,12 @@ pub struct Outcome {
     pub metrics: Vec<Metric>,
     /// Everybody's turns. All others are compared with the first.
     pub turns: Vec<Turns>,
+    /// What measures this alone, as the arguments of the benchmark.
+    #[serde(default)]
+    pub command: String,
+    /// What others did on the machine meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiet: Option<Quiet>,
 }
 
 impl Outcome {
@@ -267,13 +326,13 @@ pub fn take(
     contenders: &[Contender],
     trials: &[Trial],
     effort: &Effort,
-) -> Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+    keeper: &mut Keeper,
+) -> Result<()> {
     let contenders: Vec<&Contender> = contenders
         .iter()
         .filter(|contender| effort.names(&contender.name))
         .collect();
-    for trial in trials.iter().filter(|trial| effort.holds(trial)) {
+    for trial in effort.chosen(trials) {
         let missing = trial
             .workload
             .program()
@@ -285,6 +344,7 @@ pub fn take(
             );
             continue;
         }
+        let watch = Watch::begin();
         let before: Vec<Vec<u64>> = contenders
             .iter()
             .map(|contender| contender.witnesses())
@@ -308,11 +368,12 @@ pub fn take(
             what: trial.name(),
             metrics: trial.metrics().to_vec(),
             turns,
+            command: effort.to_repeat(Some(&trial.name())),
+            quiet: Some(watch.end()),
         };
-        crate::report::print(&outcome);
-        outcomes.push(outcome);
+        keeper.keep(outcome)?;
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -349,6 +410,59 @@ mod tests {
                 assert_eq!(ends.count(), 2, "{orders:?}");
             }
         }
+    }
+
+    fn effort(only: Option<&str>, is_brief: bool) -> Effort {
+        Effort {
+            rounds: 6,
+            turn_ms: 50,
+            warm_up_ms: 10,
+            only: only.map(str::to_owned),
+            contenders: Vec::new(),
+            is_brief,
+            command: "services --services 5".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_name_after_an_equals_sign_is_all_of_it() {
+        let one = Trial::together(Workload::Connect);
+        let (two, open) = (
+            Trial::closed(Workload::Connect),
+            Trial::open(Workload::Connect, 500),
+        );
+        let trials = [one, two, open];
+        let chosen = |only| effort(only, false).chosen(&trials).len();
+        assert_eq!(chosen(None), 3);
+        assert_eq!(chosen(Some("TCP connect, request, close")), 3);
+        assert_eq!(chosen(Some("=TCP connect, request, close")), 1);
+        assert_eq!(chosen(Some("=TCP connect")), 0);
+    }
+
+    #[test]
+    fn a_trial_can_be_repeated_alone() {
+        let name = Trial::together(Workload::TcpRr).name();
+        let command = effort(None, true).to_repeat(Some(&name));
+        let expected = "services --services 5 --only '=TCP request and response, one processor for both' \
+                        --rounds 6 --turn-ms 50 --warm-up-ms 10";
+        assert_eq!(command, expected);
+    }
+
+    #[test]
+    fn a_brief_run_leaves_out_what_takes_whole_seconds() {
+        let trials = [
+            Trial::together(Workload::Wrk),
+            Trial::together(Workload::Iperf),
+            Trial::together(Workload::Connect),
+            Trial::streams(8),
+        ];
+        let names = |is_brief| {
+            let effort = effort(None, is_brief);
+            let chosen = effort.chosen(&trials).into_iter();
+            chosen.map(|trial| trial.workload).collect::<Vec<_>>()
+        };
+        assert_eq!(names(true), [Workload::Connect, Workload::Stream]);
+        assert_eq!(names(false).len(), 4);
     }
 
     #[test]

@@ -4,34 +4,98 @@
 //! told from all else. A flow's number says its source address and port; the rest is the same for all.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
-/// A frame's length in octets, without the four of its check sequence: what Ethernet carries at least.
-pub const LENGTH: usize = 64;
-/// What every frame ends with, and where that begins. It looks like nothing else here.
+/// Words of eight octets that the longest frame has.
+pub const WORDS: usize = 11;
+/// What every frame ends with, but for zeros. It looks like nothing else here.
 pub const MARK: [u8; 8] = *b"penstock";
-/// Where [`MARK`] begins.
-pub const MARK_AT: usize = 54;
-/// Where fields begin, of IPv4 without options.
+
+/// Where fields are in a frame of a family, of IPv4 without options and IPv6 without extension headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// The frame's length in octets, without the four of its check sequence: what Ethernet carries at least and
+    /// has room for all fields, in whole words.
+    pub length: usize,
+    /// The length of IP's header.
+    pub ip_header: usize,
+    /// The length of an address.
+    pub address: usize,
+    /// The protocol.
+    pub protocol: usize,
+    /// The time to live.
+    pub ttl: usize,
+    /// The source address.
+    pub source: usize,
+    /// The destination address.
+    pub destination: usize,
+    /// The source port, which is where the header of TCP or UDP begins.
+    pub source_port: usize,
+    /// Where [`MARK`] begins.
+    pub mark: usize,
+}
+
+impl Layout {
+    /// IPv4's.
+    pub const V4: Self = Self {
+        length: 64,
+        ip_header: 20,
+        address: 4,
+        protocol: 23,
+        ttl: 22,
+        source: 26,
+        destination: 30,
+        source_port: 34,
+        mark: 54,
+    };
+    /// IPv6's.
+    pub const V6: Self = Self {
+        length: 88,
+        ip_header: 40,
+        address: 16,
+        protocol: 20,
+        ttl: 21,
+        source: 22,
+        destination: 38,
+        source_port: 54,
+        mark: 74,
+    };
+
+    /// A family's.
+    #[inline(always)]
+    pub const fn of(is_v6: bool) -> Self {
+        if is_v6 { Self::V6 } else { Self::V4 }
+    }
+
+    /// The destination port.
+    #[inline(always)]
+    pub const fn destination_port(&self) -> usize {
+        self.source_port + 2
+    }
+
+    /// UDP's checksum.
+    #[inline(always)]
+    pub const fn udp_checksum(&self) -> usize {
+        self.source_port + 6
+    }
+
+    /// TCP's checksum.
+    #[inline(always)]
+    pub const fn tcp_checksum(&self) -> usize {
+        self.source_port + 16
+    }
+
+    /// Words of four octets that an address has.
+    #[inline(always)]
+    pub const fn address_words(&self) -> usize {
+        self.address / 4
+    }
+}
+
+/// Where fields begin whatever the family, or of IPv4 alone.
 pub mod at {
     /// The type in the Ethernet header.
     pub const ETHERTYPE: usize = 12;
-    /// The time to live.
-    pub const TTL: usize = 22;
-    /// The protocol.
-    pub const PROTOCOL: usize = 23;
-    /// The header's checksum.
+    /// The checksum of IPv4's header.
     pub const HEADER_CHECKSUM: usize = 24;
-    /// The source address.
-    pub const SOURCE: usize = 26;
-    /// The destination address.
-    pub const DESTINATION: usize = 30;
-    /// The source port.
-    pub const SOURCE_PORT: usize = 34;
-    /// The destination port.
-    pub const DESTINATION_PORT: usize = 36;
-    /// UDP's checksum.
-    pub const UDP_CHECKSUM: usize = 40;
-    /// TCP's checksum.
-    pub const TCP_CHECKSUM: usize = 50;
 }
 /// TCP's number among the protocols of IP.
 pub const TCP: u8 = 6;
@@ -59,9 +123,9 @@ const FIRST_PORT: u16 = 16_384;
 #[repr(C)]
 pub struct Plan {
     /// A frame in words as they lie in memory. Its source address ends in two octets of zero; they, the
-    /// source port and both checksums are written for each flow.
-    pub frame: [u64; LENGTH / 8],
-    /// The sum of what the header's checksum covers, in words of two octets, most significant first.
+    /// source port and the checksums are written for each flow.
+    pub frame: [u64; WORDS],
+    /// The sum of what the checksum of IPv4's header covers, in words of two octets, most significant first.
     pub header_sum: u32,
     /// The sum of what the checksum of TCP or UDP covers.
     pub transport_sum: u32,
@@ -79,12 +143,12 @@ pub struct Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Expected {
-    /// The source address.
-    pub source: [u8; 4],
+    /// The source address, as it lies in memory; of IPv4 the first word.
+    pub source: [[u8; 4]; 4],
     /// Which of its bits count.
-    pub mask: [u8; 4],
+    pub mask: [[u8; 4]; 4],
     /// The destination address.
-    pub destination: [u8; 4],
+    pub destination: [[u8; 4]; 4],
     /// The destination port, most significant octet first.
     pub port: [u8; 2],
     /// [`TCP`] or [`UDP`].
@@ -135,7 +199,7 @@ pub struct Variation {
     pub host: [u8; 2],
     /// The source port.
     pub port: [u8; 2],
-    /// The header's checksum.
+    /// The checksum of IPv4's header.
     pub header_checksum: [u8; 2],
     /// The checksum of TCP or UDP.
     pub transport_checksum: [u8; 2],
@@ -164,15 +228,23 @@ impl Plan {
 }
 
 impl Expected {
-    /// Whether a frame with these fields is as it should be.
+    /// Whether a frame with these fields is as it should be, of addresses so many words long.
     #[inline(always)]
-    pub fn is_met_by(&self, other: &Self) -> bool {
-        let word = u32::from_ne_bytes;
-        word(other.source) & word(self.mask) == word(self.source)
-            && word(other.destination) == word(self.destination)
-            && u16::from_ne_bytes(other.port) == u16::from_ne_bytes(self.port)
+    pub fn is_met_by(&self, other: &Self, words: usize) -> bool {
+        let word = |address: &[[u8; 4]; 4], index: usize| {
+            address
+                .get(index)
+                .map_or(0, |octets| u32::from_ne_bytes(*octets))
+        };
+        let mut is_met = u16::from_ne_bytes(other.port) == u16::from_ne_bytes(self.port)
             && other.protocol == self.protocol
-            && other.ttl == self.ttl
+            && other.ttl == self.ttl;
+        for index in 0..words {
+            let source = word(&other.source, index) & word(&self.mask, index);
+            is_met &= source == word(&self.source, index);
+            is_met &= word(&other.destination, index) == word(&self.destination, index);
+        }
+        is_met
     }
 }
 
@@ -202,7 +274,7 @@ mod tests {
     use super::*;
 
     const PLAN: Plan = Plan {
-        frame: [0; LENGTH / 8],
+        frame: [0; WORDS],
         header_sum: 0x1_fff0,
         transport_sum: 0x2_3456,
         flows: 4_096,
@@ -251,40 +323,78 @@ mod tests {
     }
 
     #[test]
+    fn layouts_are_of_whole_words_and_have_room_for_all_fields() {
+        for layout in [Layout::V4, Layout::V6] {
+            assert_eq!(layout.length % 8, 0);
+            assert!(layout.length <= WORDS * 8);
+            assert_eq!(layout.destination, layout.source + layout.address);
+            assert_eq!(layout.source_port, layout.destination + layout.address);
+            assert!(layout.tcp_checksum() + 4 <= layout.mark);
+            assert!(layout.mark + MARK.len() <= layout.length);
+        }
+    }
+
+    #[test]
     fn a_frame_that_differs_in_one_field_is_wrong() {
+        let first = |word| [word, [0; 4], [0; 4], [0; 4]];
         let expected = Expected {
-            source: [198, 18, 0, 0],
-            mask: [255, 255, 0, 0],
-            destination: [10, 244, 2, 1],
+            source: first([198, 18, 0, 0]),
+            mask: first([255, 255, 0, 0]),
+            destination: first([10, 244, 2, 1]),
             port: [0x1f, 0x90],
             protocol: UDP,
             ttl: 63,
         };
         let right = Expected {
-            source: [198, 18, 3, 7],
+            source: first([198, 18, 3, 7]),
             ..expected
         };
-        assert!(expected.is_met_by(&right));
-        for wrong in [
-            Expected {
-                source: [198, 19, 3, 7],
-                ..right
-            },
-            Expected {
-                destination: [10, 244, 2, 2],
-                ..right
-            },
-            Expected {
-                port: [0x90, 0x1f],
-                ..right
-            },
-            Expected {
-                protocol: TCP,
-                ..right
-            },
-            Expected { ttl: 64, ..right },
+        assert!(expected.is_met_by(&right, 1));
+        let last = [[0; 4], [0; 4], [0; 4], [0, 0, 0, 1]];
+        for (wrong, words) in [
+            (
+                Expected {
+                    source: first([198, 19, 3, 7]),
+                    ..right
+                },
+                1,
+            ),
+            (
+                Expected {
+                    destination: first([10, 244, 2, 2]),
+                    ..right
+                },
+                1,
+            ),
+            (
+                Expected {
+                    port: [0x90, 0x1f],
+                    ..right
+                },
+                1,
+            ),
+            (
+                Expected {
+                    protocol: TCP,
+                    ..right
+                },
+                1,
+            ),
+            (Expected { ttl: 64, ..right }, 1),
+            (
+                Expected {
+                    destination: last,
+                    ..right
+                },
+                4,
+            ),
         ] {
-            assert!(!expected.is_met_by(&wrong), "{wrong:?}");
+            assert!(!expected.is_met_by(&wrong, words), "{wrong:?}");
         }
+        let longer = Expected {
+            destination: [expected.destination[0], [0; 4], [0; 4], [0, 0, 0, 1]],
+            ..right
+        };
+        assert!(expected.is_met_by(&longer, 1) && !expected.is_met_by(&longer, 4));
     }
 }

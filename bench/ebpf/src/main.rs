@@ -8,13 +8,19 @@
 #[expect(unsafe_code, reason = "frames' and maps' memory")]
 mod programs {
     use aya_ebpf::{
-        bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS},
+        bindings::{
+            TC_ACT_OK,
+            xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS},
+        },
         helpers::generated::{bpf_ktime_get_ns, bpf_redirect},
-        macros::{map, xdp},
+        macros::{classifier, map, xdp},
         maps::{Array, PerCpuArray},
-        programs::XdpContext,
+        programs::{TcContext, XdpContext},
     };
-    use penstock_bench_ebpf::{Expected, LENGTH, MARK, MARK_AT, Plan, TCP, Window, at, count};
+    use penstock_bench_ebpf::{Expected, Layout, MARK, Plan, TCP, WORDS, Window, at, count};
+
+    /// Words of an IPv4 frame.
+    const WORDS_V4: usize = Layout::V4.length / 8;
 
     /// Of how many forwarded frames one is noted and kept to be looked at: a power of two.
     const NOTED: u64 = 256;
@@ -27,15 +33,15 @@ mod programs {
     static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(count::ALL, 0);
     /// A frame that came out as it should, as it lies in memory.
     #[map]
-    static SAMPLE: Array<[u64; LENGTH / 8]> = Array::with_max_entries(1, 0);
+    static SAMPLE: Array<[u64; WORDS]> = Array::with_max_entries(1, 0);
     #[map]
     static WINDOW: Array<Window> = Array::with_max_entries(1, 0);
 
-    /// Where the frame begins, if it is as long as all of them.
+    /// Where the frame begins, if it is as long as all of its family.
     #[inline(always)]
-    fn frame(context: &XdpContext) -> Option<usize> {
+    fn frame(context: &XdpContext, length: usize) -> Option<usize> {
         let start = context.data();
-        (start + LENGTH <= context.data_end()).then_some(start)
+        (start + length <= context.data_end()).then_some(start)
     }
 
     /// Counts one more, and says how many there were before.
@@ -52,62 +58,112 @@ mod programs {
         }
     }
 
-    /// Makes the next frame and sends it. What is in the frame before may be any earlier one's rest,
-    /// since the kernel uses pages again.
+    /// Makes the next frame of IPv4 and sends it.
     #[xdp]
     pub(crate) fn generate(context: XdpContext) -> u32 {
-        let (Some(start), Some(plan)) = (frame(&context), PLAN.get_ptr(0)) else {
+        next::<false>(&context)
+    }
+
+    /// The same of IPv6.
+    #[xdp]
+    pub(crate) fn generate6(context: XdpContext) -> u32 {
+        next::<true>(&context)
+    }
+
+    /// Makes a frame and sends it. What is in the frame before may be any earlier one's rest, since the kernel
+    /// uses pages again.
+    #[inline(always)]
+    fn next<const IS_V6: bool>(context: &XdpContext) -> u32 {
+        let layout = Layout::of(IS_V6);
+        let (Some(start), Some(plan)) = (frame(context, layout.length), PLAN.get_ptr(0)) else {
             return XDP_ABORTED;
         };
         // SAFETY: user space wrote it before the first run and does not again.
         let plan = unsafe { &*plan };
         let number = one_more(count::SENT) as u32;
         let new = plan.variation(number);
-        // SAFETY: all of it is inside the frame, by the comparison in `frame`; fields lie anywhere.
+        // SAFETY: all of it is inside the frame, by the comparison in `frame`; fields lie anywhere. IPv4's
+        // words are the first of the plan's.
         unsafe {
-            (start as *mut [u64; LENGTH / 8]).write_unaligned(plan.frame);
-            ((start + at::SOURCE + 2) as *mut [u8; 2]).write_unaligned(new.host);
-            ((start + at::SOURCE_PORT) as *mut [u8; 2]).write_unaligned(new.port);
-            ((start + at::HEADER_CHECKSUM) as *mut [u8; 2]).write_unaligned(new.header_checksum);
-            if plan.protocol == u32::from(TCP) {
-                ((start + at::TCP_CHECKSUM) as *mut [u8; 2])
-                    .write_unaligned(new.transport_checksum);
+            if IS_V6 {
+                (start as *mut [u64; WORDS]).write_unaligned(plan.frame);
             } else {
-                ((start + at::UDP_CHECKSUM) as *mut [u8; 2])
-                    .write_unaligned(new.transport_checksum);
+                let words = plan.frame.as_ptr().cast::<[u64; WORDS_V4]>();
+                (start as *mut [u64; WORDS_V4]).write_unaligned(*words);
+                ((start + at::HEADER_CHECKSUM) as *mut [u8; 2])
+                    .write_unaligned(new.header_checksum);
             }
+            ((start + layout.destination - 2) as *mut [u8; 2]).write_unaligned(new.host);
+            ((start + layout.source_port) as *mut [u8; 2]).write_unaligned(new.port);
+            let checksum = if plan.protocol == u32::from(TCP) {
+                layout.tcp_checksum()
+            } else {
+                layout.udp_checksum()
+            };
+            ((start + checksum) as *mut [u8; 2]).write_unaligned(new.transport_checksum);
         }
         // SAFETY: the helper takes plain numbers.
         unsafe { bpf_redirect(plan.interface, 0) as u32 }
     }
 
-    /// Counts and drops what the node sent of them; lets everything else through.
+    /// Counts and drops what the node sent of IPv4's; lets everything else through.
     #[xdp]
     pub(crate) fn swallow(context: XdpContext) -> u32 {
-        let Some(start) = frame(&context) else {
+        take::<false>(&context)
+    }
+
+    /// The same of IPv6's.
+    #[xdp]
+    pub(crate) fn swallow6(context: XdpContext) -> u32 {
+        take::<true>(&context)
+    }
+
+    /// An address in a frame.
+    ///
+    /// # Safety
+    ///
+    /// It has to be inside the frame.
+    #[inline(always)]
+    unsafe fn address<const IS_V6: bool>(at: usize) -> [[u8; 4]; 4] {
+        // SAFETY: the caller's; any octets will do, read unaligned.
+        unsafe {
+            if IS_V6 {
+                (at as *const [[u8; 4]; 4]).read_unaligned()
+            } else {
+                let first = (at as *const [u8; 4]).read_unaligned();
+                [first, [0; 4], [0; 4], [0; 4]]
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn take<const IS_V6: bool>(context: &XdpContext) -> u32 {
+        let layout = Layout::of(IS_V6);
+        let Some(start) = frame(context, layout.length) else {
             return XDP_PASS;
         };
         // SAFETY: inside the frame, by the comparison in `frame`; any bytes will do, read unaligned.
         let (mark, found) = unsafe {
             (
-                ((start + MARK_AT) as *const u64).read_unaligned(),
+                ((start + layout.mark) as *const u64).read_unaligned(),
                 Expected {
-                    source: ((start + at::SOURCE) as *const [u8; 4]).read_unaligned(),
-                    mask: [0xff; 4],
-                    destination: ((start + at::DESTINATION) as *const [u8; 4]).read_unaligned(),
-                    port: ((start + at::DESTINATION_PORT) as *const [u8; 2]).read_unaligned(),
-                    protocol: ((start + at::PROTOCOL) as *const u8).read_unaligned(),
-                    ttl: ((start + at::TTL) as *const u8).read_unaligned(),
+                    source: address::<IS_V6>(start + layout.source),
+                    mask: [[0xff; 4]; 4],
+                    destination: address::<IS_V6>(start + layout.destination),
+                    port: ((start + layout.destination_port()) as *const [u8; 2]).read_unaligned(),
+                    protocol: ((start + layout.protocol) as *const u8).read_unaligned(),
+                    ttl: ((start + layout.ttl) as *const u8).read_unaligned(),
                 },
             )
         };
         if mark != u64::from_ne_bytes(MARK) {
             return XDP_PASS;
         }
+        let words = layout.address_words();
         // SAFETY: user space wrote it before the first frame and does not again.
         let is_right = EXPECTED
             .get_ptr(0)
-            .is_some_and(|expected| unsafe { (*expected).is_met_by(&found) });
+            .is_some_and(|expected| unsafe { (*expected).is_met_by(&found, words) });
         if !is_right {
             one_more(count::WRONG);
             return XDP_DROP;
@@ -119,11 +175,22 @@ mod programs {
             // SAFETY: the frame is as long as that; elements are this program's, which runs on one
             // processor, until user space reads them after the last frame. The helper takes nothing.
             unsafe {
-                *sample = (start as *const [u64; LENGTH / 8]).read_unaligned();
+                if IS_V6 {
+                    *sample = (start as *const [u64; WORDS]).read_unaligned();
+                } else {
+                    let words = (start as *const [u64; WORDS_V4]).read_unaligned();
+                    *sample.cast::<[u64; WORDS_V4]>() = words;
+                }
                 (*window).note(before, bpf_ktime_get_ns());
             }
         }
         XDP_DROP
+    }
+
+    /// Nothing, as a TC hook: what running any program takes.
+    #[classifier]
+    pub(crate) fn nothing(_: TcContext) -> i32 {
+        TC_ACT_OK
     }
 
     /// Lets everything through. A veth pair loses what one end sends from XDP unless the other has a

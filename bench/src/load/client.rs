@@ -53,7 +53,7 @@ pub fn run(run: &Run) -> Result<Summary> {
                 Ok(Answer::Came)
             })
         }
-        Workload::Wrk => generators::wrk(to, run.for_ms),
+        Workload::Wrk => generators::wrk(to, window.warm_up, run.for_ms),
         Workload::Iperf => generators::iperf(to, run.for_ms),
         Workload::UdpPackets => datagrams::run(to, window.warm_up, window.measured),
         Workload::UdpRr | Workload::UdpSendto => {

@@ -6,7 +6,7 @@
 //! that sends, the node forwards it, and a program at this end counts and drops it. So a frame takes
 //! as long as all of that.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use aya::{
@@ -15,12 +15,12 @@ use aya::{
     programs::{TestRunOptions, Xdp, xdp::XdpMode},
 };
 use clap::{Args, ValueEnum};
-use penstock_bench_ebpf::{Expected, LENGTH, MARK, MARK_AT, Plan, TCP, UDP, Window, at, count};
+use penstock_bench_ebpf::{Expected, Layout, MARK, Plan, TCP, UDP, WORDS, Window, at, count};
 
 use super::Summary;
 
 /// The programs.
-static OBJECT: &[u8] =
+pub static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/penstock-bench-ebpf"));
 
 /// How often each flow sends at least before it is measured, to be known.
@@ -29,10 +29,12 @@ const WARM_UP: u32 = 16;
 const WARM_UP_FRAMES: u32 = 65_536;
 /// Frames that are made before the node gets them: a NAPI poll's.
 const BATCH: u32 = 64;
-/// Senders are of the range for benchmarks (RFC 2544, appendix C.2.2).
-const SENDERS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
-/// What senders' addresses have in common.
-const SENDERS_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 0, 0);
+/// Senders are of the ranges for benchmarks (RFC 2544, appendix C.2.2; RFC 5180, 8). They differ in their last two
+/// octets.
+const SENDERS: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(198, 18, 0, 0),
+    Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0),
+);
 /// Where senders send from.
 const SENDER: [u8; 6] = [2, 0, 0, 0, 5, 1];
 /// The time to live of frames that are sent, and of those that one router has forwarded.
@@ -71,13 +73,13 @@ pub struct Flood {
     to_ethernet: Ethernet,
     /// Where frames are sent to.
     #[arg(long)]
-    to: SocketAddrV4,
+    to: SocketAddr,
     /// Where the node has to forward them to.
     #[arg(long)]
-    backend: SocketAddrV4,
+    backend: SocketAddr,
     /// The address that they have to be from by then; the senders' own if none is said.
     #[arg(long)]
-    from: Option<Ipv4Addr>,
+    from: Option<IpAddr>,
     /// How many flows there are; a power of two.
     #[arg(long, default_value_t = 4_096, value_parser = power_of_two)]
     flows: u32,
@@ -133,18 +135,19 @@ pub fn run(flood: &Flood) -> Result<Summary> {
     let map = programs.map_mut("EXPECTED").context("EXPECTED")?;
     Array::try_from(map)?.set(0, flood.expected(), 0)?;
 
-    let sink = program(&mut programs, "swallow")?;
+    let [maker, sink] = flood.programs();
+    let sink = program(&mut programs, sink)?;
     sink.load()?;
     sink.attach(&flood.interface, XdpMode::Driver)
         .with_context(|| format!("attaching to {}", flood.interface))?;
-    program(&mut programs, "generate")?.load()?;
+    program(&mut programs, maker)?.load()?;
 
     // The kernel takes milliseconds to begin a run and to end it, so that a turn is one run, and is
     // measured where frames come out.
-    let known = send(&mut programs, (flood.flows * WARM_UP).max(WARM_UP_FRAMES))?;
+    let known = flood.send(&mut programs, (flood.flows * WARM_UP).max(WARM_UP_FRAMES))?;
     let frames = known.per_second() * flood.for_ms as f64 / 1e3;
     let before = Counts::read(&programs)?;
-    let measured = send(&mut programs, frames as u32 + flood.flows)?;
+    let measured = flood.send(&mut programs, frames as u32 + flood.flows)?;
     let after = Counts::read(&programs)?;
 
     ensure!(
@@ -159,8 +162,8 @@ pub fn run(flood: &Flood) -> Result<Summary> {
         "{forwarded} of {sent} frames were forwarded"
     );
     let map = programs.map("SAMPLE").context("SAMPLE")?;
-    let sample: [u64; LENGTH / 8] = Array::try_from(map)?.get(&0, 0)?;
-    intact(&octets(sample), flood.protocol)?;
+    let sample: [u64; WORDS] = Array::try_from(map)?.get(&0, 0)?;
+    flood.intact(&octets(sample))?;
     let lost = sent.saturating_sub(forwarded);
     Ok(Summary::of_packets(measured.count, measured.seconds, lost))
 }
@@ -175,26 +178,6 @@ impl Rate {
     fn per_second(&self) -> f64 {
         self.count as f64 / self.seconds
     }
-}
-
-/// Sends so many frames, with the program that is loaded already.
-fn send(programs: &mut Ebpf, frames: u32) -> Result<Rate> {
-    let map = programs.map_mut("WINDOW").context("WINDOW")?;
-    Array::try_from(map)?.set(0, Window::default(), 0)?;
-    program(programs, "generate")?.test_run(TestRunOptions {
-        data_in: Some(&[0; LENGTH]),
-        repeat: frames,
-        attrs: aya::TestRunAttrs::new().xdp_live_frames(BATCH),
-        ..TestRunOptions::new()
-    })?;
-    let map = programs.map("WINDOW").context("WINDOW")?;
-    let window: Window = Array::try_from(map)?.get(&0, 0)?;
-    let (count, nanos) = window.between();
-    ensure!(nanos > 0, "of {frames} frames none were forwarded");
-    Ok(Rate {
-        count,
-        seconds: nanos as f64 / 1e9,
-    })
 }
 
 fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
@@ -223,12 +206,53 @@ impl Counts {
 }
 
 impl Flood {
+    fn layout(&self) -> Layout {
+        Layout::of(self.to.is_ipv6())
+    }
+
+    /// What makes frames and what counts them.
+    fn programs(&self) -> [&'static str; 2] {
+        if self.to.is_ipv6() {
+            ["generate6", "swallow6"]
+        } else {
+            ["generate", "swallow"]
+        }
+    }
+
+    /// Sends so many frames, with the program that is loaded already.
+    fn send(&self, programs: &mut Ebpf, frames: u32) -> Result<Rate> {
+        let map = programs.map_mut("WINDOW").context("WINDOW")?;
+        Array::try_from(map)?.set(0, Window::default(), 0)?;
+        let [maker, _] = self.programs();
+        let any = vec![0; self.layout().length];
+        program(programs, maker)?.test_run(TestRunOptions {
+            data_in: Some(&any),
+            repeat: frames,
+            attrs: aya::TestRunAttrs::new().xdp_live_frames(BATCH),
+            ..TestRunOptions::new()
+        })?;
+        let map = programs.map("WINDOW").context("WINDOW")?;
+        let window: Window = Array::try_from(map)?.get(&0, 0)?;
+        let (count, nanos) = window.between();
+        ensure!(nanos > 0, "of {frames} frames none were forwarded");
+        Ok(Rate {
+            count,
+            seconds: nanos as f64 / 1e9,
+        })
+    }
+
     fn plan(&self, interface: u32) -> Plan {
         let frame = self.frame();
+        let layout = self.layout();
+        let header_sum = if self.to.is_ipv4() {
+            sum(&frame[ETHERNET..ETHERNET + layout.ip_header])
+        } else {
+            0
+        };
         Plan {
             frame: words(&frame),
-            header_sum: sum(&frame[14..34]),
-            transport_sum: transport_sum(&frame),
+            header_sum,
+            transport_sum: self.transport_sum(&frame),
             flows: self.flows,
             interface,
             protocol: self.protocol.number().into(),
@@ -238,51 +262,121 @@ impl Flood {
 
     fn expected(&self) -> Expected {
         let (source, mask) = match self.from {
-            Some(node) => (node, Ipv4Addr::BROADCAST),
-            None => (SENDERS, SENDERS_MASK),
+            Some(node) => (node, [0xff; 16]),
+            None => (self.senders(), self.senders_mask()),
         };
         Expected {
-            source: source.octets(),
-            mask: mask.octets(),
-            destination: self.backend.ip().octets(),
+            source: address_words(source),
+            mask: four_words(mask),
+            destination: address_words(self.backend.ip()),
             port: self.backend.port().to_be_bytes(),
             protocol: self.protocol.number(),
             ttl: TTL - 1,
         }
     }
 
-    /// A frame without what is each flow's own.
-    fn frame(&self) -> [u8; LENGTH] {
-        let mut frame = [0; LENGTH];
+    const fn senders(&self) -> IpAddr {
+        match self.to {
+            SocketAddr::V4(_) => IpAddr::V4(SENDERS.0),
+            SocketAddr::V6(_) => IpAddr::V6(SENDERS.1),
+        }
+    }
+
+    /// What senders' addresses have in common: all but the last two octets.
+    fn senders_mask(&self) -> [u8; 16] {
+        let common = self.layout().address - 2;
+        std::array::from_fn(|index| if index < common { 0xff } else { 0 })
+    }
+
+    /// A frame without what is each flow's own, and zeros behind it where it is shorter than the longest.
+    fn frame(&self) -> [u8; WORDS * 8] {
+        let layout = self.layout();
+        let mut frame = [0; WORDS * 8];
         let mut put = |at: usize, octets: &[u8]| {
             for (to, from) in frame.iter_mut().skip(at).zip(octets) {
                 *to = *from;
             }
         };
-        let ip_length = (LENGTH - ETHERNET) as u16;
+        let ip_length = (layout.length - ETHERNET) as u16;
+        let transport_length = ip_length - layout.ip_header as u16;
         put(0, &self.to_ethernet.0);
         put(6, &SENDER);
-        put(at::ETHERTYPE, &[8, 0, 0x45, 0]);
-        put(at::ETHERTYPE + 4, &ip_length.to_be_bytes());
-        // Don't fragment, as from sockets.
-        put(at::ETHERTYPE + 8, &[0x40, 0, TTL, self.protocol.number()]);
-        put(at::SOURCE, &SENDERS.octets());
-        put(at::DESTINATION, &self.to.ip().octets());
-        put(at::DESTINATION_PORT, &self.to.port().to_be_bytes());
-        match self.protocol {
-            Protocol::Udp => put(38, &(ip_length - IP).to_be_bytes()),
-            // Five words of header, ACK, some window.
-            Protocol::Tcp => put(38, &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0x20, 0]),
+        if self.to.is_ipv4() {
+            put(at::ETHERTYPE, &[8, 0, 0x45, 0]);
+            put(at::ETHERTYPE + 4, &ip_length.to_be_bytes());
+            // Don't fragment, as from sockets.
+            put(at::ETHERTYPE + 8, &[0x40, 0]);
+        } else {
+            put(at::ETHERTYPE, &[0x86, 0xdd, 0x60]);
+            put(at::ETHERTYPE + 6, &transport_length.to_be_bytes());
         }
-        put(MARK_AT, &MARK);
+        put(layout.ttl, &[TTL]);
+        put(layout.protocol, &[self.protocol.number()]);
+        put(layout.source, &octets_of(self.senders()));
+        put(layout.destination, &octets_of(self.to.ip()));
+        put(layout.destination_port(), &self.to.port().to_be_bytes());
+        let behind_ports = layout.source_port + 4;
+        match self.protocol {
+            Protocol::Udp => put(behind_ports, &transport_length.to_be_bytes()),
+            // Five words of header, ACK, some window.
+            Protocol::Tcp => put(behind_ports, &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0x20, 0]),
+        }
+        put(layout.mark, &MARK);
         frame
+    }
+
+    /// The sum of what the checksum of TCP or UDP covers: addresses, protocol, length, and all the rest.
+    fn transport_sum(&self, frame: &[u8; WORDS * 8]) -> u32 {
+        let layout = self.layout();
+        let transport = layout.length - ETHERNET - layout.ip_header;
+        sum(&frame[layout.source..layout.length])
+            + u32::from(frame[layout.protocol])
+            + transport as u32
+    }
+
+    /// Whether a frame's checksums are right.
+    fn intact(&self, frame: &[u8; WORDS * 8]) -> Result<()> {
+        let layout = self.layout();
+        // IPv6's header has none.
+        let header = if self.to.is_ipv4() {
+            penstock_bench_ebpf::checksum(sum(&frame[ETHERNET..ETHERNET + layout.ip_header]))
+        } else {
+            0
+        };
+        let transport = penstock_bench_ebpf::checksum(self.transport_sum(frame));
+        ensure!(
+            header == 0 && transport == 0,
+            "a {:?} frame came out with a wrong checksum: {frame:02x?}",
+            self.protocol
+        );
+        Ok(())
     }
 }
 
 /// The length of an Ethernet header.
 const ETHERNET: usize = 14;
-/// The length of IPv4's header.
-const IP: u16 = 20;
+
+/// An address's octets.
+fn octets_of(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// An address's words, with zeros behind IPv4's.
+fn address_words(address: IpAddr) -> [[u8; 4]; 4] {
+    let mut octets = [0; 16];
+    for (to, from) in octets.iter_mut().zip(octets_of(address)) {
+        *to = from;
+    }
+    four_words(octets)
+}
+
+fn four_words(octets: [u8; 16]) -> [[u8; 4]; 4] {
+    let word = |index: usize| std::array::from_fn(|at| octets[4 * index + at]);
+    std::array::from_fn(word)
+}
 
 /// The sum of words of two octets, most significant first.
 fn sum(octets: &[u8]) -> u32 {
@@ -294,26 +388,9 @@ fn sum(octets: &[u8]) -> u32 {
     words.sum()
 }
 
-/// The sum of what the checksum of TCP or UDP covers: addresses, protocol, length, and all the rest.
-fn transport_sum(frame: &[u8; LENGTH]) -> u32 {
-    let transport = LENGTH - ETHERNET - usize::from(IP);
-    sum(&frame[at::SOURCE..]) + u32::from(frame[at::PROTOCOL]) + transport as u32
-}
-
-/// Whether a frame's checksums are right.
-fn intact(frame: &[u8; LENGTH], protocol: Protocol) -> Result<()> {
-    let header = penstock_bench_ebpf::checksum(sum(&frame[14..34]));
-    let transport = penstock_bench_ebpf::checksum(transport_sum(frame));
-    ensure!(
-        header == 0 && transport == 0,
-        "a {protocol:?} frame came out with a wrong checksum: {frame:02x?}"
-    );
-    Ok(())
-}
-
 /// A frame's words as they lie in memory.
-fn words(frame: &[u8; LENGTH]) -> [u64; LENGTH / 8] {
-    let mut words = [0; LENGTH / 8];
+fn words(frame: &[u8; WORDS * 8]) -> [u64; WORDS] {
+    let mut words = [0; WORDS];
     for (word, octets) in words.iter_mut().zip(frame.chunks_exact(8)) {
         *word = octets.try_into().map_or(0, u64::from_ne_bytes);
     }
@@ -321,8 +398,8 @@ fn words(frame: &[u8; LENGTH]) -> [u64; LENGTH / 8] {
 }
 
 /// The octets of words that lie in memory so.
-fn octets(words: [u64; LENGTH / 8]) -> [u8; LENGTH] {
-    let mut octets = [0; LENGTH];
+fn octets(words: [u64; WORDS]) -> [u8; WORDS * 8] {
+    let mut octets = [0; WORDS * 8];
     for (to, word) in octets.chunks_exact_mut(8).zip(words) {
         to.copy_from_slice(&word.to_ne_bytes());
     }
@@ -333,55 +410,83 @@ fn octets(words: [u64; LENGTH / 8]) -> [u8; LENGTH] {
 mod tests {
     use super::*;
 
-    fn flood(protocol: Protocol) -> Flood {
+    fn flood(protocol: Protocol, is_v4: bool) -> Flood {
+        let (to, backend) = if is_v4 {
+            ("172.31.0.11:30000", "10.244.2.1:8080")
+        } else {
+            ("[fd00:31::11]:30000", "[fd00:244:2::1]:8080")
+        };
         Flood {
             protocol,
             interface: "f11".to_owned(),
             to_ethernet: ethernet("02:00:00:00:00:0b").unwrap(),
-            to: "172.31.0.11:30000".parse().unwrap(),
-            backend: "10.244.2.1:8080".parse().unwrap(),
+            to: to.parse().unwrap(),
+            backend: backend.parse().unwrap(),
             from: None,
             flows: 4_096,
             for_ms: 1,
         }
     }
 
+    fn all() -> impl Iterator<Item = Flood> {
+        let protocols = [Protocol::Udp, Protocol::Tcp].into_iter();
+        protocols.flat_map(|protocol| [true, false].map(|is_v4| flood(protocol, is_v4)))
+    }
+
     /// The frame that the program makes.
-    fn made(flood: &Flood, number: u32) -> [u8; LENGTH] {
-        let plan = flood.plan(1);
+    fn made(flood: &Flood, number: u32) -> [u8; WORDS * 8] {
+        let (plan, layout) = (flood.plan(1), flood.layout());
         let new = plan.variation(number);
         let mut frame = octets(plan.frame);
         let mut put = |at: usize, octets: [u8; 2]| frame[at..at + 2].copy_from_slice(&octets);
-        put(at::SOURCE + 2, new.host);
-        put(at::SOURCE_PORT, new.port);
-        put(at::HEADER_CHECKSUM, new.header_checksum);
+        put(layout.destination - 2, new.host);
+        put(layout.source_port, new.port);
+        if flood.to.is_ipv4() {
+            put(at::HEADER_CHECKSUM, new.header_checksum);
+        }
         match flood.protocol {
-            Protocol::Udp => put(at::UDP_CHECKSUM, new.transport_checksum),
-            Protocol::Tcp => put(at::TCP_CHECKSUM, new.transport_checksum),
+            Protocol::Udp => put(layout.udp_checksum(), new.transport_checksum),
+            Protocol::Tcp => put(layout.tcp_checksum(), new.transport_checksum),
         }
         frame
     }
 
     #[test]
     fn every_flow_has_right_checksums() {
-        for protocol in [Protocol::Udp, Protocol::Tcp] {
-            let flood = flood(protocol);
+        for flood in all() {
             for number in 0..flood.flows {
-                intact(&made(&flood, number), protocol).unwrap();
+                flood.intact(&made(&flood, number)).unwrap();
             }
         }
     }
 
     #[test]
     fn a_changed_octet_is_seen() {
-        for protocol in [Protocol::Udp, Protocol::Tcp] {
-            let whole = made(&flood(protocol), 7);
-            for at in ETHERNET..LENGTH {
+        for flood in all() {
+            let (whole, layout) = (made(&flood, 7), flood.layout());
+            // IPv6's header has no checksum; of it the other covers addresses, protocol and no more.
+            let from = if flood.to.is_ipv4() {
+                ETHERNET
+            } else {
+                layout.source
+            };
+            for at in from..layout.length {
                 let mut frame = whole;
                 frame[at] ^= 1;
-                assert!(intact(&frame, protocol).is_err(), "{protocol:?} {at}");
+                assert!(flood.intact(&frame).is_err(), "{} {at}", flood.to);
             }
         }
+    }
+
+    #[test]
+    fn a_sender_is_expected_whatever_its_last_octets() {
+        let expected = flood(Protocol::Udp, false).expected();
+        let found = |text: &str| Expected {
+            source: address_words(text.parse().unwrap()),
+            ..expected
+        };
+        assert!(expected.is_met_by(&found("2001:2::3ff"), 4));
+        assert!(!expected.is_met_by(&found("2001:2::1:3ff"), 4));
     }
 
     #[test]

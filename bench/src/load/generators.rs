@@ -1,6 +1,12 @@
 //! Load generators that others know: wrk and iperf3, where they are installed.
 
-use std::{net::SocketAddr, path::Path, process::Command};
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -32,8 +38,13 @@ pub fn serve_iperf() -> Result<Option<std::process::Child>> {
     Ok(Some(server))
 }
 
-/// Short HTTP by wrk: each request over a connection of its own.
-pub fn wrk(to: SocketAddr, for_ms: u64) -> Result<Summary> {
+/// Short HTTP by wrk: each request over a connection of its own. wrk measures from its first request on, so that
+/// others of the same kind come before.
+pub fn wrk(to: SocketAddr, warm_up: Duration, for_ms: u64) -> Result<Summary> {
+    let begun = Instant::now();
+    while begun.elapsed() < warm_up {
+        ask(to).with_context(|| format!("asking {to} before wrk does"))?;
+    }
     let (duration, url) = (format!("{}s", seconds(for_ms)), format!("http://{to}/"));
     let text = run(Command::new("wrk")
         .args(["--threads", "1", "--connections", CONNECTIONS])
@@ -42,12 +53,23 @@ pub fn wrk(to: SocketAddr, for_ms: u64) -> Result<Summary> {
     requests(&text).with_context(|| format!("wrk said {text}"))
 }
 
-/// A stream by iperf3.
+/// A request as wrk's.
+fn ask(to: SocketAddr) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(to)?;
+    write!(
+        stream,
+        "GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n"
+    )?;
+    stream.read_to_end(&mut Vec::new()).map(drop)
+}
+
+/// A stream by iperf3, which leaves out its first second.
 pub fn iperf(to: SocketAddr, for_ms: u64) -> Result<Summary> {
     let (ip, port) = (to.ip().to_string(), to.port().to_string());
     let text = run(Command::new("iperf3")
         .args(["--client", &ip, "--port", &port, "--json", "--time"])
-        .arg(seconds(for_ms).to_string()))?;
+        .arg(seconds(for_ms).to_string())
+        .args(["--omit", "1"]))?;
     stream(&text).with_context(|| format!("iperf3 said {text}"))
 }
 

@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
-pub use flood::power_of_two;
+pub use flood::{OBJECT, power_of_two};
 pub use generators::{IPERF_PORT, is_there};
 pub use summary::Summary;
 pub use workload::{Pace, Workload};
@@ -117,7 +117,8 @@ fn tell(summary: &Summary) -> Result<()> {
     Ok(())
 }
 
-fn stay_on(cpu: usize) -> Result<()> {
+/// Keeps this thread, and threads and programs that it starts, on a processor.
+pub fn stay_on(cpu: usize) -> Result<()> {
     let mut cpus = nix::sched::CpuSet::new();
     cpus.set(cpu).context("choosing a processor")?;
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)

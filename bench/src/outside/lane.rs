@@ -3,7 +3,6 @@
 use std::{
     fmt::{Display, Formatter},
     net::IpAddr,
-    path::PathBuf,
     rc::Rc,
 };
 
@@ -15,11 +14,14 @@ use serde_json::Value;
 
 use crate::{
     contender::{Contender, Counts, PORT, Witness, serve},
+    family::Family,
     pods,
     services::{
+        self, ipvs,
         kube_proxy::{self, KubeProxy},
         nftables,
-        objects::{self, Kind},
+        objects::{self, Kind, Services},
+        program::{Mode, Program},
     },
 };
 
@@ -41,31 +43,39 @@ pub enum Way {
     Tunnel,
     /// The same, for services whose backends' nodes answer the client directly.
     Dsr,
-    /// Penstock at XDP, which leaves to TC what goes through the overlay, there and back.
+    /// Penstock at XDP, with its overlay between nodes, whose headers XDP writes and takes off.
+    XdpOverlay,
+    /// The same for services that keep the client's address: XDP leaves to TC what is handed over through the
+    /// overlay, there and back.
     XdpTunnel,
     /// The same for services whose backends' nodes answer the client directly.
     XdpDsr,
     /// kube-proxy in iptables mode.
     Iptables,
-    /// The rules of kube-proxy's nftables mode.
+    /// kube-proxy in ipvs mode, where the kernel has IPVS.
+    Ipvs,
+    /// kube-proxy in nftables mode, where it has that; else the rules that it would write.
     Nftables,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Direct,
         Self::Tc,
         Self::Xdp,
         Self::Overlay,
         Self::Tunnel,
         Self::Dsr,
+        Self::XdpOverlay,
         Self::XdpTunnel,
         Self::XdpDsr,
         Self::Iptables,
+        Self::Ipvs,
         Self::Nftables,
     ];
 
+    /// Its name in tables.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no service, routed to the pod",
@@ -74,26 +84,32 @@ impl Way {
             Self::Overlay => "Penstock, TC, overlay",
             Self::Tunnel => "Penstock, TC, tunnel",
             Self::Dsr => "Penstock, TC, dsr",
+            Self::XdpOverlay => "Penstock, XDP, overlay",
             Self::XdpTunnel => "Penstock, XDP, tunnel",
             Self::XdpDsr => "Penstock, XDP, dsr",
             Self::Iptables => "kube-proxy, iptables",
+            Self::Ipvs => "kube-proxy, ipvs",
             Self::Nftables => "kube-proxy's rules, nftables",
         }
     }
 
     /// Whether clients are met at XDP.
     const fn is_at_xdp(self) -> bool {
-        matches!(self, Self::Xdp | Self::XdpTunnel | Self::XdpDsr)
+        matches!(
+            self,
+            Self::Xdp | Self::XdpOverlay | Self::XdpTunnel | Self::XdpDsr
+        )
     }
 
     /// How services say that backends of other nodes are reached, where nodes have an overlay. A backend of
     /// the node itself is reached in one way only.
     pub const fn through_overlay(self) -> Option<Forwarding> {
         match self {
-            Self::Overlay => Some(Forwarding::Snat),
+            Self::Overlay | Self::XdpOverlay => Some(Forwarding::Snat),
             Self::Tunnel | Self::XdpTunnel => Some(Forwarding::Tunnel),
             Self::Dsr | Self::XdpDsr => Some(Forwarding::Dsr),
-            Self::Direct | Self::Tc | Self::Xdp | Self::Iptables | Self::Nftables => None,
+            Self::Direct | Self::Tc | Self::Xdp => None,
+            Self::Iptables | Self::Ipvs | Self::Nftables => None,
         }
     }
 
@@ -127,6 +143,7 @@ type Served = (Node, Pod, Vec<Rc<Agent>>);
 pub struct Lane {
     /// How it serves node ports.
     pub way: Way,
+    family: Family,
     backend: Backend,
     /// The node that is asked.
     pub node: Node,
@@ -136,19 +153,24 @@ pub struct Lane {
     serving: Rc<Process>,
     /// The agents: that of the node that is asked, and with an overlay that of the backend's.
     agents: Vec<Rc<Agent>>,
-    _kube_proxy: Option<KubeProxy>,
+    kube_proxy: Option<KubeProxy>,
 }
 
 impl Lane {
-    /// Nodes without any service.
-    pub fn new(testbed: &mut Testbed, way: Way, backend: Backend) -> Result<Self> {
+    /// Nodes without any service; clients use one family.
+    pub fn new(testbed: &mut Testbed, way: Way, backend: Backend, family: Family) -> Result<Self> {
         let (node, server, agents) = match way.through_overlay() {
             Some(_) => connected(testbed, way)?,
             None => routed(testbed, backend)?,
         };
         let client = testbed.client()?;
-        let (pod, via) = (server.host.ip4.to_string(), node.host.ip4.to_string());
-        client.run("ip", &["route", "add", &pod, "via", &via])?;
+        for family in Family::ALL {
+            let (pod, via) = (family.of(&server.host), family.of(&node.host));
+            let (pod, via) = (pod.to_string(), via.to_string());
+            client.run("ip", &["route", "add", &pod, "via", &via])?;
+        }
+        // As in `services`: two services of one server.
+        client.run("sysctl", &["-qw", "net.ipv4.tcp_timestamps=2"])?;
         // A router with one link looks at each packet whether its sender should know of a shorter way, and
         // clients that are told leave this one.
         for interface in ["all", UPLINK] {
@@ -157,13 +179,14 @@ impl Lane {
         }
         Ok(Self {
             way,
+            family,
             backend,
             serving: serve(&server.host)?,
             node,
             client,
             server,
             agents,
-            _kube_proxy: None,
+            kube_proxy: None,
         })
     }
 
@@ -171,31 +194,38 @@ impl Lane {
     pub fn program(
         &mut self,
         testbed: &mut Testbed,
-        assets: Option<&PathBuf>,
+        kube_proxy: Option<&Program>,
         count: usize,
     ) -> Result<()> {
-        let server = &self.server.host;
-        let kind = Kind::NodePort(self.way.through_overlay().unwrap_or_default());
+        let server = self.server.host.clone();
+        let services = Services {
+            count,
+            kind: Kind::NodePort(self.way.through_overlay().unwrap_or_default()),
+            family: self.family,
+            server: &server,
+        };
         match self.way {
             Way::Direct => {}
             Way::Tc | Way::Xdp => {
-                objects::write(&self.node.manifests, count, kind, server)?;
+                services.write(&self.node.manifests)?;
                 let options = self.way.options();
                 let agent = Agent::start(&self.node, &Source::Manifests, &options)?;
                 self.agents.push(Rc::new(agent));
             }
-            Way::Overlay | Way::Tunnel | Way::Dsr | Way::XdpTunnel | Way::XdpDsr => {
-                for agent in &self.agents {
-                    objects::write(&agent.node().manifests, count, kind, server)?;
-                }
+            Way::Overlay | Way::Tunnel | Way::Dsr => self.program_agents(&services)?,
+            Way::XdpOverlay | Way::XdpTunnel | Way::XdpDsr => self.program_agents(&services)?,
+            Way::Nftables if !kube_proxy.is_some_and(Program::has_nftables) => {
+                nftables::load(&services, &self.node, testbed.folder())?;
             }
-            Way::Iptables => {
-                let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
-                let proxy = KubeProxy::start(testbed, assets, &self.node, count, kind, server)?;
-                self._kube_proxy = Some(proxy);
-            }
-            Way::Nftables => {
-                nftables::load(count, kind, server, &self.node, testbed.folder())?;
+            Way::Iptables | Way::Ipvs | Way::Nftables => {
+                let mode = match self.way {
+                    Way::Ipvs => Mode::Ipvs,
+                    Way::Nftables => Mode::Nftables,
+                    _ => Mode::Iptables,
+                };
+                let program = kube_proxy.context("there is no kube-proxy")?;
+                let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;
+                self.kube_proxy = Some(proxy);
             }
         }
         if self.way.is_at_xdp() {
@@ -210,6 +240,12 @@ impl Lane {
             })?;
         }
         Ok(())
+    }
+
+    /// Tells agents that run already of services.
+    fn program_agents(&self, services: &Services) -> Result<()> {
+        let mut agents = self.agents.iter();
+        agents.try_for_each(|agent| services.write(&agent.node().manifests))
     }
 
     /// The bridge's ends of the links of nodes that meet clients at XDP: without a program there, veth loses
@@ -229,8 +265,12 @@ impl Lane {
         let mut all = vec![Witness::interface(&node, towards_it)];
         match (self.way, self.backend) {
             (Way::Direct, _) => {}
-            (Way::Iptables, _) => all.push(kube_proxy::witness(&node)),
-            (Way::Nftables, _) => all.push(nftables::witness(&node)),
+            (Way::Iptables, _) => all.push(kube_proxy::witness(&node, self.family)),
+            (Way::Ipvs, _) => all.extend(ipvs::witnesses(&node)),
+            (Way::Nftables, _) if self.kube_proxy.is_some() => {
+                all.push(nftables::watched(&node, self.family));
+            }
+            (Way::Nftables, _) => all.push(nftables::witness(&node, self.family)),
             // What leads out of the node again, but for now and then one that the kernel is to see.
             (Way::Xdp, Backend::Remote) => {
                 all.extend(self.counters(&[(0, "external_xdp", Counts::MostPackets)]));
@@ -240,6 +280,11 @@ impl Lane {
             }
             (Way::Overlay, _) => all.extend(self.counters(&[
                 (0, "external_request", Counts::Packets),
+                (0, "overlay_sent", Counts::Packets),
+                (0, "handed_over", Counts::Nothing),
+            ])),
+            (Way::XdpOverlay, _) => all.extend(self.counters(&[
+                (0, "external_xdp", Counts::MostPackets),
                 (0, "overlay_sent", Counts::Packets),
                 (0, "handed_over", Counts::Nothing),
             ])),
@@ -275,15 +320,31 @@ impl Lane {
     /// Where clients send what is for service `number`.
     pub fn target(&self, number: usize) -> Result<(IpAddr, u16)> {
         Ok(match self.way {
-            Way::Direct => (self.server.host.ip4, PORT),
-            _ => (self.node.host.ip4, objects::node_port(number)?),
+            Way::Direct => (self.family.of(&self.server.host), PORT),
+            _ => (self.family.of(&self.node.host), objects::node_port(number)?),
         })
+    }
+
+    /// The numbers of the services whose node ports come first and last in kube-proxy's rules: of TCP and of
+    /// UDP. Nothing where there are no rules in an order.
+    pub fn order(&mut self) -> Option<Result<[(usize, usize); 2]>> {
+        let is_ordered = self.way == Way::Iptables;
+        let proxy = self.kube_proxy.as_mut().filter(|_| is_ordered)?;
+        Some(proxy.first_and_last_node_ports())
+    }
+
+    /// Its name in tables.
+    pub fn name(&self) -> &'static str {
+        match self.way {
+            Way::Nftables if self.kube_proxy.is_some() => services::NFTABLES,
+            way => way.name(),
+        }
     }
 
     /// The client that asks service `number`.
     pub fn contender(&self, number: usize) -> Result<Contender> {
         Ok(Contender::new(
-            self.way.name(),
+            self.name(),
             &self.client,
             self.target(number)?.into(),
             &self.serving,

@@ -6,38 +6,64 @@
 
 mod lane;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use penstock_testbed::{Process, Testbed, patiently};
 
 pub use lane::{Backend, Lane, UPLINK, Way};
 
 use crate::{
     contender::{self, Contender},
+    family::Family,
     load::Workload,
-    services::kube_proxy,
-    turns::{self, Effort, Outcome, Trial},
+    results::Keeper,
+    services::{
+        ipvs, objects,
+        program::{self, Program},
+    },
+    turns::{self, Effort, Trial},
 };
 
 /// What is measured. Connections only at a rate: every one leaves its source port taken for a while,
 /// of which one node has some ten thousands towards one backend. For the same reason there is no short HTTP.
-const TRIALS: [Trial; 9] = [
+pub const TRIALS: [Trial; 9] = [
     Trial::open(Workload::Connect, 500),
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
-    Trial::together(Workload::UdpRr),
-    Trial::closed(Workload::UdpRr),
-    Trial::together(Workload::UdpPackets),
     Trial::together(Workload::Stream),
     Trial::closed(Workload::Stream),
     Trial::streams(8),
+    Trial::together(Workload::UdpRr),
+    Trial::closed(Workload::UdpRr),
+    Trial::together(Workload::UdpPackets),
 ];
+/// How many of them are over TCP.
+const OVER_TCP: usize = 6;
 
-/// Measures some ways with so many services, of which the first is asked.
-pub fn measure(count: usize, ways: &[Way], effort: &Effort) -> Result<Vec<Outcome>> {
+/// The ways that can be had here; for each of the others a word about it.
+pub fn available(ways: &[Way], kube_proxy: Option<&Program>) -> Vec<Way> {
     let mut ways = ways.to_vec();
-    let assets = kube_proxy::assets();
-    ways.retain(|way| *way != Way::Iptables || assets.is_some());
-    let mut outcomes = Vec::new();
+    ways.retain(|way| !matches!(way, Way::Iptables | Way::Ipvs) || kube_proxy.is_some());
+    if ways.contains(&Way::Ipvs)
+        && let Some(reason) = ipvs::missing()
+    {
+        println!("WARNING: kube-proxy's ipvs mode is left out: {reason}");
+        ways.retain(|way| *way != Way::Ipvs);
+    }
+    ways
+}
+
+/// Measures some ways with so many services, whose first and last are asked.
+pub fn measure(
+    count: usize,
+    family: Family,
+    ways: &[Way],
+    effort: &Effort,
+    keeper: &mut Keeper,
+) -> Result<()> {
+    ensure!(count > 0, "there has to be a service to be asked");
+    let kube_proxy = program::required();
+    let ways = available(ways, kube_proxy.as_ref());
+    let effort = effort.of(format!("outside --services {count} --family {family}"));
     for (backend, place) in [(Backend::Local, "the same"), (Backend::Remote, "another")] {
         let mut testbed = Testbed::new()?;
         let (mut lanes, mut opposites) = (Vec::new(), Vec::new());
@@ -47,28 +73,73 @@ pub fn measure(count: usize, ways: &[Way], effort: &Effort) -> Result<Vec<Outcom
             if !effort.names(way.name()) {
                 continue;
             }
-            let mut lane = Lane::new(&mut testbed, *way, backend)?;
-            lane.program(&mut testbed, assets.as_ref(), count)?;
+            let mut lane = Lane::new(&mut testbed, *way, backend, family)?;
+            lane.program(&mut testbed, kube_proxy.as_ref(), count)?;
             for port in lane.opposites() {
                 opposites.push(opposite(&testbed, &port)?);
             }
             lanes.push(lane);
         }
-        let contenders: Vec<Contender> = lanes
-            .iter()
-            .map(|lane| lane.contender(0))
-            .collect::<Result<_>>()?;
-        for contender in &contenders {
-            patiently("the node port answers", || contender.answers())?;
+        for (index, which) in ["first", "last"].into_iter().enumerate() {
+            let order = order(&mut lanes, count)?;
+            let [first, last] = order;
+            let (tcp, udp) = if index == 0 { first } else { last };
+            let which = if count == 1 {
+                String::new()
+            } else {
+                format!(", the {which}")
+            };
+            let said = family.said();
+            let title = format!("A node port of {count}{said}{which}, the backend on {place} node");
+            let (over_tcp, over_udp) = TRIALS.split_at(OVER_TCP);
+            for (trials, number) in [(over_tcp, tcp), (over_udp, udp)] {
+                let contenders: Vec<Contender> = lanes
+                    .iter()
+                    .map(|lane| lane.contender(number))
+                    .collect::<Result<_>>()?;
+                for contender in &contenders {
+                    patiently("the node port answers", || contender.answers())?;
+                }
+                turns::take(&title, &contenders, trials, &effort, keeper)?;
+            }
+            ensure!(
+                self::order(&mut lanes, count)? == order,
+                "kube-proxy has written its rules in another order meanwhile: {title} was not that"
+            );
+            if first == last {
+                break;
+            }
         }
-        let title = format!("A node port of {count}, the backend on {place} node");
-        outcomes.extend(turns::take(&title, &contenders, &TRIALS, effort)?);
     }
-    Ok(outcomes)
+    Ok(())
+}
+
+/// The numbers of the services that come first and last, of TCP and of UDP: in kube-proxy's rules, which have an
+/// order of their own; without them any two will do.
+fn order(lanes: &mut [Lane], count: usize) -> Result<[(usize, usize); 2]> {
+    let order = lanes.iter_mut().find_map(Lane::order);
+    order.unwrap_or_else(|| Ok(objects::numbers(count).map(|number| (number, number))))
 }
 
 /// A program at the other end of a node's link, without which veth loses what the node sends from XDP.
 fn opposite(testbed: &Testbed, port: &str) -> Result<Process> {
     let network = testbed.network()?;
     contender::start(&network, &["load", "pass", port])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trials_over_tcp_come_first() {
+        let is_tcp = |trial: &Trial| {
+            matches!(
+                trial.workload,
+                Workload::Connect | Workload::TcpRr | Workload::Stream
+            )
+        };
+        let (over_tcp, over_udp) = TRIALS.split_at(OVER_TCP);
+        assert!(over_tcp.iter().all(is_tcp) && !over_udp.iter().any(is_tcp));
+    }
 }

@@ -8,7 +8,8 @@ use penstock_testbed::{Agent, Host, Node, Source, Testbed};
 use super::{INTERFACE, MTU, TRIALS, set_mtu};
 use crate::{
     contender::{Contender, Counts, PORT, Witness, serve},
-    turns::{self, Effort, Outcome},
+    results::Keeper,
+    turns::{self, Effort},
 };
 
 /// flannel's device.
@@ -17,14 +18,14 @@ const DEVICE: &str = "flannel.1";
 const UPLINK: &str = "eth0";
 
 /// Measures.
-pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
+pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
     let mut testbed = Testbed::new()?;
     let contenders = [
         flannel(&mut testbed)?,
         routed(&mut testbed)?,
         penstock(&mut testbed)?,
     ];
-    turns::take("Pods of two nodes", &contenders, &TRIALS, effort)
+    turns::take("Pods of two nodes", &contenders, &TRIALS, effort, keeper)
 }
 
 /// The nodes' network knows where pods are: no encapsulation.

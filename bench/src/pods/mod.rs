@@ -8,7 +8,8 @@ use penstock_testbed::Host;
 
 use crate::{
     load::Workload,
-    turns::{Effort, Outcome, Trial},
+    results::Keeper,
+    turns::{Effort, Trial},
 };
 
 /// What every pod's interface carries: what VXLAN leaves of 1,500 where nodes have IPv6, too.
@@ -18,7 +19,7 @@ const MTU: u32 = 1_430;
 pub const INTERFACE: &str = "eth0";
 
 /// What is measured between pods.
-const TRIALS: [Trial; 10] = [
+pub const TRIALS: [Trial; 10] = [
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::open(Workload::TcpRr, 5_000),
@@ -32,10 +33,10 @@ const TRIALS: [Trial; 10] = [
 ];
 
 /// Measures.
-pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
-    let mut outcomes = one_node::measure(effort)?;
-    outcomes.extend(across::measure(effort)?);
-    Ok(outcomes)
+pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
+    let effort = effort.of("pods".to_owned());
+    one_node::measure(&effort, keeper)?;
+    across::measure(&effort, keeper)
 }
 
 /// Has an interface carry what pods' interfaces carry.

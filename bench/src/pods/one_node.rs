@@ -9,11 +9,12 @@ use super::{INTERFACE, MTU, TRIALS, set_mtu};
 use crate::{
     bridge,
     contender::{Contender, Counts, PORT, Witness, serve},
-    turns::{self, Effort, Outcome},
+    results::Keeper,
+    turns::{self, Effort},
 };
 
 /// Measures.
-pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
+pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
     let mut testbed = Testbed::new()?;
 
     let node = testbed.node()?;
@@ -67,5 +68,6 @@ pub fn measure(effort: &Effort) -> Result<Vec<Outcome>> {
         &[routed, bridged, ours],
         &TRIALS,
         effort,
+        keeper,
     )
 }

@@ -1,38 +1,27 @@
-//! The real kube-proxy in its iptables and its ipvs mode, on a node of the testbed, with a real API
-//! server.
+//! The real kube-proxy in each of its modes, on a node of the testbed, with a real API server.
 
-use std::{
-    path::{Path, PathBuf},
-    thread,
-    time::Duration,
-};
+use std::{thread, time::Duration};
 
 use anyhow::{Context, Result};
-use penstock_testbed::{self as testbed, ApiServer, Host, Node, ProxyMode, Testbed, patiently};
+use penstock_testbed::{ApiServer, Host, Node, Testbed, patiently};
 
 use super::{
-    Places, ipvs,
-    objects::{self, Kind, SERVICE_PORT},
+    Places, ipvs, nftables,
+    objects::{self, Kind, SERVICE_PORT, Services},
+    program::{Mode, Program, Running},
 };
-use crate::contender::{Counts, Witness};
-
-/// The folder with a kube-proxy and what it needs, or a word about its being left out.
-pub fn assets() -> Option<PathBuf> {
-    let assets = testbed::require_api_server();
-    let assets = assets.filter(|assets| assets.join("kube-proxy").exists());
-    if assets.is_none() {
-        println!(
-            "WARNING: KUBEBUILDER_ASSETS has no kube-proxy: its iptables and ipvs modes are left out"
-        );
-    }
-    assets
-}
+use crate::{
+    contender::{Counts, Witness},
+    family::Family,
+};
 
 /// A node's kube-proxy, and who tells it of services.
 pub struct KubeProxy {
     // Dropped from top to bottom.
-    process: testbed::KubeProxy,
+    process: Running,
     _api: ApiServer,
+    kind: Kind,
+    family: Family,
 }
 
 /// For how long its rules have to be the same to be taken for all: it writes them anew, and in another
@@ -40,150 +29,156 @@ pub struct KubeProxy {
 const STEADY: Duration = Duration::from_secs(5);
 
 impl KubeProxy {
-    /// Starts it with programs from `assets`, and waits until it has rules for so many services.
+    /// Starts it in a mode, and waits until it serves all ports of these services.
     pub fn start(
         testbed: &mut Testbed,
-        assets: &Path,
+        program: &Program,
         node: &Node,
-        count: usize,
-        kind: Kind,
-        server: &Host,
+        services: &Services,
+        mode: Mode,
     ) -> Result<Self> {
-        let mode = ProxyMode::Iptables;
-        let (api, mut process) = begin(testbed, assets, node, count, kind, server, mode)?;
-        let expected = ports_of(count);
+        let host = testbed.client()?;
+        // Each has an API server of its own, as each lane's services have endpoints of their own.
+        let folder = testbed.folder().join(node.name());
+        let api = ApiServer::start(&program.assets, &host, &folder)?;
+        for list in services.lists() {
+            api.create(&list?)?;
+        }
+        let mut proxy = Self {
+            process: program.start(node, &api, mode)?,
+            _api: api,
+            kind: services.kind,
+            family: services.family,
+        };
+        proxy
+            .wait(node, services, mode)
+            .with_context(|| proxy.process.log())?;
+        Ok(proxy)
+    }
+
+    fn wait(&mut self, node: &Node, services: &Services, mode: Mode) -> Result<()> {
+        let (expected, family) = (services.ports(), self.family);
         let mut before = Vec::new();
-        patiently("kube-proxy has written its rules", || {
-            let rules = process.rules(true)?;
-            let ports = ports(&rules);
-            let found = ports.len();
-            anyhow::ensure!(found >= expected, "{found} of {expected} ports have rules");
-            let owned = |(protocol, ip): &Port| format!("{protocol} {ip}");
-            let order: Vec<String> = ports.iter().map(owned).collect();
-            if order != before {
-                before = order;
-                thread::sleep(STEADY);
-                anyhow::bail!("they change");
-            }
+        patiently("kube-proxy serves all ports", || {
+            let served = match mode {
+                Mode::Iptables => {
+                    let rules = self.rules()?;
+                    let ports = ports(&rules, self.kind);
+                    let found = ports.len();
+                    let owned = |(protocol, place): &Port| format!("{protocol} {place}");
+                    let order: Vec<String> = ports.iter().map(owned).collect();
+                    if found >= expected && order != before {
+                        before = order;
+                        thread::sleep(STEADY);
+                        anyhow::bail!("its rules change");
+                    }
+                    found
+                }
+                Mode::Ipvs => {
+                    let list = ["/proc/thread-self/net/ip_vs"];
+                    ipvs::served(&self.process.ask("cat", &list)?)
+                }
+                Mode::Nftables => nftables::served(&node.host, family)?,
+            };
+            anyhow::ensure!(
+                served >= expected,
+                "{served} of {expected} ports are served"
+            );
             Ok(())
         })?;
-        Ok(Self { process, _api: api })
+        if mode == Mode::Nftables {
+            nftables::watch(&node.host, family)?;
+        }
+        Ok(())
+    }
+
+    /// Its rules in the nat table.
+    fn rules(&mut self) -> Result<String> {
+        self.process.ask(save(self.family), &["-t", "nat"])
     }
 
     /// Which services come first and last in its rules, as they are.
     pub fn first_and_last(&mut self) -> Result<[Places; 2]> {
-        let rules = self.process.rules(true)?;
-        first_and_last(&ports(&rules)).context("no service has rules")
+        let rules = self.rules()?;
+        let ports = ports(&rules, Kind::ClusterIp);
+        first_and_last(&ports, |ip| ip.parse().ok())
+            .map(|ends| ends.map(|(tcp, udp)| Places { tcp, udp }))
+            .context("no service has rules")
     }
 
-    /// The same in its ipvs mode, until so many services have virtual servers, which have no order.
-    pub fn start_ipvs(
-        testbed: &mut Testbed,
-        assets: &Path,
-        node: &Node,
-        count: usize,
-        kind: Kind,
-        server: &Host,
-    ) -> Result<Self> {
-        let mode = ProxyMode::Ipvs;
-        let (api, mut process) = begin(testbed, assets, node, count, kind, server, mode)?;
-        let expected = ports_of(count);
-        patiently("kube-proxy has made its virtual servers", || {
-            let served = ipvs::served(&process.virtual_servers()?);
-            anyhow::ensure!(
-                served >= expected,
-                "{served} of {expected} ports have virtual servers: {}",
-                process.log()
-            );
-            Ok(())
-        })?;
-        Ok(Self { process, _api: api })
+    /// The numbers of the services whose node ports come first and last in its rules, as they are: of TCP and
+    /// of UDP.
+    pub fn first_and_last_node_ports(&mut self) -> Result<[(usize, usize); 2]> {
+        let rules = self.rules()?;
+        let kind = Kind::NodePort(penstock_common::Forwarding::default());
+        let ports = ports(&rules, kind);
+        first_and_last(&ports, |port| objects::with_node_port(port.parse().ok()?))
+            .context("no node port has rules")
     }
 }
 
-/// Starts it, told of so many services, and does not wait.
-fn begin(
-    testbed: &mut Testbed,
-    assets: &Path,
-    node: &Node,
-    count: usize,
-    kind: Kind,
-    server: &Host,
-    mode: ProxyMode,
-) -> Result<(ApiServer, testbed::KubeProxy)> {
-    let host = testbed.client()?;
-    // Each has an API server of its own, as each lane's services have endpoints of their own.
-    let folder = testbed.folder().join(node.name());
-    let api = ApiServer::start(assets, &host, &folder)?;
-    for list in objects::lists(count, kind, server) {
-        api.create(&list)?;
+/// What prints a family's rules.
+const fn save(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables-save",
+        Family::V6 => "ip6tables-save",
     }
-    let process = testbed::KubeProxy::start(assets, node, &api, mode)?;
-    Ok((api, process))
 }
 
-/// The ports of so many services. The API server has one of its own besides.
-fn ports_of(count: usize) -> usize {
-    (0..count)
-        .map(|number| objects::protocols(number).len())
-        .sum()
-}
-
-/// A port that has a rule: its protocol and the service's address.
+/// A port that has a rule: its protocol, and the service's address or the node port.
 type Port<'a> = (&'a str, &'a str);
 
 /// The ports that have rules, in the order in which the kernel looks at them.
-fn ports(rules: &str) -> Vec<Port<'_>> {
-    let port = format!("--dport {SERVICE_PORT} ");
+fn ports(rules: &str, kind: Kind) -> Vec<Port<'_>> {
+    let (chain, port) = match kind {
+        Kind::ClusterIp => ("-A KUBE-SERVICES ", format!("--dport {SERVICE_PORT} ")),
+        Kind::NodePort(_) => ("-A KUBE-NODEPORTS ", "--dport ".to_owned()),
+    };
     let rules = rules.lines().filter(|rule| {
-        rule.starts_with("-A KUBE-SERVICES ")
-            && rule.contains(" -j KUBE-SVC-")
-            && rule.contains(&port)
+        // Later versions have a chain of its own for what comes from outside.
+        let is_jump = [" -j KUBE-SVC-", " -j KUBE-EXT-"]
+            .iter()
+            .any(|jump| rule.contains(jump));
+        rule.starts_with(chain) && is_jump && rule.contains(&port)
     });
     let after =
         |rule: &'_ str, word: &str| -> Option<usize> { Some(rule.find(word)? + word.len()) };
     rules
         .filter_map(|rule| {
-            let ip = rule.get(after(rule, " -d ")?..)?.split('/').next()?;
-            let protocol = rule.get(after(rule, " -p ")?..)?.split(' ').next()?;
-            Some((protocol, ip))
+            let word = |before: &str| rule.get(after(rule, before)?..)?.split(' ').next();
+            let place = match kind {
+                Kind::ClusterIp => word(" -d ")?.split('/').next()?,
+                Kind::NodePort(_) => word(" --dport ")?,
+            };
+            Some((word(" -p ")?, place))
         })
         .collect()
 }
 
-fn first_and_last(ports: &[Port]) -> Option<[Places; 2]> {
+/// The first and the last of each protocol.
+fn first_and_last<T: Copy>(
+    ports: &[Port],
+    place: impl Fn(&str) -> Option<T>,
+) -> Option<[(T, T); 2]> {
     let of = |wanted: &str| {
-        let mut ips = ports
+        let mut places = ports
             .iter()
             .filter(|(protocol, _)| *protocol == wanted)
-            .filter_map(|(_, ip)| ip.parse().ok());
-        let first = ips.next()?;
-        Some([first, ips.next_back().unwrap_or(first)])
+            .filter_map(|(_, text)| place(text));
+        let first = places.next()?;
+        Some([first, places.next_back().unwrap_or(first)])
     };
     let ([tcp_first, tcp_last], [udp_first, udp_last]) = (of("tcp")?, of("udp")?);
-    Some([
-        Places {
-            tcp: tcp_first,
-            udp: udp_first,
-        },
-        Places {
-            tcp: tcp_last,
-            udp: udp_last,
-        },
-    ])
+    Some([(tcp_first, udp_first), (tcp_last, udp_last)])
 }
 
 /// What tells that connections are translated by its rules on a node.
-pub fn witness(node: &Host) -> Witness {
+pub fn witness(node: &Host, family: Family) -> Witness {
     let node = node.clone();
-    Witness::new("DNAT rules", Counts::Flows, move || translated(&node))
-}
-
-/// Connections that were translated on a node.
-fn translated(node: &Host) -> Result<u64> {
-    Ok(translations(
-        &node.run("iptables-save", &["-t", "nat", "-c"])?,
-    ))
+    Witness::new("DNAT rules", Counts::Flows, move || {
+        let rules = node.run(save(family), &["-t", "nat", "-c"])?;
+        Ok(translations(&rules))
+    })
 }
 
 /// The sum of the counters of rules that translate.
@@ -215,12 +210,27 @@ mod tests {
 
     #[test]
     fn the_first_and_the_last_are_in_the_order_of_rules() {
-        let ports = ports(RULES);
+        let ports = ports(RULES, Kind::ClusterIp);
         assert_eq!(ports.len(), 3);
-        let [first, last] = first_and_last(&ports).unwrap();
-        assert_eq!(first.tcp.to_string(), "10.96.1.2");
-        assert_eq!(last.tcp.to_string(), "10.96.1.0");
-        assert_eq!(first.udp, last.udp);
+        let ends = first_and_last(&ports, |ip| Some(ip.len())).unwrap();
+        assert_eq!(ports[0], ("tcp", "10.96.1.2"));
+        assert_eq!(ports[2], ("tcp", "10.96.1.0"));
+        assert_eq!(ends, [(9, 9), (9, 9)]);
+    }
+
+    #[test]
+    fn node_ports_are_found_in_their_own_chain() {
+        let rules = "\
+-A KUBE-NODEPORTS -p tcp -m comment --comment \"default/s1:tcp\" -m tcp --dport 30001 -j KUBE-MARK-MASQ
+-A KUBE-NODEPORTS -p tcp -m comment --comment \"default/s1:tcp\" -m tcp --dport 30001 -j KUBE-SVC-AAAA
+-A KUBE-NODEPORTS -p udp -m comment --comment \"default/s0:udp\" -m udp --dport 30000 -j KUBE-EXT-BBBB
+-A KUBE-NODEPORTS -p tcp -m comment --comment \"default/s0:tcp\" -m tcp --dport 30000 -j KUBE-EXT-CCCC
+-A KUBE-SERVICES -d 10.96.1.0/32 -p tcp -m comment --comment \"default/s0:tcp\" -m tcp --dport 80 -j KUBE-SVC-CCCC
+";
+        let kind = Kind::NodePort(penstock_common::Forwarding::default());
+        let ports = ports(rules, kind);
+        let numbers = first_and_last(&ports, |port| objects::with_node_port(port.parse().ok()?));
+        assert_eq!(numbers, Some([(1, 0), (0, 0)]));
     }
 
     #[test]

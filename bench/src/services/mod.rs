@@ -3,15 +3,15 @@
 //! Every contender has a node of its own with a client and a server, and the same services, whose
 //! one endpoint is that server.
 
-mod ipvs;
+pub mod ipvs;
 pub mod kube_proxy;
 pub mod nftables;
 pub mod objects;
+pub mod program;
 
 use std::{
     fmt::{Display, Formatter},
     net::IpAddr,
-    path::PathBuf,
     rc::Rc,
 };
 
@@ -21,14 +21,17 @@ use penstock_testbed::{Agent, Host, Node, Pod, Process, Source, Testbed, patient
 
 use crate::{
     contender::{Contender, Counts, PORT, Witness, serve},
+    family::Family,
     load::Workload,
-    turns::{self, Effort, Outcome, Trial},
+    results::Keeper,
+    turns::{self, Effort, Trial},
 };
 use kube_proxy::KubeProxy;
-use objects::{Kind, SERVICE_PORT};
+use objects::{Kind, SERVICE_PORT, Services};
+use program::{Mode, Program};
 
 /// What is measured over TCP.
-const TCP: [Trial; 7] = [
+const TCP: [Trial; 8] = [
     Trial::together(Workload::Connect),
     Trial::closed(Workload::Connect),
     Trial::open(Workload::Connect, 1_000),
@@ -36,6 +39,7 @@ const TCP: [Trial; 7] = [
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::closed(Workload::Stream),
+    Trial::streams(8),
 ];
 /// What is measured over UDP, and where only services lead that have a UDP port.
 const UDP: [Trial; 6] = [
@@ -47,11 +51,23 @@ const UDP: [Trial; 6] = [
     Trial::together(Workload::Iperf),
 ];
 
+/// The names of all trials.
+pub fn names() -> Vec<String> {
+    TCP.iter().chain(&UDP).map(Trial::name).collect()
+}
+
 /// The services that are asked, one a protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
     tcp: IpAddr,
     udp: IpAddr,
+}
+
+impl Places {
+    /// The one that has a UDP port, and a TCP port like all.
+    pub const fn udp(&self) -> IpAddr {
+        self.udp
+    }
 }
 
 /// How a contender reaches services.
@@ -69,7 +85,7 @@ pub enum Way {
     Iptables,
     /// kube-proxy in ipvs mode, where the kernel has IPVS.
     Ipvs,
-    /// The rules of kube-proxy's nftables mode.
+    /// kube-proxy in nftables mode, where it has that; else the rules that it would write.
     Nftables,
 }
 
@@ -94,7 +110,8 @@ impl Way {
         }
     }
 
-    const fn name(self) -> &'static str {
+    /// Its name in tables.
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no service, the pod's address",
             Self::Pod => "Penstock, the pod's address",
@@ -107,6 +124,9 @@ impl Way {
     }
 }
 
+/// The real kube-proxy in nftables mode, in tables.
+pub const NFTABLES: &str = "kube-proxy, nftables";
+
 impl Display for Way {
     fn fmt(&self, formatter: &mut Formatter) -> std::fmt::Result {
         let value = self.to_possible_value();
@@ -115,7 +135,7 @@ impl Display for Way {
 }
 
 /// A contender's node.
-struct Lane {
+pub struct Lane {
     way: Way,
     node: Node,
     client: Host,
@@ -126,7 +146,8 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(testbed: &mut Testbed, way: Way) -> Result<Self> {
+    /// A node without any service.
+    pub fn new(testbed: &mut Testbed, way: Way) -> Result<Self> {
         let node = testbed.node()?;
         let (client, server) = (testbed.pod(&node)?, testbed.pod(&node)?);
         let client = match way {
@@ -148,39 +169,37 @@ impl Lane {
     }
 
     /// Programs so many services.
-    fn program(
+    pub fn program(
         &mut self,
         testbed: &mut Testbed,
-        assets: Option<&PathBuf>,
+        kube_proxy: Option<&Program>,
         count: usize,
     ) -> Result<()> {
-        let server = &self.server.host;
-        match self.way {
-            Way::Direct => {}
+        let services = Services {
+            count,
+            kind: Kind::ClusterIp,
+            family: Family::V4,
+            server: &self.server.host,
+        };
+        let mode = match self.way {
+            Way::Direct => return Ok(()),
             Way::Pod | Way::Socket | Way::Packet => {
-                objects::write(&self.node.manifests, count, Kind::ClusterIp, server)?;
+                services.write(&self.node.manifests)?;
                 let agent = Agent::start(&self.node, &Source::Manifests, &["--log-level", "info"])?;
                 agent.wait_for_pods(2)?;
                 self.agent = Some(Rc::new(agent));
+                return Ok(());
             }
-            Way::Iptables => {
-                let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
-                let kind = Kind::ClusterIp;
-                let proxy = KubeProxy::start(testbed, assets, &self.node, count, kind, server)?;
-                self.kube_proxy = Some(proxy);
+            Way::Nftables if !kube_proxy.is_some_and(Program::has_nftables) => {
+                return nftables::load(&services, &self.node, testbed.folder());
             }
-            Way::Ipvs => {
-                let assets = assets.context("KUBEBUILDER_ASSETS is not set")?;
-                let kind = Kind::ClusterIp;
-                let proxy =
-                    KubeProxy::start_ipvs(testbed, assets, &self.node, count, kind, server)?;
-                self.kube_proxy = Some(proxy);
-            }
-            Way::Nftables => {
-                let folder = testbed.folder();
-                nftables::load(count, Kind::ClusterIp, server, &self.node, folder)?;
-            }
-        }
+            Way::Iptables => Mode::Iptables,
+            Way::Ipvs => Mode::Ipvs,
+            Way::Nftables => Mode::Nftables,
+        };
+        let program = kube_proxy.context("there is no kube-proxy")?;
+        let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;
+        self.kube_proxy = Some(proxy);
         Ok(())
     }
 
@@ -213,20 +232,32 @@ impl Lane {
                 all.extend(ours(AT_SOCKETS, Counts::Nothing));
                 all.extend(ours(IN_PACKETS, Counts::Packets));
             }
-            Way::Iptables => all.push(kube_proxy::witness(&node)),
+            Way::Iptables => all.push(kube_proxy::witness(&node, Family::V4)),
             Way::Ipvs => all.extend(ipvs::witnesses(&node)),
-            Way::Nftables => all.push(nftables::witness(&node)),
+            Way::Nftables if self.kube_proxy.is_some() => {
+                all.push(nftables::watched(&node, Family::V4));
+            }
+            Way::Nftables => all.push(nftables::witness(&node, Family::V4)),
         }
         all
     }
 
-    fn contender(&self, service: IpAddr) -> Contender {
+    /// Its name in tables.
+    fn name(&self) -> &'static str {
+        match self.way {
+            Way::Nftables if self.kube_proxy.is_some() => NFTABLES,
+            way => way.name(),
+        }
+    }
+
+    /// The client that asks a service.
+    pub fn contender(&self, name: &str, service: IpAddr) -> Contender {
         let target = match self.way {
             Way::Direct | Way::Pod => (self.server.host.ip4, PORT),
             _ => (service, SERVICE_PORT),
         };
         Contender::new(
-            self.way.name(),
+            name,
             &self.client,
             target.into(),
             &self.serving,
@@ -235,27 +266,34 @@ impl Lane {
     }
 }
 
-/// Measures some ways with each number of services.
-pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort) -> Result<Vec<Outcome>> {
+/// The ways that can be had here; for each of the others a word about it.
+pub fn available(ways: &[Way], kube_proxy: Option<&Program>) -> Vec<Way> {
     let mut ways = ways.to_vec();
-    let assets = kube_proxy::assets();
-    ways.retain(|way| !matches!(way, Way::Iptables | Way::Ipvs) || assets.is_some());
+    ways.retain(|way| !matches!(way, Way::Iptables | Way::Ipvs) || kube_proxy.is_some());
     if ways.contains(&Way::Ipvs)
         && let Some(reason) = ipvs::missing()
     {
         println!("WARNING: kube-proxy's ipvs mode is left out: {reason}");
         ways.retain(|way| *way != Way::Ipvs);
     }
-    let mut outcomes = Vec::new();
+    ways
+}
+
+/// Measures some ways with each number of services.
+pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort, keeper: &mut Keeper) -> Result<()> {
+    let kube_proxy = program::required();
+    let ways = available(ways, kube_proxy.as_ref());
     for count in counts {
         let (admitted, others): (Vec<Way>, Vec<Way>) =
             ways.iter().partition(|way| *count <= way.most());
         for way in others {
             println!("{}: left out with {count} services", way.name());
         }
-        outcomes.extend(with(*count, &admitted, assets.as_ref(), effort)?);
+        let effort = effort.of(format!("services --services {count}"));
+        with(*count, &admitted, kube_proxy.as_ref(), &effort, keeper)?;
+        keeper.write()?;
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 /// Which services come first and last in kube-proxy's rules, which have an order of their own; without
@@ -274,18 +312,18 @@ fn order(lanes: &mut [Lane], count: usize) -> Result<[Places; 2]> {
 fn with(
     count: usize,
     ways: &[Way],
-    assets: Option<&PathBuf>,
+    kube_proxy: Option<&Program>,
     effort: &Effort,
-) -> Result<Vec<Outcome>> {
+    keeper: &mut Keeper,
+) -> Result<()> {
     anyhow::ensure!(count > 0, "there has to be a service to be asked");
     let mut testbed = Testbed::new()?;
     let mut lanes = Vec::new();
-    for way in ways {
+    for way in ways.iter().filter(|way| effort.names(way.name())) {
         let mut lane = Lane::new(&mut testbed, *way)?;
-        lane.program(&mut testbed, assets, count)?;
+        lane.program(&mut testbed, kube_proxy, count)?;
         lanes.push(lane);
     }
-    let mut outcomes = Vec::new();
     for (index, which) in ["first", "last"].into_iter().enumerate() {
         let order = order(&mut lanes, count)?;
         let [first, last] = order;
@@ -295,11 +333,14 @@ fn with(
             _ => format!("{count} services, the {which}"),
         };
         for (trials, ip) in [(&TCP[..], places.tcp), (&UDP[..], places.udp)] {
-            let contenders: Vec<Contender> = lanes.iter().map(|lane| lane.contender(ip)).collect();
+            let contenders: Vec<Contender> = lanes
+                .iter()
+                .map(|lane| lane.contender(lane.name(), ip))
+                .collect();
             for contender in &contenders {
                 patiently("the service answers", || contender.answers())?;
             }
-            outcomes.extend(turns::take(&title, &contenders, trials, effort)?);
+            turns::take(&title, &contenders, trials, effort, keeper)?;
         }
         anyhow::ensure!(
             self::order(&mut lanes, count)? == order,
@@ -309,5 +350,5 @@ fn with(
             break;
         }
     }
-    Ok(outcomes)
+    Ok(())
 }

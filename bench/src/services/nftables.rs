@@ -4,20 +4,20 @@
 //! One addition: a counter beside each translation, which tells that traffic came this way. It
 //! counts connections, as nat chains see nothing else.
 
-use std::fmt::Write;
+use std::{fmt::Write, net::SocketAddr};
 
 use anyhow::{Context, Result};
 use penstock_testbed::{Host, Node};
 use serde_json::Value;
 
-use super::objects::{self, Kind, SERVICE_PORT};
+use super::objects::{self, Kind, SERVICE_PORT, Services};
 use crate::{
-    cluster::service_ip,
     contender::{Counts, PORT, Witness},
+    family::Family,
     load::IPERF_PORT,
 };
 
-/// Everything but services.
+/// Everything but services, for IPv4.
 const BASE: &str = "
 add table ip kube-proxy
 delete table ip kube-proxy
@@ -69,44 +69,79 @@ add rule ip kube-proxy nodeport-endpoints-check ip daddr @nodeport-ips meta l4pr
 add rule ip kube-proxy firewall-check ip daddr . meta l4proto . th dport vmap @firewall-ips
 ";
 
-/// The rules for so many services.
-fn rules(count: usize, kind: Kind, server: &Host, node: &Node) -> Result<String> {
-    let mut text = BASE.to_owned();
-    let (server, node) = (server.ip4, node.host.ip4);
+/// The same for a family. The two differ in how they call addresses, and in which services have.
+fn base(family: Family) -> String {
+    match family {
+        Family::V4 => BASE.to_owned(),
+        Family::V6 => BASE
+            .replace(" ip ", " ip6 ")
+            .replace("ipv4_addr", "ipv6_addr")
+            .replace("10.96.0.0/12", "fd00:96::/112"),
+    }
+}
+
+/// What a family's table and addresses are called.
+const fn table(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+/// The rules for some services.
+fn rules(services: &Services, node: &Host) -> Result<String> {
+    let family = services.family;
+    let mut text = base(family);
+    let (server, node) = (family.of(services.server), family.of(node));
+    let (ip, pods) = match family {
+        Family::V4 => ("ip", "10.244.0.0/16"),
+        Family::V6 => ("ip6", "fd00:244::/32"),
+    };
     // Writing to a string can't fail.
-    let _ = writeln!(text, "add element ip kube-proxy nodeport-ips {{ {node} }}");
-    for number in 0..count {
-        let ip = service_ip(number);
-        let _ = writeln!(text, "add element ip kube-proxy cluster-ips {{ {ip} }}");
+    let _ = writeln!(
+        text,
+        "add element {ip} kube-proxy nodeport-ips {{ {node} }}"
+    );
+    for number in 0..services.count {
+        let address = objects::address(number, family)?;
+        let _ = writeln!(
+            text,
+            "add element {ip} kube-proxy cluster-ips {{ {address} }}"
+        );
         let protocols = objects::protocols(number).iter();
         let mut ports: Vec<_> = protocols
             .map(|protocol| (protocol.to_lowercase(), SERVICE_PORT, PORT))
             .collect();
-        if objects::has_iperf(number, kind) {
+        if services.has_iperf(number) {
             ports.push(("tcp".to_owned(), IPERF_PORT, IPERF_PORT));
         }
         for (protocol, port, target) in ports {
             let name = format!("{number:08}-default/s{number}/{protocol}/{port}");
             let service = format!("service-{name}");
-            let endpoint = format!("endpoint-{name}__{server}/{target}");
+            // Names have no colons.
+            let endpoint = format!(
+                "endpoint-{name}__{}/{target}",
+                server.to_string().replace(':', ".")
+            );
+            let destination = SocketAddr::new(server, target);
             let _ = write!(
                 text,
-                "add chain ip kube-proxy {endpoint}\n\
-                 add rule ip kube-proxy {endpoint} ip saddr {server} jump mark-for-masquerade\n\
-                 add rule ip kube-proxy {endpoint} meta l4proto {protocol} counter name translated dnat to {server}:{target}\n\
-                 add chain ip kube-proxy {service}\n\
-                 add rule ip kube-proxy {service} ip daddr {ip} {protocol} dport {port} ip saddr != 10.244.0.0/16 jump mark-for-masquerade\n\
-                 add rule ip kube-proxy {service} numgen random mod 1 vmap {{ 0 : goto {endpoint} }}\n\
-                 add element ip kube-proxy service-ips {{ {ip} . {protocol} . {port} : goto {service} }}\n",
+                "add chain {ip} kube-proxy {endpoint}\n\
+                 add rule {ip} kube-proxy {endpoint} {ip} saddr {server} jump mark-for-masquerade\n\
+                 add rule {ip} kube-proxy {endpoint} meta l4proto {protocol} counter name translated dnat to {destination}\n\
+                 add chain {ip} kube-proxy {service}\n\
+                 add rule {ip} kube-proxy {service} {ip} daddr {address} {protocol} dport {port} {ip} saddr != {pods} jump mark-for-masquerade\n\
+                 add rule {ip} kube-proxy {service} numgen random mod 1 vmap {{ 0 : goto {endpoint} }}\n\
+                 add element {ip} kube-proxy service-ips {{ {address} . {protocol} . {port} : goto {service} }}\n",
             );
-            if matches!(kind, Kind::NodePort(_)) {
+            if matches!(services.kind, Kind::NodePort(_)) {
                 let (external, port) = (format!("external-{name}"), objects::node_port(number)?);
                 let _ = write!(
                     text,
-                    "add chain ip kube-proxy {external}\n\
-                     add rule ip kube-proxy {external} jump mark-for-masquerade\n\
-                     add rule ip kube-proxy {external} goto {service}\n\
-                     add element ip kube-proxy service-nodeports {{ {protocol} . {port} : goto {external} }}\n",
+                    "add chain {ip} kube-proxy {external}\n\
+                     add rule {ip} kube-proxy {external} jump mark-for-masquerade\n\
+                     add rule {ip} kube-proxy {external} goto {service}\n\
+                     add element {ip} kube-proxy service-nodeports {{ {protocol} . {port} : goto {external} }}\n",
                 );
             }
         }
@@ -114,34 +149,89 @@ fn rules(count: usize, kind: Kind, server: &Host, node: &Node) -> Result<String>
     Ok(text)
 }
 
-/// Loads the rules for so many services on a node; `folder` is for the file.
-pub fn load(
-    count: usize,
-    kind: Kind,
-    server: &Host,
-    node: &Node,
-    folder: &std::path::Path,
-) -> Result<()> {
+/// Loads the rules for some services on a node; `folder` is for the file.
+pub fn load(services: &Services, node: &Node, folder: &std::path::Path) -> Result<()> {
     let path = folder.join("kube-proxy.nft");
-    std::fs::write(&path, rules(count, kind, server, node)?)
+    std::fs::write(&path, rules(services, &node.host)?)
         .with_context(|| format!("writing {}", path.display()))?;
     let path = path.to_str().context("a folder's name is no text")?;
     node.host.run("nft", &["-f", path]).map(drop)
 }
 
 /// What tells that connections are translated by these rules on a node.
-pub fn witness(node: &Host) -> Witness {
+pub fn witness(node: &Host, family: Family) -> Witness {
     let node = node.clone();
-    Witness::new("dnat rules", Counts::Flows, move || translated(&node))
+    Witness::new("dnat rules", Counts::Flows, move || {
+        counted(&node, family, "kube-proxy")
+    })
 }
 
-/// Connections that were translated on a node.
-fn translated(node: &Host) -> Result<u64> {
-    let arguments = ["-j", "list", "counter", "ip", "kube-proxy", "translated"];
+/// The table of [`watch`].
+const WATCHING: &str = "penstock-bench";
+
+/// Has a node count connections whose destination is translated, by a chain after everybody else's: the real
+/// kube-proxy's rules of this mode count nothing.
+pub fn watch(node: &Host, family: Family) -> Result<()> {
+    let table = table(family);
+    let script = format!(
+        "add table {table} {WATCHING}\n\
+         add counter {table} {WATCHING} translated\n\
+         add chain {table} {WATCHING} after {{ type nat hook postrouting priority 110; }}\n\
+         add rule {table} {WATCHING} after ct status dnat counter name translated\n"
+    );
+    node.run("nft", &[&script]).map(drop)
+}
+
+/// What tells that connections are translated on a node that is watched.
+pub fn watched(node: &Host, family: Family) -> Witness {
+    let node = node.clone();
+    Witness::new("translated connections", Counts::Flows, move || {
+        counted(&node, family, WATCHING)
+    })
+}
+
+/// What a table's counter has counted.
+fn counted(node: &Host, family: Family, name: &str) -> Result<u64> {
+    let arguments = ["-j", "list", "counter", table(family), name, "translated"];
     let text = node.run("nft", &arguments)?;
     let value: Value = serde_json::from_str(&text).context("nft's JSON")?;
     let packets = value.pointer("/nftables/1/counter/packets");
     packets
         .and_then(Value::as_u64)
         .with_context(|| format!("{text} has no counter"))
+}
+
+/// How many of services' ports kube-proxy's rules on a node know.
+pub fn served(node: &Host, family: Family) -> Result<usize> {
+    let arguments = ["list", "map", table(family), "kube-proxy", "service-ips"];
+    Ok(known(&node.run("nft", &arguments)?))
+}
+
+/// How many elements of a map are of services' port.
+fn known(map: &str) -> usize {
+    map.matches(&format!(" . {SERVICE_PORT} : goto service-"))
+        .count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_familys_rules_name_nothing_of_the_other() {
+        let text = base(Family::V6);
+        for wrong in [" ip ", "ipv4", "10.96"] {
+            assert!(!text.contains(wrong), "{wrong} is in {text}");
+        }
+        assert_eq!(text.matches(" ip6 ").count(), BASE.matches(" ip ").count());
+    }
+
+    #[test]
+    fn ports_of_a_map_are_counted() {
+        let map = "table ip kube-proxy {\n\tmap service-ips {\n\t\ttype ipv4_addr . inet_proto . inet_service : verdict\n\
+                   \t\telements = { 10.96.0.1 . tcp . 443 : goto service-X-default/kubernetes/tcp/https,\n\
+                   \t\t\t     10.96.1.0 . tcp . 80 : goto service-A-default/s0/tcp/tcp,\n\
+                   \t\t\t     10.96.1.0 . udp . 80 : goto service-B-default/s0/udp/udp }\n\t}\n}\n";
+        assert_eq!(known(map), 2);
+    }
 }

@@ -1,0 +1,298 @@
+//! What Penstock promises in numbers, beside what was measured of it.
+
+use std::fmt::Write;
+
+use serde_json::Value;
+
+use crate::{
+    figures::Median,
+    flat, plot,
+    results::Results,
+    turns::{Metric, Outcome, Turns},
+};
+
+/// A ratio that is to be no less than this, or no more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+    Below(f64),
+}
+
+impl Bound {
+    fn shown(self, unit: &str) -> String {
+        match self {
+            Self::AtLeast(bound) => format!("{bound}{unit} at least"),
+            Self::AtMost(bound) => format!("{bound}{unit} at most"),
+            Self::Below(bound) => format!("below {bound}{unit}"),
+        }
+    }
+
+    fn holds(self, value: f64) -> bool {
+        match self {
+            Self::AtLeast(bound) => value >= bound,
+            Self::AtMost(bound) => value <= bound,
+            Self::Below(bound) => value < bound,
+        }
+    }
+
+    /// Whether all of an interval keeps it, none of it, or nobody can tell.
+    fn verdict(self, median: Median) -> &'static str {
+        match (self.holds(median.low), self.holds(median.high)) {
+            (true, true) => "met",
+            (false, false) => "not met",
+            _ if self.holds(median.value) => "met by the median, not by all of its interval",
+            _ => "not met by the median, but by some of its interval",
+        }
+    }
+}
+
+/// Adds the table of promises of which something was measured.
+pub fn table(text: &mut String, results: &Results) {
+    let mut rows = String::new();
+    let mut row = |claim: &str, bound: Bound, unit: &str, median: Median, command: &str| {
+        let Median { value, low, high } = median;
+        let digits = if unit.is_empty() { 3 } else { 0 };
+        let measured = format!("{value:.digits$}{unit} ({low:.digits$} to {high:.digits$})");
+        // Writing to a string can't fail.
+        let _ = writeln!(
+            rows,
+            "| {claim} | {} | {measured} | {} | `cargo xtask bench -- {command}` |",
+            bound.shown(unit),
+            bound.verdict(median),
+        );
+    };
+    for outcome in &results.outcomes {
+        for (claim, bound, median) in promised(outcome) {
+            row(&claim, bound, "", median, &outcome.command);
+        }
+    }
+    for calls in results
+        .plugins
+        .iter()
+        .filter(|calls| calls.what.starts_with("ADD"))
+    {
+        let (p50, p99) = calls.p50_and_p99();
+        let ratio = p99 as f64 / p50 as f64;
+        let command = results
+            .outcomes
+            .iter()
+            .find(|outcome| outcome.what == calls.what);
+        let command = command.map_or("cni", |outcome| &outcome.command);
+        let claim = format!(
+            "{}: p99 to p50 of all {} calls, {}",
+            calls.what,
+            calls.nanos.len(),
+            calls.contender
+        );
+        // One number of all calls, which has no interval.
+        let one = Median {
+            value: ratio,
+            low: ratio,
+            high: ratio,
+        };
+        if calls.contender.starts_with("Penstock") {
+            row(&claim, Bound::Below(2.0), "", one, command);
+        }
+    }
+    for (claim, median, command) in per_packet(results) {
+        row(&claim, Bound::Below(120.0), " ns", median, &command);
+    }
+    if rows.is_empty() {
+        return;
+    }
+    text.push_str("\n## What is promised\n\n| promise | bound | measured | | measured by |\n");
+    text.push_str("| --- | --- | --- | --- | --- |\n");
+    text.push_str(&rows);
+}
+
+/// What of a trial is promised: the ratio, and its bound.
+fn promised(outcome: &Outcome) -> Vec<(String, Bound, Median)> {
+    let Some((first, others)) = outcome.turns.split_first() else {
+        return Vec::new();
+    };
+    let mut all = Vec::new();
+    if outcome.title.starts_with(flat::TITLE) {
+        for turns in others {
+            let claim = format!(
+                "{}: {} to {}",
+                outcome.what, turns.contender, first.contender
+            );
+            let ratio = turns.ratio(first, Metric::P50);
+            all.push((claim, Bound::AtMost(1.02), ratio));
+        }
+    } else if outcome.what == plot::GROWING {
+        let of = |wanted: &str| outcome.turns.iter().find(|turns| turns.contender == wanted);
+        let socket = of("Penstock, at the socket");
+        let pods = outcome.turns.iter().filter(|turns| is_the_pods(turns));
+        for (socket, pod) in socket
+            .into_iter()
+            .flat_map(|socket| pods.clone().map(move |pod| (socket, pod)))
+        {
+            let claim = format!(
+                "{}: requests a second at the socket to {}",
+                outcome.name(),
+                pod.contender
+            );
+            all.push((claim, Bound::AtLeast(0.97), socket.ratio(pod, Metric::Rate)));
+        }
+    } else if outcome.title == "CNI plugins" && outcome.what.starts_with("ADD") {
+        for turns in others.iter().filter(|turns| turns.is_ours()) {
+            let claim = format!("{}: p50 to that of {}", outcome.what, first.contender);
+            all.push((claim, Bound::AtMost(1.0), turns.ratio(first, Metric::P50)));
+        }
+    }
+    all
+}
+
+/// Whether this asks the pod itself, on a bare node or on Penstock's.
+fn is_the_pods(turns: &Turns) -> bool {
+    turns.contender.ends_with("the pod's address")
+}
+
+/// What a known flow's packet to a node port takes at XDP: with the flow's record, its counts, and the translation of
+/// both addresses.
+fn per_packet(results: &Results) -> Vec<(String, Median, String)> {
+    let Some(programs) = &results.programs else {
+        return Vec::new();
+    };
+    let command = programs.get("command").and_then(Value::as_str);
+    let lines = programs.get("programs").and_then(Value::as_array);
+    let rows = lines.into_iter().flatten().filter_map(|line| {
+        let word = |field: &str| line.get(field).and_then(Value::as_str);
+        let (program, family, packet) = (word("program")?, word("family")?, word("packet")?);
+        let is_known = packet.starts_with("a known flow's packet");
+        let less = line.get("less").cloned()?;
+        let less = serde_json::from_value::<Median>(less).ok()?;
+        let claim = format!("`{program}`, {family}, {packet}: less an empty program");
+        (program == "xdp_uplink" && is_known)
+            .then(|| (claim, less, command.unwrap_or("programs").to_owned()))
+    });
+    rows.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{cni::Calls, load::Summary, machine::Machine};
+
+    fn outcome(title: &str, what: &str, turns: &[(&str, u64)]) -> Outcome {
+        let turns = turns.iter().map(|(contender, value)| Turns {
+            contender: (*contender).to_owned(),
+            summaries: vec![
+                Summary {
+                    p50: *value,
+                    per_second: *value as f64,
+                    ..Summary::default()
+                };
+                6
+            ],
+            evidence: Vec::new(),
+        });
+        Outcome {
+            title: title.to_owned(),
+            what: what.to_owned(),
+            metrics: vec![Metric::P50],
+            turns: turns.collect(),
+            command: "this".to_owned(),
+            quiet: None,
+        }
+    }
+
+    fn told(results: Results) -> String {
+        let mut text = String::new();
+        table(&mut text, &results);
+        text
+    }
+
+    fn results() -> Results {
+        Results::new(Machine::look())
+    }
+
+    #[test]
+    fn the_socket_is_compared_with_both_pods() {
+        let turns = [
+            ("no service, the pod's address", 1_000),
+            ("Penstock, the pod's address", 900),
+            ("Penstock, at the socket", 950),
+            ("Penstock, packet by packet", 1),
+        ];
+        let text = told(Results {
+            outcomes: vec![outcome("1 service", plot::GROWING, &turns)],
+            ..results()
+        });
+        let lines: Vec<&str> = text.lines().filter(|line| line.contains("0.97")).collect();
+        let [bare, ours] = lines.as_slice() else {
+            panic!("{text}")
+        };
+        assert!(
+            bare.contains("to no service")
+                && bare.contains("0.950 (")
+                && bare.contains("| not met |")
+        );
+        assert!(
+            ours.contains("to Penstock") && ours.contains("1.056 (") && ours.contains("| met |")
+        );
+        assert!(bare.contains("`cargo xtask bench -- this`"), "{bare}");
+    }
+
+    #[test]
+    fn flatness_and_plugins_and_programs_have_their_bounds() {
+        let flat = format!("{}: Penstock, at the socket", flat::TITLE);
+        let counts = [
+            ("Penstock, 1 services", 100),
+            ("Penstock, 44000 services", 103),
+        ];
+        let plugins = [("bridge with host-local", 50), ("Penstock", 40)];
+        let line = |program: &str, packet: &str, less: f64| {
+            let less = Median {
+                value: less,
+                low: less,
+                high: less,
+            };
+            json!({ "program": program, "family": "IPv4", "packet": packet, "less": less })
+        };
+        let lines = [
+            line("xdp_uplink", "a known flow's packet", 119.0),
+            line("xdp_uplink", "a known flow's packet, of many flows", 121.0),
+            line("xdp_uplink", "a reply", 500.0),
+            line("from_pod", "a known flow's packet", 500.0),
+        ];
+        let mut nanos = vec![10; 98];
+        nanos.extend([30, 30]);
+        let text = told(Results {
+            outcomes: vec![
+                outcome(&flat, "connect", &counts),
+                outcome("CNI plugins", "ADD beside 50 pods", &plugins),
+            ],
+            plugins: vec![Calls {
+                what: "ADD beside 50 pods".to_owned(),
+                contender: "Penstock".to_owned(),
+                nanos,
+            }],
+            programs: Some(json!({ "command": "programs", "programs": lines })),
+            ..results()
+        });
+        let rows: Vec<&str> = text.lines().skip(5).collect();
+        let expected = [
+            ("1.030", "| not met |"),
+            ("0.800", "| met |"),
+            ("3.000", "| not met |"),
+            ("119 ns", "| met |"),
+            ("121 ns", "| not met |"),
+        ];
+        assert_eq!(rows.len(), expected.len(), "{text}");
+        for (row, (value, verdict)) in rows.iter().zip(expected) {
+            assert!(row.contains(value) && row.contains(verdict), "{row}");
+        }
+    }
+
+    #[test]
+    fn an_interval_over_the_bound_decides_nothing() {
+        let verdict = |low, value, high| Bound::AtLeast(0.97).verdict(Median { value, low, high });
+        assert!(verdict(0.96, 0.98, 0.99).starts_with("met by the median"));
+        assert!(verdict(0.95, 0.96, 0.98).starts_with("not met by the median"));
+    }
+}
