@@ -46,7 +46,7 @@ pub fn measure(counts: &[usize], effort: &Effort, keeper: &mut Keeper) -> Result
             let mut lane = Lane::new(&mut testbed, way)?;
             lane.program(&mut testbed, None, *count)?;
             let [_, last] = objects::ends(*count)?;
-            let name = format!("{}, {count} services", way.name());
+            let name = format!("{}, of {count}", way.name());
             let contender = lane.contender(&name, last.udp());
             patiently("the service answers", || contender.answers()).context(name)?;
             contenders.push(contender);

@@ -318,9 +318,6 @@ impl Crowd {
         for frames in [&mut crowd.known, &mut crowd.replies] {
             *frames = scattered(frames);
         }
-        // What the first of a flow and direction finds out, the others need not ask.
-        programs.run_all(crowd.program, &crowd.known)?;
-        programs.run_all(crowd.program, &crowd.replies)?;
         Ok(crowd)
     }
 
@@ -333,6 +330,9 @@ impl Crowd {
             (Kind::ManyKnown, &self.known),
             (Kind::ManyReply, &self.replies),
         ] {
+            // What the first of a flow and direction finds out, the others need not ask, and XDP leaves the
+            // first in sixteen seconds to TC.
+            programs.run_all(self.program, frames)?;
             let runs = programs.run_all(self.program, frames)?;
             done.push(worked(self.program, kind, self.verdict, runs, frames)?);
         }

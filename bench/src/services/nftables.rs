@@ -169,15 +169,15 @@ pub fn witness(node: &Host, family: Family) -> Witness {
 /// The table of [`watch`].
 const WATCHING: &str = "penstock-bench";
 
-/// Has a node count connections whose destination is translated, by a chain after everybody else's: the real
-/// kube-proxy's rules of this mode count nothing.
+/// Has a node count connections whose destination is translated: the real kube-proxy's rules of this mode count
+/// nothing. It is done before the source is translated, since no chain of this type sees what comes after.
 pub fn watch(node: &Host, family: Family) -> Result<()> {
     let table = table(family);
     let script = format!(
         "add table {table} {WATCHING}\n\
          add counter {table} {WATCHING} translated\n\
-         add chain {table} {WATCHING} after {{ type nat hook postrouting priority 110; }}\n\
-         add rule {table} {WATCHING} after ct status dnat counter name translated\n"
+         add chain {table} {WATCHING} before {{ type nat hook postrouting priority 90; }}\n\
+         add rule {table} {WATCHING} before ct status dnat counter name translated\n"
     );
     node.run("nft", &[&script]).map(drop)
 }
@@ -215,7 +215,54 @@ fn known(map: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use anyhow::ensure;
+    use penstock_common::Forwarding;
+    use penstock_testbed::{Testbed, require_kernel};
+
     use super::*;
+
+    #[test]
+    fn rules_of_both_families_serve_and_are_counted() -> Result<()> {
+        if require_kernel().is_none() || !std::path::Path::new("/usr/sbin/nft").exists() {
+            eprintln!("SKIPPED: this test needs root and /usr/sbin/nft (package nftables)");
+            return Ok(());
+        }
+        let mut testbed = Testbed::new()?;
+        let node = testbed.node()?;
+        let (client, server) = (testbed.pod(&node)?, testbed.pod(&node)?);
+        let outside = testbed.client()?;
+        let _serving = server.host.serve(PORT)?;
+        for family in Family::ALL {
+            let services = Services {
+                count: 60,
+                kind: Kind::NodePort(Forwarding::default()),
+                family,
+                server: &server.host,
+            };
+            load(&services, &node, testbed.folder())?;
+            watch(&node.host, family)?;
+            assert_eq!(served(&node.host, family)?, services.ports());
+            let counters = || -> Result<[u64; 2]> {
+                Ok([
+                    counted(&node.host, family, "kube-proxy")?,
+                    counted(&node.host, family, WATCHING)?,
+                ])
+            };
+            assert_eq!(counters()?, [0, 0]);
+            let service = SocketAddr::new(objects::address(50, family)?, SERVICE_PORT);
+            let node_port = SocketAddr::new(family.of(&node.host), objects::node_port(59)?);
+            for (from, protocol, to) in [
+                (&client.host, "tcp", service),
+                (&client.host, "udp", service),
+                (&outside, "tcp", node_port),
+            ] {
+                let who = from.who_answers(protocol, &to.to_string())?;
+                ensure!(who == server.host.name, "{who} answers {protocol} {to}");
+            }
+            assert_eq!(counters()?, [3, 3]);
+        }
+        Ok(())
+    }
 
     #[test]
     fn a_familys_rules_name_nothing_of_the_other() {
