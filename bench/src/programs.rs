@@ -42,6 +42,8 @@ const ACK: u8 = 0x10;
 const PROCESSOR: usize = 1;
 /// Flows of one client's, where there are many.
 const PER_CLIENT: usize = 100;
+/// How often a turn of many flows is tried.
+const ATTEMPTS: usize = 4;
 /// Ports of the service that has many flows: one backend has a source port of the node's for 28,976 of each.
 const PORTS: usize = 8;
 /// Their first node port.
@@ -321,6 +323,17 @@ impl Crowd {
         Ok(crowd)
     }
 
+    /// Has each flow be as known as it can be. What the first of a flow and direction finds out, the others need not
+    /// ask; and XDP leaves the first in sixteen seconds to TC, whose hook says when that was.
+    fn warm(&self, programs: &mut Programs, frames: &[Vec<u8>]) -> Result<()> {
+        let runs = programs.run_all(self.program, frames)?;
+        let left = runs.iter().zip(frames);
+        let left = left.filter(|(run, _)| run.verdict != self.verdict);
+        let left: Vec<_> = left.map(|(_, frame)| frame.clone()).collect();
+        programs.run_all("from_uplink", &left)?;
+        programs.run_all(self.program, frames).map(drop)
+    }
+
     /// One packet of each flow, and one reply.
     fn turn(&self, programs: &mut Programs) -> Result<Turn> {
         let times = |runs: Vec<Run>| runs.iter().map(|run| run.nanos).collect();
@@ -330,11 +343,18 @@ impl Crowd {
             (Kind::ManyKnown, &self.known),
             (Kind::ManyReply, &self.replies),
         ] {
-            // What the first of a flow and direction finds out, the others need not ask, and XDP leaves the
-            // first in sixteen seconds to TC.
-            programs.run_all(self.program, frames)?;
-            let runs = programs.run_all(self.program, frames)?;
-            done.push(worked(self.program, kind, self.verdict, runs, frames)?);
+            // The seconds of which XDP leaves the first packet to TC may begin in between.
+            let mut attempts = 0;
+            let turn = loop {
+                self.warm(programs, frames)?;
+                let runs = programs.run_all(self.program, frames)?;
+                let worked = worked(self.program, kind, self.verdict, runs, frames);
+                attempts += 1;
+                if worked.is_ok() || attempts == ATTEMPTS {
+                    break worked?;
+                }
+            };
+            done.push(turn);
         }
         Ok(done)
     }
