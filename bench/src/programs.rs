@@ -328,10 +328,13 @@ impl Crowd {
     fn warm(&self, programs: &mut Programs, frames: &[Vec<u8>]) -> Result<()> {
         let runs = programs.run_all(self.program, frames)?;
         let left = runs.iter().zip(frames);
-        let left = left.filter(|(run, _)| run.verdict != self.verdict);
+        let left = left.filter(|(run, frame)| run.verdict != self.verdict || run.frame == **frame);
         let left: Vec<_> = left.map(|(_, frame)| frame.clone()).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
         programs.run_all("from_uplink", &left)?;
-        programs.run_all(self.program, frames).map(drop)
+        programs.run_all(self.program, &left).map(drop)
     }
 
     /// One packet of each flow, and one reply.

@@ -243,15 +243,9 @@ impl Flood {
 
     fn plan(&self, interface: u32) -> Plan {
         let frame = self.frame();
-        let layout = self.layout();
-        let header_sum = if self.to.is_ipv4() {
-            sum(&frame[ETHERNET..ETHERNET + layout.ip_header])
-        } else {
-            0
-        };
         Plan {
             frame: words(&frame),
-            header_sum,
+            header_sum: self.header_sum(&frame),
             transport_sum: self.transport_sum(&frame),
             flows: self.flows,
             interface,
@@ -325,21 +319,26 @@ impl Flood {
         frame
     }
 
+    /// The sum of what the checksum of IPv4's header covers.
+    fn header_sum(&self, frame: &[u8; WORDS * 8]) -> u32 {
+        sum(frame
+            .get(ETHERNET..ETHERNET + self.layout().ip_header)
+            .unwrap_or_default())
+    }
+
     /// The sum of what the checksum of TCP or UDP covers: addresses, protocol, length, and all the rest.
     fn transport_sum(&self, frame: &[u8; WORDS * 8]) -> u32 {
         let layout = self.layout();
         let transport = layout.length - ETHERNET - layout.ip_header;
-        sum(&frame[layout.source..layout.length])
-            + u32::from(frame[layout.protocol])
-            + transport as u32
+        let covered = frame.get(layout.source..layout.length);
+        sum(covered.unwrap_or_default()) + u32::from(self.protocol.number()) + transport as u32
     }
 
     /// Whether a frame's checksums are right.
     fn intact(&self, frame: &[u8; WORDS * 8]) -> Result<()> {
-        let layout = self.layout();
         // IPv6's header has none.
         let header = if self.to.is_ipv4() {
-            penstock_bench_ebpf::checksum(sum(&frame[ETHERNET..ETHERNET + layout.ip_header]))
+            penstock_bench_ebpf::checksum(self.header_sum(frame))
         } else {
             0
         };
@@ -374,8 +373,8 @@ fn address_words(address: IpAddr) -> [[u8; 4]; 4] {
 }
 
 fn four_words(octets: [u8; 16]) -> [[u8; 4]; 4] {
-    let word = |index: usize| std::array::from_fn(|at| octets[4 * index + at]);
-    std::array::from_fn(word)
+    let (words, _) = octets.as_chunks();
+    std::array::from_fn(|index| words.get(index).copied().unwrap_or_default())
 }
 
 /// The sum of words of two octets, most significant first.

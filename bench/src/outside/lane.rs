@@ -113,6 +113,12 @@ impl Way {
         }
     }
 
+    /// Whether services say that packets are handed over to the backend's node as they are.
+    pub fn is_handing_over(self) -> bool {
+        let forwarding = self.through_overlay();
+        forwarding.is_some_and(|forwarding| forwarding != Forwarding::Snat)
+    }
+
     /// What Penstock's agents are told.
     fn options(self) -> [&'static str; 4] {
         let mode = if self.is_at_xdp() { "native" } else { "off" };

@@ -69,10 +69,9 @@ pub fn measure(
         let (mut lanes, mut opposites) = (Vec::new(), Vec::new());
         // What goes through an overlay has another node to go to.
         let through = |way: &&Way| backend == Backend::Remote || way.through_overlay().is_none();
-        for way in ways.iter().filter(through) {
-            if !effort.names(way.name()) {
-                continue;
-            }
+        let chosen =
+            |way: &&Way| effort.names(way.name()) && !(effort.is_brief && way.is_handing_over());
+        for way in ways.iter().filter(through).filter(chosen) {
             let mut lane = Lane::new(&mut testbed, *way, backend, family)?;
             lane.program(&mut testbed, kube_proxy.as_ref(), count)?;
             for port in lane.opposites() {

@@ -327,6 +327,9 @@ fn with(
     for (index, which) in ["first", "last"].into_iter().enumerate() {
         let order = order(&mut lanes, count)?;
         let [first, last] = order;
+        if effort.is_brief && index == 0 && first != last {
+            continue;
+        }
         let places = if index == 0 { first } else { last };
         let title = match (count, which) {
             (1, _) => "1 service".to_owned(),
