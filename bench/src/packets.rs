@@ -118,8 +118,9 @@ pub fn measure(
             way.name()
         );
     }
+    let named = Effort::naming(ways, &WAYS);
     let effort = effort.of(format!(
-        "packets --services {services} --flows {flows} --family {family}"
+        "packets --services {services} --flows {flows} --family {family}{named}"
     ));
     let kube_proxy = program::required();
     let mut ways = outside::available(ways, kube_proxy.as_ref());

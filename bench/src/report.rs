@@ -232,14 +232,19 @@ fn programmed(agent: &Value) -> String {
         let each = seconds * 1e6 / times.len().max(1) as f64;
         format!(", {each:.0} µs of a processor each")
     });
+    let each_has = or_zero("endpoints") / or_zero("services").max(1.0);
     format!(
-        "* {} services with {} endpoints from JSON manifests: {:.2} s from the agent's start to the last \
-         map entry,{processor} {} MiB of resident memory at most.\n\
+        "    cargo xtask bench -- control --shapes {}x{each_has} --changes {}\n\n\
+         * {} services with {} endpoints from JSON manifests: {:.2} s from the agent's start to the last \
+         map entry,{processor} {} MiB of resident memory then and {} MiB at most.\n\
          * One endpoint's change among them, from its file's replacement to the kernel: p50 {:.0} µs, \
-         p99 {:.0} µs of {} changes{each}.\n",
+         p99 {:.0} µs of {} changes{each}.\n\n",
+        or_zero("services"),
+        times.len(),
         or_zero("services"),
         or_zero("endpoints"),
         or_zero("all_seconds"),
+        or_zero("resident_mib"),
         or_zero("peak_mib"),
         micros(50),
         micros(99),
@@ -484,6 +489,22 @@ mod tests {
         let row = "| Penstock, socket | 21.00 (21.00 to 21.00) µs, 1.050 (95 % interval 1.050 to 1.050) | 22.00 \
                    (22.00 to 22.00) µs, 1.100 (95 % interval 1.100 to 1.100) |";
         assert!(text.contains(row), "{text}");
+    }
+
+    #[test]
+    fn programming_can_be_repeated() {
+        let agent = serde_json::json!({
+            "services": 5_000, "endpoints": 250_000, "all_seconds": 2.5, "processor_seconds": 2.0,
+            "resident_mib": 148, "peak_mib": 159, "change_nanos": [1_000, 2_000, 3_000],
+        });
+        let text = programmed(&agent);
+        for wanted in [
+            "cargo xtask bench -- control --shapes 5000x50 --changes 3\n",
+            "2.50 s from the agent's start",
+            "148 MiB of resident memory then and 159 MiB at most",
+        ] {
+            assert!(text.contains(wanted), "{wanted} is not in {text}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Contenders take turns: whatever drifts meanwhile, drifts for all.
 
+use std::fmt::Display;
+
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +39,15 @@ impl Effort {
             command,
             ..self.clone()
         }
+    }
+
+    /// The part of a command that names some of all ways; nothing if it is all.
+    pub fn naming<T: Copy + PartialEq + Display>(ways: &[T], all: &[T]) -> String {
+        if ways == all {
+            return String::new();
+        }
+        let names: Vec<String> = ways.iter().map(T::to_string).collect();
+        format!(" --ways {}", names.join(","))
     }
 
     /// Whether what has this name is to be measured.
@@ -446,6 +457,8 @@ mod tests {
         let expected = "services --services 5 --only '=TCP request and response, one processor for both' \
                         --rounds 6 --turn-ms 50 --warm-up-ms 10";
         assert_eq!(command, expected);
+        assert_eq!(Effort::naming(&[1, 2], &[1, 2]), "");
+        assert_eq!(Effort::naming(&[2, 3], &[1, 2, 3]), " --ways 2,3");
     }
 
     #[test]

@@ -62,8 +62,11 @@ pub fn measure(
 ) -> Result<()> {
     ensure!(count > 0, "there has to be a service to be asked");
     let kube_proxy = program::required();
+    let named = Effort::naming(ways, &Way::ALL);
     let ways = available(ways, kube_proxy.as_ref());
-    let effort = effort.of(format!("outside --services {count} --family {family}"));
+    let effort = effort.of(format!(
+        "outside --services {count} --family {family}{named}"
+    ));
     for (backend, place) in [(Backend::Local, "the same"), (Backend::Remote, "another")] {
         let mut testbed = Testbed::new()?;
         let (mut lanes, mut opposites) = (Vec::new(), Vec::new());

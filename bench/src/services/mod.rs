@@ -282,6 +282,7 @@ pub fn available(ways: &[Way], kube_proxy: Option<&Program>) -> Vec<Way> {
 /// Measures some ways with each number of services.
 pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort, keeper: &mut Keeper) -> Result<()> {
     let kube_proxy = program::required();
+    let named = Effort::naming(ways, &Way::ALL);
     let ways = available(ways, kube_proxy.as_ref());
     for count in counts {
         let (admitted, others): (Vec<Way>, Vec<Way>) =
@@ -289,7 +290,7 @@ pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort, keeper: &mut Kee
         for way in others {
             println!("{}: left out with {count} services", way.name());
         }
-        let effort = effort.of(format!("services --services {count}"));
+        let effort = effort.of(format!("services --services {count}{named}"));
         with(*count, &admitted, kube_proxy.as_ref(), &effort, keeper)?;
         keeper.write()?;
     }
