@@ -25,7 +25,7 @@ const LARGEST: f64 = 65_536.0;
 pub enum Counts {
     /// Each connection, or each datagram of a socket that is not connected.
     Connections,
-    /// Each connection, or each UDP socket: what a connection tracker takes for new.
+    /// Each connection, or each UDP socket as a rule: what a connection tracker takes for new.
     Flows,
     /// Each packet from client to server.
     Packets,
@@ -273,7 +273,8 @@ impl Contender {
 pub struct Expected {
     /// Connections, and datagrams of sockets that are not connected.
     pub connections: u64,
-    /// Connections and UDP sockets.
+    /// Connections, and half of all UDP sockets: one may get the port of another that a tracker still knows, and
+    /// is no new flow then.
     pub flows: u64,
     /// Packets from client to server.
     pub packets: u64,
@@ -284,6 +285,7 @@ pub struct Expected {
 impl Expected {
     fn of(workload: Workload, turns: &[Summary]) -> Self {
         let count: u64 = turns.iter().map(|turn| turn.count).sum();
+        let sockets = (turns.len() as u64).div_ceil(2);
         let octets: f64 = turns
             .iter()
             .map(|turn| turn.bits_per_second * turn.seconds / 8.0)
@@ -297,20 +299,26 @@ impl Expected {
             },
             Workload::UdpSendto => Self {
                 connections: count,
+                flows: sockets,
+                packets: count,
+                answers: count,
+            },
+            Workload::TcpRr => Self {
+                connections: turns.len() as u64,
                 flows: turns.len() as u64,
                 packets: count,
                 answers: count,
             },
-            Workload::TcpRr | Workload::UdpRr => Self {
+            Workload::UdpRr => Self {
                 connections: turns.len() as u64,
-                flows: turns.len() as u64,
+                flows: sockets,
                 packets: count,
                 answers: count,
             },
             // One of many asks for an answer.
             Workload::UdpPackets => Self {
                 connections: turns.len() as u64,
-                flows: turns.len() as u64,
+                flows: sockets,
                 packets: count,
                 answers: turns.len() as u64,
             },
@@ -327,6 +335,26 @@ impl Expected {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_udp_socket_with_an_earlier_ones_port_is_no_new_flow() {
+        let turns = vec![
+            Summary {
+                count: 100,
+                ..Summary::default()
+            };
+            7
+        ];
+        let flows = |workload| Expected::of(workload, &turns).flows;
+        assert_eq!(flows(Workload::TcpRr), 7);
+        assert_eq!(flows(Workload::Connect), 700);
+        for workload in [Workload::UdpRr, Workload::UdpSendto, Workload::UdpPackets] {
+            assert_eq!(flows(workload), 4);
+            assert_eq!(Expected::of(workload, &turns).packets, 700);
+        }
+        // No flow at all is another way, whatever is sent.
+        assert_eq!(Expected::of(Workload::UdpRr, &turns[..1]).flows, 1);
+    }
 
     #[test]
     fn sent_packets_are_in_the_tenth_column() {
