@@ -53,6 +53,7 @@ fn the_plugin_needs_nothing_of_its_host_and_starts_at_once() -> Result<()> {
             .arg(&root.0)
             .arg("/penstock-cni")
             .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("CNI_COMMAND", "VERSION")
             .stdin(Stdio::null())
             .output()
