@@ -47,9 +47,17 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         netns: Option<PathBuf>,
     },
+    /// Whether the kernel has all that connects this attachment, as far as that is the agent's to put
+    /// there.
+    Check {
+        /// The network whose state it is in.
+        network: String,
+        /// Which of its attachments.
+        attachment: AttachmentKey,
+    },
 }
 
-/// The answer to [`Request::Ready`] and [`Request::Wire`].
+/// The answer to [`Request::Ready`], [`Request::Wire`] and [`Request::Check`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Answer {
@@ -89,7 +97,8 @@ pub async fn ask(run_dir: &Path, request: &Request) -> Result<Answer, Failure> {
         .await
         .map_err(|_| late("it did not answer", ANSWER))?
         .map_err(|error| silent(error.to_string()))?;
-    if answer.is_empty() {
+    // An answer is a line: one that is not whole is of an agent that ended.
+    if answer.last() != Some(&b'\n') {
         return Err(silent("it closed without an answer".to_owned()));
     }
     serde_json::from_slice(&answer).map_err(|error| Failure::Decode {

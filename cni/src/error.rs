@@ -2,9 +2,13 @@
 
 use std::{io, net::IpAddr, path::PathBuf};
 
+use nix::errno::Errno;
 use serde_json::{Value, json};
 
 use crate::version::Version;
+
+/// The code of what passes by itself.
+const TRY_AGAIN: u32 = 11;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +116,37 @@ fn reason(error: &rtnetlink::Error) -> String {
     }
 }
 
+/// Whether what the kernel refuses with this error passes by itself: it is busy, or short of something
+/// that others give back. A full disk is not among it, which somebody has to clear.
+pub fn passes(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(
+        errno,
+        Some(
+            Errno::EAGAIN
+                | Errno::EBUSY
+                | Errno::EINTR
+                | Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::ENOBUFS
+                | Errno::ENOMEM
+                | Errno::ETIMEDOUT
+        )
+    )
+}
+
+/// Whether an error goes back to one that passes by itself.
+pub fn chain_passes(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<io::Error>().is_some_and(passes) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 impl Failure {
     /// A field of the configuration that can't be meant.
     pub fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
@@ -141,16 +176,32 @@ impl Failure {
         move |source| Self::Kernel { what, source }
     }
 
+    /// Whether the same may succeed soon, without anybody doing anything about it.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::TryAgain(_) => true,
+            Self::Io { source, .. } => passes(source),
+            Self::Kernel { source, .. } => match source {
+                rtnetlink::Error::NetlinkError(message) => passes(&message.to_io()),
+                // The socket was closed, for want of memory in most cases.
+                rtnetlink::Error::RequestFailed => true,
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
     /// The code: 1 to 99 are the specification's, from 100 on they are this plugin's.
     pub fn code(&self) -> u32 {
         match self {
+            _ if self.passes() => TRY_AGAIN,
             Self::IncompatibleVersion(_) | Self::CommandVersion { .. } => 1,
             Self::UnknownContainer(_) => 3,
             Self::Environment { .. } => 4,
             Self::Io { .. } => 5,
             Self::Decode { .. } => 6,
             Self::Config { .. } => 7,
-            Self::TryAgain(_) => 11,
+            Self::TryAgain(_) => TRY_AGAIN,
             Self::NotAvailable(_) => 50,
             Self::Exhausted { .. } => 100,
             Self::Kernel { .. } => 101,
@@ -164,6 +215,7 @@ impl Failure {
     /// The sort of failure in a few words that never differ.
     fn summary(&self) -> &'static str {
         match self {
+            _ if self.passes() => "try again later",
             Self::IncompatibleVersion(_) | Self::CommandVersion { .. } => {
                 "incompatible CNI version"
             }
@@ -191,5 +243,49 @@ impl Failure {
             "msg": format!("penstock: {}", self.summary()),
             "details": self.to_string(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_core::ErrorMessage;
+
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_to_be_tried_again() {
+        let io = |errno: Errno| Failure::io("doing it")(io::Error::from(errno)).code();
+        let kernel = |errno: Errno| {
+            let mut message = ErrorMessage::default();
+            message.code = std::num::NonZeroI32::new(-(errno as i32));
+            Failure::kernel("doing it")(rtnetlink::Error::NetlinkError(message)).code()
+        };
+        for errno in [
+            Errno::EAGAIN,
+            Errno::EBUSY,
+            Errno::EINTR,
+            Errno::EMFILE,
+            Errno::ENFILE,
+            Errno::ENOBUFS,
+            Errno::ENOMEM,
+        ] {
+            assert_eq!((io(errno), kernel(errno)), (11, 11), "{errno}");
+        }
+        for errno in [Errno::ENOSPC, Errno::EROFS, Errno::EDQUOT, Errno::EIO] {
+            assert_eq!(io(errno), 5, "{errno}");
+        }
+        for errno in [Errno::EEXIST, Errno::EOPNOTSUPP, Errno::EPERM] {
+            assert_eq!(kernel(errno), 101, "{errno}");
+        }
+        let closed = Failure::kernel("asking")(rtnetlink::Error::RequestFailed);
+        assert_eq!(closed.code(), 11);
+        let said = closed.to_json(Version::LATEST);
+        assert_eq!(said.get("msg"), Some(&json!("penstock: try again later")));
+        // However deep it is.
+        let wrapped = Failure::io("reading")(io::Error::from(Errno::ENOMEM));
+        assert!(chain_passes(&wrapped));
+        assert!(!chain_passes(&Failure::io("reading")(io::Error::from(
+            Errno::EIO
+        ))));
     }
 }

@@ -278,14 +278,18 @@ pub const VERSION: u32 = 1;
 
 /// The attachments that a network's file names, none if it is of an earlier boot. The file is replaced
 /// whole, so no lock is needed.
-pub fn read(path: &std::path::Path) -> Result<Vec<Attachment>, crate::error::Failure> {
-    use crate::error::Failure;
+pub fn read(path: &Path) -> Result<Vec<Attachment>, Failure> {
     let text = std::fs::read(path).map_err(Failure::io(format!("reading {}", path.display())))?;
+    attachments(path, &text)
+}
+
+/// The same of the file's content.
+pub fn attachments(path: &Path, text: &[u8]) -> Result<Vec<Attachment>, Failure> {
     let decode = |reason: String| Failure::Decode {
         what: path.display().to_string(),
         reason,
     };
-    let saved: Saved = serde_json::from_slice(&text).map_err(|error| decode(error.to_string()))?;
+    let saved: Saved = serde_json::from_slice(text).map_err(|error| decode(error.to_string()))?;
     if saved.version != VERSION {
         return Err(decode(format!(
             "version {} is not {VERSION}",

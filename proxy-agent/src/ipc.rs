@@ -103,16 +103,35 @@ async fn converse(mut stream: UnixStream, queries: mpsc::Sender<Query>) {
             .await
             .map(|answer| json(&answer)),
         Ok(Request::Wire {
-            attachment, netns, ..
+            network,
+            attachment,
+            netns,
         }) => {
             let wire = |answer| {
                 Query::Wire(WireRequest {
+                    network,
                     attachment,
+                    is_check: false,
                     netns,
                     answer,
                 })
             };
             ask(&queries, wire).await.map(|answer| json(&answer))
+        }
+        Ok(Request::Check {
+            network,
+            attachment,
+        }) => {
+            let check = |answer| {
+                Query::Wire(WireRequest {
+                    network,
+                    attachment,
+                    is_check: true,
+                    netns: None,
+                    answer,
+                })
+            };
+            ask(&queries, check).await.map(|answer| json(&answer))
         }
         Err(error) => Some(json(&Answer::Failed(format!("not understood: {error}")))),
     };

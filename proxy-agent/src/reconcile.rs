@@ -272,6 +272,21 @@ impl<D: Dataplane> Reconciler<D> {
             .collect()
     }
 
+    /// Why the kernel does not hold all that is to be dialled of a service, or of a pod's host ports.
+    pub fn unwritten(&self, name: &ObjectName) -> Option<String> {
+        let ports = self.world.ports(name);
+        let mut frontends = ports.iter().flat_map(|port| {
+            let frontends = port.frontends.iter();
+            frontends.map(move |frontend| (&port.key, frontend.address, frontend.port))
+        });
+        let is_missing = frontends.any(|(key, ip, port)| !self.planner.holds(key, ip, port));
+        match self.errors().remove(name) {
+            Some(reason) => Some(reason),
+            None if is_missing => Some("they wait to be written".to_owned()),
+            None => None,
+        }
+    }
+
     /// How many services can't be programmed for now.
     pub fn failed(&self) -> usize {
         self.retries.len() + self.unasked.0.len()

@@ -18,7 +18,7 @@ use penstock_agent::{
             Endpoint, EndpointPort, EndpointSlice, Event, Family, Kind, Node, Object, ObjectName,
             Protocol, Service, ServicePort, TrafficPolicy,
         },
-        port::HostPort,
+        port::{HostPort, PodPorts},
         world::World,
     },
     reconcile::Reconciler,
@@ -151,7 +151,7 @@ fn ips(host: Option<u8>, network: &str) -> Vec<IpAddr> {
 /// What no source says.
 #[derive(Clone, Debug, Default)]
 struct Local {
-    host_ports: BTreeMap<ObjectName, Vec<HostPort>>,
+    host_ports: Vec<PodPorts>,
     node_ports: NodePorts,
 }
 
@@ -160,7 +160,7 @@ impl Local {
         let ip = |text: &str| -> IpAddr { text.parse().expect("an address") };
         match step {
             Step::HostPorts(ports) => {
-                let ports = ports.iter().map(|(pod, port)| {
+                let pods = ports.iter().enumerate().map(|(sandbox, (pod, port))| {
                     let port = HostPort {
                         ip: (port % 2 == 1).then(|| ip("172.18.0.2")),
                         port: NonZeroU16::MIN.saturating_add(30_079 + u16::from(*port)),
@@ -168,9 +168,13 @@ impl Local {
                         pod_ips: vec![ip(&format!("10.244.9.{pod}")), ip("fd00:244:9::1")],
                         pod_port: NonZeroU16::MIN,
                     };
-                    (name("pod", *pod), vec![port])
+                    PodPorts {
+                        pod: name("pod", *pod),
+                        sandbox: format!("sandbox{sandbox}").into(),
+                        ports: vec![port],
+                    }
                 });
-                self.host_ports = ports.collect();
+                self.host_ports = pods.collect();
             }
             Step::NodePorts(which, loopback) => {
                 self.node_ports = NodePorts {

@@ -7,10 +7,9 @@ use tokio::sync::{Notify, mpsc};
 
 use super::Source;
 use crate::{
-    attach::follow,
     dataplane::pins::Pins,
     flows::{Lifetimes, Sweeper},
-    model::object::Event,
+    model::{object::Event, port::PodPorts},
     network,
     udp::Resteer,
     usage::{self, Counted},
@@ -27,8 +26,8 @@ const SECOND_LOOK: Duration = Duration::from_millis(250);
 
 /// The ports of this node that pods ask for, whenever they are others.
 pub(super) async fn told(
-    ports: &mut tokio::sync::watch::Receiver<Option<follow::HostPorts>>,
-) -> Option<follow::HostPorts> {
+    ports: &mut tokio::sync::watch::Receiver<Option<Vec<PodPorts>>>,
+) -> Option<Vec<PodPorts>> {
     ports.changed().await.ok()?;
     ports.borrow_and_update().clone()
 }

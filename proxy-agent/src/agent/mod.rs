@@ -166,14 +166,17 @@ pub async fn run(options: Options) -> Result<Ending> {
     let (known, known_to_network) = tokio::sync::watch::channel(Arc::default());
     let (wires, wire_requests) = mpsc::channel(64);
     let (host_ports_told, mut host_ports) = tokio::sync::watch::channel(None);
+    let (but_for_host_ports, mut wired) = mpsc::channel(64);
     let mut network_state = None;
     let mut wiring = None;
     if let Some(options_of_network) = options.network {
         wiring = Some(Wiring {
             pods: Pods::new(&options_of_network.places.state_dir),
             endpoints: network::Endpoints::open(&pins)?,
+            pins: pins.clone(),
             host_ports: host_ports_told,
             requests: wire_requests,
+            but_for_host_ports,
         });
         let (network, state) = network::Network::new(
             options_of_network,
@@ -227,6 +230,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     ];
     let mut agent = Agent {
         reconciler: Reconciler::new(Bpf::open(&pins)?, world)?,
+        pins: pins.clone(),
         status,
         interfaces,
         shared,
@@ -287,10 +291,19 @@ pub async fn run(options: Options) -> Result<Ending> {
                 agent.step();
             }
             Ok(()) = addresses_seen.changed() => {
-                let addresses = addresses_seen.borrow_and_update().clone();
-                agent.reconciler.world.set_node_addresses(addresses);
-                agent.update_node();
+                agent.take_addresses(&mut addresses_seen);
                 agent.step();
+            }
+            Some(request) = wired.recv() => {
+                // What was told before it was asked counts.
+                if addresses_seen.has_changed().unwrap_or(false) {
+                    agent.take_addresses(&mut addresses_seen);
+                }
+                if let Some(ports) = host_ports.borrow_and_update().clone() {
+                    agent.reconciler.world.set_host_ports(ports);
+                }
+                agent.step();
+                agent.answer_of_host_ports(request);
             }
             () = tokio::time::sleep(wait) => agent.step(),
             _ = cgroups.tick() => {

@@ -18,19 +18,21 @@ use crate::{
         cgroup::Attached,
         exclude::Exclusions,
         follow::{self, WireRequest, lock},
-        netns,
+        inspect, netns,
     },
-    dataplane::{bpf::Bpf, changed::Changed},
+    dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
     flows::Lifetimes,
     health,
     ipc::Query,
     metrics::{Syncs, Vitals},
     model::{
         object::{Event, Family, Kind, ObjectName},
+        port::Refusal,
         world::Trigger,
     },
-    monitor, network,
-    plan::planner::Watched,
+    monitor,
+    network::{self, pods},
+    plan::{self, planner::Watched},
     ports,
     reconcile::Reconciler,
     report::{self, Report},
@@ -48,6 +50,8 @@ pub(super) struct Shared {
 
 pub(super) struct Agent {
     pub(super) reconciler: Reconciler<Bpf>,
+    /// Where the kernel's maps are.
+    pub(super) pins: Pins,
     pub(super) status: watch::Status,
     pub(super) interfaces: Arc<Mutex<follow::Status>>,
     pub(super) shared: Shared,
@@ -498,6 +502,55 @@ impl Agent {
                 }
             },
         }
+    }
+
+    /// Takes in which addresses this node has.
+    pub(super) fn take_addresses(&mut self, seen: &mut tokio::sync::watch::Receiver<Vec<IpAddr>>) {
+        let addresses = seen.borrow_and_update().clone();
+        self.reconciler.world.set_node_addresses(addresses);
+        self.update_node();
+    }
+
+    /// Says whether the host ports of an attachment that is wired but for them lead to it.
+    pub(super) fn answer_of_host_ports(&self, request: WireRequest) {
+        let answer = self.host_ports_lead_to(&request);
+        // Who asked may have gone.
+        let _ = request.answer.send(answer);
+    }
+
+    fn host_ports_lead_to(&self, request: &WireRequest) -> Answer {
+        let world = &self.reconciler.world;
+        let Some((pod, refusals)) = world.refusals(&pods::sandbox(&request.attachment)) else {
+            return Answer::NotYet("its interface was removed meanwhile".to_owned());
+        };
+        if !refusals.is_empty() {
+            let reasons: Vec<String> = refusals.iter().map(ToString::to_string).collect();
+            let reasons = reasons.join("; ");
+            let are_held = refusals
+                .iter()
+                .all(|refusal| matches!(refusal, Refusal::Held(_)));
+            return if are_held && !request.is_check {
+                Answer::NotYet(reasons)
+            } else {
+                Answer::Failed(reasons)
+            };
+        }
+        if let Some(reason) = self.reconciler.unwritten(pod) {
+            return Answer::NotYet(format!("its host ports: {reason}"));
+        }
+        if request.is_check {
+            for port in world.ports(pod) {
+                let protocol = plan::writes::proto(port.key.protocol);
+                for frontend in &port.frontends {
+                    let found =
+                        inspect::frontend(&self.pins, frontend.address, frontend.port, protocol);
+                    if let Err(finding) = found {
+                        return finding.into();
+                    }
+                }
+            }
+        }
+        Answer::Done
     }
 
     /// How the agent is, in short.

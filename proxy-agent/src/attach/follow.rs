@@ -5,13 +5,14 @@
 //! everything is listed anew, so that a missed message costs time and nothing else. An interface that can't be attached
 //! is reported and tried again, and does not keep the others waiting.
 
+mod wiring;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     io,
     net::IpAddr,
     os::fd::AsFd,
-    path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -19,17 +20,16 @@ use std::{
 use aya::maps::MapData;
 use futures::{StreamExt, TryStreamExt};
 use glob::Pattern;
-use penstock_cni::{
-    agent::Answer,
-    state::{Attachment, AttachmentKey},
-};
+use penstock_cni::{error, state::Attachment};
 use penstock_common::{Netns, NetnsFlags, V4, V6};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
     packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType},
 };
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::watch;
+
+pub use wiring::{WireRequest, Wiring};
 
 use super::{
     interface::{PacketHooks, Role},
@@ -38,8 +38,7 @@ use super::{
 };
 use crate::{
     dataplane::{batch, pins::Pins},
-    model::{object::ObjectName, port::HostPort},
-    network::{self, Endpoints, MapsError, Uplinks, XdpUplinks, pods::Pods},
+    network::{self, MapsError, Uplinks, XdpUplinks},
 };
 
 /// How long to let messages gather before looking: a pod's link comes with several.
@@ -66,6 +65,8 @@ pub struct Followed {
     pub is_attached: bool,
     /// Why not.
     pub error: Option<String>,
+    /// Whether that may pass by itself.
+    pub is_passing: bool,
     /// What is behind it.
     pub role: Option<Role>,
     /// The namespace behind it.
@@ -122,31 +123,6 @@ struct Link {
 /// Interfaces by index.
 type Present = BTreeMap<u32, Link>;
 
-/// What connects pods.
-pub struct Wiring {
-    /// What the CNI plugin says.
-    pub pods: Pods,
-    /// What the programs are told of it.
-    pub endpoints: Endpoints,
-    /// Hears of the ports of this node that pods ask for.
-    pub host_ports: watch::Sender<Option<HostPorts>>,
-    /// Questions whether an attachment is wired.
-    pub requests: mpsc::Receiver<WireRequest>,
-}
-
-/// Ports of this node that pods ask for, by pod.
-pub type HostPorts = BTreeMap<ObjectName, Vec<HostPort>>;
-
-/// A question whether an attachment is wired.
-pub struct WireRequest {
-    /// Which.
-    pub attachment: AttachmentKey,
-    /// Where its network namespace may be.
-    pub netns: Option<PathBuf>,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<Answer>,
-}
-
 /// The next question; never, where there is no network.
 async fn next(wiring: &mut Option<Wiring>) -> WireRequest {
     if let Some(wiring) = wiring
@@ -183,6 +159,8 @@ pub struct Follower {
     inherited: HashSet<u64>,
     files: netns::Namespaces,
     wiring: Option<Wiring>,
+    /// Why `ENDPOINTS` could not be written when last tried, and whether that may pass.
+    unwritten: Option<(String, bool)>,
     /// How many looks an attachment without an interface still gets.
     patience: u32,
     /// Shared with the command line.
@@ -222,6 +200,7 @@ impl Follower {
             inherited,
             files: netns::Namespaces::default(),
             wiring,
+            unwritten: None,
             patience: 0,
             status: Arc::default(),
         })
@@ -250,7 +229,7 @@ impl Follower {
                 Err(error) => break Err(io::Error::other(error)),
             };
             for request in asked.drain(..) {
-                self.answer(request);
+                self.answer(&handle, request).await;
             }
             let pause = if is_settled { IDLE } else { RETRY };
             let settle = if self.wiring.is_some() {
@@ -457,7 +436,12 @@ impl Follower {
         let is_between = status.attachments.iter().any(|(_, index)| index.is_none());
         let is_awaited = is_between && self.patience > 0;
         self.patience = self.patience.saturating_sub(u32::from(is_between));
-        let host_ports = wiring.pods.host_ports();
+        let there: HashSet<&str> = status
+            .interfaces
+            .values()
+            .map(|followed| followed.name.as_str())
+            .collect();
+        let host_ports = wiring.pods.host_ports(|name| there.contains(name));
         wiring.host_ports.send_if_modified(|known| {
             let is_new = known.as_ref() != Some(&host_ports);
             *known = Some(host_ports);
@@ -465,44 +449,17 @@ impl Follower {
         });
         status
             .problems
-            .extend(wiring.pods.problems.values().cloned());
+            .extend(wiring.pods.problems().map(ToString::to_string));
+        self.unwritten = None;
         match written {
             Ok(_) => !is_awaited,
             Err(error) => {
                 tracing::warn!("{error}; pods are routed by the kernel until then");
                 status.problems.push(error.to_string());
+                self.unwritten = Some((error.to_string(), error::chain_passes(&error)));
                 false
             }
         }
-    }
-
-    /// Says whether an attachment is wired.
-    fn answer(&self, request: WireRequest) {
-        let status = lock(&self.status);
-        let found = status
-            .attachments
-            .iter()
-            .find(|(attachment, _)| attachment.key == request.attachment);
-        let answer = match found {
-            None => Answer::Failed("the state on disk does not name it".to_owned()),
-            Some((attachment, None)) => {
-                let followed = status
-                    .interfaces
-                    .values()
-                    .find(|followed| followed.name == attachment.interface);
-                let reason = followed.and_then(|followed| followed.error.clone());
-                Answer::Failed(reason.unwrap_or_else(|| {
-                    format!(
-                        "the interface {} is not there, or does not match --pod-interfaces",
-                        attachment.interface
-                    )
-                }))
-            }
-            Some(_) if !status.problems.is_empty() => Answer::Failed(status.problems.join("; ")),
-            Some(_) => Answer::Done,
-        };
-        // Who asked may have gone.
-        let _ = request.answer.send(answer);
     }
 
     /// Drops what is known of interfaces that are gone or renamed.
@@ -564,6 +521,7 @@ impl Follower {
                         tracing::warn!("{text}; trying again");
                     }
                     followed.error = Some(text);
+                    followed.is_passing = error::chain_passes(&error);
                 }
             }
             lock(&self.status).interfaces.insert(*index, followed);

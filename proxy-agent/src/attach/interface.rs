@@ -32,11 +32,11 @@ pub enum Role {
 }
 
 /// A program, which its pinned links' names end in, and its direction.
-type Hook = (&'static str, TcAttachType);
+pub(super) type Hook = (&'static str, TcAttachType);
 
 impl Role {
     /// Its hooks.
-    fn hooks(self) -> &'static [Hook] {
+    pub(super) fn hooks(self) -> &'static [Hook] {
         match self {
             Self::Pod => &[
                 ("from_pod", TcAttachType::Ingress),
@@ -63,7 +63,7 @@ fn all_hooks() -> impl Iterator<Item = &'static Hook> {
 
 /// Where our filters lie among a clsact qdisc's: early, as other datapaths use 1 and 50 on.
 const PRIORITY: u16 = 40;
-const HANDLE: u32 = 0x9e57;
+pub(super) const HANDLE: u32 = 0x9e57;
 
 /// The packet programs, loaded.
 pub struct PacketHooks {

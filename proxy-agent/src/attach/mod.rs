@@ -7,6 +7,7 @@
 pub mod cgroup;
 pub mod exclude;
 pub mod follow;
+pub mod inspect;
 pub mod interface;
 pub mod netns;
 pub mod routes;

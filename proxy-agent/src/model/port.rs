@@ -179,3 +179,31 @@ impl HostPort {
         }
     }
 }
+
+/// The ports of this node that one interface of a pod's is to get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodPorts {
+    /// The pod.
+    pub pod: ObjectName,
+    /// What tells its interface from others, also of the same pod: its next sandbox may come before the
+    /// last one is gone.
+    pub sandbox: Arc<str>,
+    /// The ports.
+    pub ports: Vec<HostPort>,
+}
+
+/// Why a pod does not get a port of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Another pod has it, for as long as that is there.
+    Held(String),
+    /// It can't be had as things are.
+    Denied(String),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Held(reason) | Self::Denied(reason)) = self;
+        f.write_str(reason)
+    }
+}

@@ -5,29 +5,30 @@ use std::{
     fs, io,
     net::IpAddr,
     num::NonZeroU16,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    time::SystemTime,
+    sync::Arc,
 };
 
-use penstock_cni::state::{self, Attachment};
+use penstock_cni::{
+    error::Failure,
+    state::{self, Attachment, AttachmentKey},
+};
 use penstock_common::{Endpoint, EndpointFlags};
 
 use crate::model::{
     object::{ObjectName, Protocol},
-    port::HostPort,
+    port::{HostPort, PodPorts},
 };
-
-/// When a file was what.
-type Stamp = (SystemTime, u64, u64);
 
 /// The states of all networks.
 #[derive(Debug)]
 pub struct Pods {
     folder: PathBuf,
-    files: BTreeMap<PathBuf, (Stamp, Vec<Attachment>)>,
+    /// By its file, what a network's state says: in octets, since a file system's clock is too coarse to
+    /// tell two changes apart, and in attachments.
+    files: BTreeMap<PathBuf, (Vec<u8>, Vec<Attachment>)>,
     /// What can't be read, and why.
-    pub problems: BTreeMap<PathBuf, String>,
+    problems: BTreeMap<PathBuf, Failure>,
 }
 
 impl Pods {
@@ -58,25 +59,49 @@ impl Pods {
         self.files.retain(|path, _| present.contains(path));
         self.problems.retain(|path, _| present.contains(path));
         for path in present {
-            let Some(stamp) = stamp(&path) else { continue };
-            if self.files.get(&path).is_some_and(|(old, _)| *old == stamp) {
+            let text = match fs::read(&path) {
+                Ok(text) => text,
+                // The network was removed meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    let what = format!("reading {}", path.display());
+                    self.reject(path, Failure::io(what)(error));
+                    continue;
+                }
+            };
+            if self.files.get(&path).is_some_and(|(old, _)| *old == text) {
+                self.problems.remove(&path);
                 continue;
             }
-            match state::read(&path) {
+            match state::attachments(&path, &text) {
                 Ok(attachments) => {
                     self.problems.remove(&path);
-                    self.files.insert(path, (stamp, attachments));
+                    self.files.insert(path, (text, attachments));
                 }
-                Err(error) => {
-                    let text = error.to_string();
-                    if self.problems.get(&path) != Some(&text) {
-                        tracing::warn!("{text}");
-                    }
-                    self.problems.insert(path, text);
-                }
+                Err(failure) => self.reject(path, failure),
             }
         }
         Ok(())
+    }
+
+    fn reject(&mut self, path: PathBuf, failure: Failure) {
+        let text = failure.to_string();
+        let known = self.problems.get(&path).map(ToString::to_string);
+        if known.as_ref() != Some(&text) {
+            tracing::warn!("{text}");
+        }
+        self.problems.insert(path, failure);
+    }
+
+    /// What can't be read, and why.
+    pub fn problems(&self) -> impl Iterator<Item = &Failure> {
+        self.problems.values()
+    }
+
+    /// Why a network's state can't be read.
+    pub fn problem_of(&self, network: &str) -> Option<&Failure> {
+        self.problems
+            .get(&state::State::path(&self.folder, network))
     }
 
     /// All attachments.
@@ -84,41 +109,20 @@ impl Pods {
         self.files.values().flat_map(|(_, attachments)| attachments)
     }
 
-    /// The ports of this node that pods ask for.
-    pub fn host_ports(&self) -> BTreeMap<ObjectName, Vec<HostPort>> {
-        let mut all: BTreeMap<ObjectName, Vec<HostPort>> = BTreeMap::new();
-        for attachment in self.attachments() {
-            let name = attachment.pod.as_ref().map_or_else(
-                || ObjectName::new("", attachment.key.container.as_str()),
-                |pod| ObjectName::new(pod.namespace.as_str(), format!("pod/{}", pod.name)),
-            );
-            for asked in &attachment.host_ports {
-                let protocol = match asked.protocol.to_ascii_lowercase().as_str() {
-                    "udp" => Protocol::Udp,
-                    "sctp" => Protocol::Sctp,
-                    _ => Protocol::Tcp,
-                };
-                let (Some(port), Some(pod_port)) = (
-                    NonZeroU16::new(asked.host_port),
-                    NonZeroU16::new(asked.container_port),
-                ) else {
-                    continue;
-                };
-                // The unspecified address means every one of its family, as for a socket.
-                let is_wanted = |ip: &&IpAddr| {
-                    let asked = asked.host_ip;
-                    asked.is_none_or(|asked| asked.is_ipv4() == ip.is_ipv4())
-                };
-                all.entry(name.clone()).or_default().push(HostPort {
-                    ip: asked.host_ip.filter(|ip| !ip.is_unspecified()),
-                    port,
-                    protocol,
-                    pod_ips: attachment.ips.iter().filter(is_wanted).copied().collect(),
-                    pod_port,
-                });
-            }
-        }
-        all
+    /// The ports of this node that pods ask for, those first that came first. A pod whose interface is
+    /// gone is out of reach for ever, and needs none, whoever is yet to delete it.
+    pub fn host_ports(&self, is_there: impl Fn(&str) -> bool) -> Vec<PodPorts> {
+        let asking = self
+            .attachments()
+            .filter(|attachment| !attachment.host_ports.is_empty())
+            .filter(|attachment| is_there(&attachment.interface));
+        asking
+            .map(|attachment| PodPorts {
+                pod: pod(attachment),
+                sandbox: sandbox(&attachment.key),
+                ports: host_ports(attachment).collect(),
+            })
+            .collect()
     }
 
     /// The addresses of attachments whose interface is there, by its name.
@@ -143,7 +147,38 @@ impl Pods {
     }
 }
 
-fn stamp(path: &Path) -> Option<Stamp> {
-    let metadata = fs::metadata(path).ok()?;
-    Some((metadata.modified().ok()?, metadata.len(), metadata.ino()))
+/// What tells an attachment's interface from others.
+pub fn sandbox(key: &AttachmentKey) -> Arc<str> {
+    format!("{}/{}", key.container, key.ifname).into()
+}
+
+/// What a pod with host ports is called among services.
+fn pod(attachment: &Attachment) -> ObjectName {
+    attachment.pod.as_ref().map_or_else(
+        || ObjectName::new("", attachment.key.container.as_str()),
+        |pod| ObjectName::new(pod.namespace.as_str(), format!("pod/{}", pod.name)),
+    )
+}
+
+/// The ports of this node that an attachment asks for.
+fn host_ports(attachment: &Attachment) -> impl Iterator<Item = HostPort> + '_ {
+    attachment.host_ports.iter().filter_map(|asked| {
+        let protocol = match asked.protocol.to_ascii_lowercase().as_str() {
+            "udp" => Protocol::Udp,
+            "sctp" => Protocol::Sctp,
+            _ => Protocol::Tcp,
+        };
+        // The unspecified address means every one of its family, as for a socket.
+        let is_wanted = |ip: &&IpAddr| {
+            let asked = asked.host_ip;
+            asked.is_none_or(|asked| asked.is_ipv4() == ip.is_ipv4())
+        };
+        Some(HostPort {
+            ip: asked.host_ip.filter(|ip| !ip.is_unspecified()),
+            port: NonZeroU16::new(asked.host_port)?,
+            protocol,
+            pod_ips: attachment.ips.iter().filter(is_wanted).copied().collect(),
+            pod_port: NonZeroU16::new(asked.container_port)?,
+        })
+    })
 }

@@ -339,6 +339,16 @@ impl Planner {
         all.into_iter().chain(v6).collect()
     }
 
+    /// Whether the kernel holds this frontend of a port.
+    pub fn holds(&self, key: &PortKey, ip: IpAddr, port: u16) -> bool {
+        let id = self.ids.get(key).copied();
+        let owner = match key.family {
+            Family::V4 => owner(&self.v4, ip, port, key.protocol),
+            Family::V6 => owner(&self.v6, ip, port, key.protocol),
+        };
+        id.is_some() && id == owner
+    }
+
     /// Every port that the kernel holds, by name.
     pub fn view(&self) -> Vec<PortView> {
         let mut views: Vec<PortView> = self

@@ -96,7 +96,7 @@ impl Plan {
     }
 }
 
-pub(super) fn proto(protocol: Protocol) -> Proto {
+pub(crate) fn proto(protocol: Protocol) -> Proto {
     match protocol {
         Protocol::Tcp => Proto::TCP,
         Protocol::Udp => Proto::UDP,

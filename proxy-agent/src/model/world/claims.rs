@@ -16,8 +16,22 @@ pub(super) struct Claimed {
     pub(super) protocol: Protocol,
 }
 
-/// A service that wants a frontend; the least one gets it: the older, then the first by name.
+/// A service that wants a frontend; the least one gets it: the older, then the first by name. Pods come
+/// after all services, as the rules of hostPorts do after kube-proxy's.
 pub(super) type Claim = (i64, ObjectName);
+
+/// A service's claim.
+pub(super) fn claim_of(service: &Service) -> Claim {
+    (service.created_secs.min(POD - 1), service.name.clone())
+}
+
+/// A pod's claim.
+pub(super) fn claim_of_pod(pod: &ObjectName) -> Claim {
+    (POD, pod.clone())
+}
+
+/// How old a pod counts as, which no service does.
+const POD: i64 = i64::MAX;
 
 /// What a pod's host port is dialled at.
 pub(super) fn claimed(port: &HostPort) -> Claimed {

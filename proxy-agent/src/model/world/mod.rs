@@ -5,6 +5,7 @@
 //! there were services is refused.
 
 mod claims;
+mod host_ports;
 mod served;
 
 use std::{
@@ -22,9 +23,9 @@ use super::{
         EndpointSlice, Event, ExcludedPod, Family, Kind, Node, Object, ObjectName, Rejection,
         Service, TrafficPolicy,
     },
-    port::HostPort,
 };
-use claims::{Claim, Claimed, claimed, claims};
+use claims::{Claim, Claimed, claim_of, claims};
+use host_ports::HostPorts;
 
 /// What made a service's endpoints change.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,7 +61,7 @@ pub struct World {
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
     /// What pods of this node asked for.
-    host_ports: BTreeMap<ObjectName, Vec<HostPort>>,
+    host_ports: HostPorts,
     excluded: BTreeMap<ObjectName, ExcludedPod>,
     listed: HashSet<Kind>,
     dirty: BTreeSet<ObjectName>,
@@ -88,7 +89,7 @@ impl World {
             forwarded: BTreeSet::new(),
             local: BTreeSet::new(),
             node_port_services: BTreeSet::new(),
-            host_ports: BTreeMap::new(),
+            host_ports: HostPorts::default(),
             excluded: BTreeMap::new(),
             listed: HashSet::new(),
             dirty: BTreeSet::new(),
@@ -160,7 +161,7 @@ impl World {
 
     /// Whether there is such a service, or such a pod with host ports.
     pub fn has(&self, name: &ObjectName) -> bool {
-        self.services.contains_key(name) || self.host_ports.contains_key(name)
+        self.services.contains_key(name) || self.host_ports.has(name)
     }
 
     /// The services' names.
@@ -212,28 +213,7 @@ impl World {
         if ips != self.node_port_ips {
             self.node_port_ips = ips;
             self.dirty.extend(self.node_port_services.iter().cloned());
-            self.dirty.extend(self.host_ports.keys().cloned());
-        }
-    }
-
-    /// Sets the ports of this node that its pods asked for.
-    pub fn set_host_ports(&mut self, host_ports: BTreeMap<ObjectName, Vec<HostPort>>) {
-        self.awaits_host_ports = false;
-        let old = std::mem::replace(&mut self.host_ports, host_ports);
-        let names: BTreeSet<ObjectName> =
-            old.keys().chain(self.host_ports.keys()).cloned().collect();
-        for name in names {
-            let (before, after) = (old.get(&name), self.host_ports.get(&name).cloned());
-            if before == after.as_ref() {
-                continue;
-            }
-            for port in before.into_iter().flatten() {
-                self.unclaim_one(claimed(port), (i64::MIN, name.clone()));
-            }
-            for port in after.into_iter().flatten() {
-                self.claim(claimed(&port), (i64::MIN, name.clone()));
-            }
-            self.dirty.insert(name);
+            self.dirty.extend(self.host_ports.names().cloned());
         }
     }
 
@@ -255,7 +235,7 @@ impl World {
             self.dirty
                 .extend(concerned.flat_map(|(_, claims)| claims.iter().map(|c| c.1.clone())));
         }
-        self.dirty.extend(self.host_ports.keys().cloned());
+        self.dirty.extend(self.host_ports.names().cloned());
         self.node_addresses = addresses;
     }
 
@@ -350,7 +330,7 @@ impl World {
             self.unclaim(&old);
         }
         for claimed in claims(&service) {
-            self.claim(claimed, (service.created_secs, service.name.clone()));
+            self.claim(claimed, claim_of(&service));
         }
         let policies = [service.internal_policy, service.external_policy];
         if policies.contains(&TrafficPolicy::Local) {
@@ -377,7 +357,7 @@ impl World {
 
     fn unclaim(&mut self, service: &Service) {
         for claimed in claims(service) {
-            self.unclaim_one(claimed, (service.created_secs, service.name.clone()));
+            self.unclaim_one(claimed, claim_of(service));
         }
         self.node_port_services.remove(&service.name);
         self.checked.remove(&service.name);
@@ -417,6 +397,10 @@ impl World {
             && let Some((_, owner)) = self.claims.get(&any).and_then(BTreeSet::first)
         {
             self.dirty.insert(owner.clone());
+        }
+        if claimed.ip.is_none() {
+            let pods = self.host_ports.with(claimed.port, claimed.protocol);
+            self.dirty.extend(pods.cloned());
         }
     }
 

@@ -5,23 +5,23 @@ use std::{
     net::IpAddr,
 };
 
-use penstock_common::{Algorithm, Forwarding};
+use penstock_common::Forwarding;
 
 use super::{
     World,
-    claims::{Claimed, claimed, claims},
+    claims::{Claimed, claims},
 };
 use crate::model::{
     endpoints::{self, Place},
     object::{Family, ObjectName, Protocol, Rejection, Service, ServicePort, TrafficPolicy},
-    port::{FrontendKind, HostPort, Port, PortBackend, PortFrontend, PortKey, Scope},
+    port::{FrontendKind, Port, PortFrontend, PortKey, Scope},
 };
 
 impl World {
     /// What this node should serve for a service, or a pod's host ports; nothing for one that is gone.
     pub fn ports(&self, name: &ObjectName) -> Vec<Port> {
-        if let Some(ports) = self.host_ports.get(name) {
-            return self.ports_of_host(name, ports);
+        if self.host_ports.has(name) {
+            return self.ports_of_host(name);
         }
         let Some(service) = self.services.get(name) else {
             return Vec::new();
@@ -118,7 +118,7 @@ impl World {
                     ip: Some(**ip),
                     ..any
                 };
-                Family::of(**ip) == family && !self.claims.contains_key(&here)
+                Family::of(**ip) == family && self.service_at(here).is_none()
             };
             if self
                 .refusal(&service.name, any, FrontendKind::NodePort)
@@ -136,75 +136,6 @@ impl World {
         frontends.sort_unstable();
         frontends.dedup_by_key(|frontend| (frontend.address, frontend.port));
         frontends
-    }
-
-    /// Ports of this node that lead to a pod.
-    fn ports_of_host(&self, name: &ObjectName, ports: &[HostPort]) -> Vec<Port> {
-        let mut served = Vec::new();
-        for port in ports {
-            if self
-                .refusal(name, claimed(port), FrontendKind::HostPort)
-                .is_some()
-            {
-                continue;
-            }
-            for backend in &port.pod_ips {
-                let family = Family::of(*backend);
-                let frontend = |address: IpAddr| PortFrontend {
-                    address,
-                    port: port.port.get(),
-                    kind: FrontendKind::HostPort,
-                    internal: Scope::Cluster,
-                    external: Scope::Cluster,
-                };
-                let is_free = |ip: &IpAddr| {
-                    let here = Claimed {
-                        ip: Some(*ip),
-                        ..claimed(port)
-                    };
-                    let is_taken = port.ip.is_none() && self.claims.contains_key(&here);
-                    Family::of(*ip) == family && !is_taken
-                };
-                let ips: Vec<IpAddr> = match port.ip {
-                    Some(ip) => vec![ip],
-                    None => self
-                        .node_addresses
-                        .iter()
-                        .chain(&self.node_port_ips)
-                        .copied()
-                        .collect(),
-                };
-                let mut frontends: Vec<PortFrontend> =
-                    ips.into_iter().filter(is_free).map(frontend).collect();
-                frontends.sort_unstable();
-                frontends.dedup();
-                if frontends.is_empty() {
-                    continue;
-                }
-                served.push(Port {
-                    key: PortKey {
-                        service: name.clone(),
-                        port: port.label(),
-                        protocol: port.protocol,
-                        family,
-                    },
-                    frontends,
-                    source_ranges: Vec::new(),
-                    affinity_secs: 0,
-                    algorithm: Algorithm::default(),
-                    forwarding: Forwarding::default(),
-                    has_endpoints: true,
-                    backends: vec![PortBackend {
-                        address: *backend,
-                        port: port.pod_port.get(),
-                        in_cluster: true,
-                        in_local: false,
-                        weight: 1,
-                    }],
-                });
-            }
-        }
-        served
     }
 
     /// By `healthCheckNodePort`: the service, and how many of its endpoints on this node are ready.
@@ -287,13 +218,17 @@ impl World {
             .iter()
             .flat_map(|(claimed, claims)| claims.iter().map(move |claim| (claimed, claim)))
             .filter_map(|(claimed, (_, name))| self.conflict(name, *claimed))
+            .chain(self.pods_conflicts())
             .collect();
         conflicts.sort_by(|a, b| (&a.object, &a.reason).cmp(&(&b.object, &b.reason)));
         conflicts
     }
 
-    /// The frontends that one service wants and does not get.
+    /// The frontends that one service, or pod, wants and does not get.
     pub fn conflicts_of(&self, name: &ObjectName) -> Vec<Rejection> {
+        if self.host_ports.has(name) {
+            return self.pod_conflicts(name).collect();
+        }
         let service = self.services.get(name);
         let wanted = service.into_iter().flat_map(claims);
         wanted
@@ -303,9 +238,8 @@ impl World {
 
     fn conflict(&self, name: &ObjectName, claimed: Claimed) -> Option<Rejection> {
         let Claimed { ip, port, protocol } = claimed;
-        let service = self.services.get(name);
-        let is_cluster =
-            ip.is_some_and(|ip| service.is_some_and(|service| service.cluster_ips.contains(&ip)));
+        let service = self.services.get(name)?;
+        let is_cluster = ip.is_some_and(|ip| service.cluster_ips.contains(&ip));
         let kind = match (is_cluster, ip) {
             (true, _) => FrontendKind::Cluster,
             (false, Some(_)) => FrontendKind::ExternalIp,
@@ -316,9 +250,8 @@ impl World {
             Some(ip) => format!("port {port} of {ip}"),
             None => format!("port {port} of this node"),
         };
-        let kind = if service.is_some() { "Service" } else { "Pod" };
         Some(Rejection {
-            kind: kind.to_owned(),
+            kind: "Service".to_owned(),
             object: name.to_string(),
             origin: String::new(),
             reason: format!("{protocol} {place} {reason}"),
@@ -326,7 +259,12 @@ impl World {
     }
 
     /// Why a service does not get a frontend that it claims.
-    fn refusal(&self, name: &ObjectName, claimed: Claimed, kind: FrontendKind) -> Option<String> {
+    pub(super) fn refusal(
+        &self,
+        name: &ObjectName,
+        claimed: Claimed,
+        kind: FrontendKind,
+    ) -> Option<String> {
         let is_own = claimed
             .ip
             .is_some_and(|ip| self.node_addresses.contains(&ip));
@@ -335,12 +273,19 @@ impl World {
         }
         let (_, owner) = self.claims.get(&claimed)?.first()?;
         (owner != name).then(|| {
-            let kind = if self.host_ports.contains_key(owner) {
-                "pod"
+            // Which is older makes no difference for a pod.
+            let kind = if kind == FrontendKind::HostPort {
+                "service"
             } else {
                 "older service"
             };
             format!("belongs to the {kind} {owner}")
         })
+    }
+
+    /// The service that is to be dialled there, if one is.
+    pub(super) fn service_at(&self, claimed: Claimed) -> Option<&ObjectName> {
+        let (_, owner) = self.claims.get(&claimed)?.first()?;
+        self.services.contains_key(owner).then_some(owner)
     }
 }
