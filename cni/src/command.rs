@@ -25,7 +25,7 @@ use crate::{
     result::{self, Made},
     shape::Limit,
     state::{Attachment, AttachmentKey, State},
-    store::{Store, now},
+    store::{self, Store, now},
     version::Version,
 };
 
@@ -94,27 +94,30 @@ async fn add(config: &Config, target: &Target, wishes: Wishes) -> Result<Value, 
     let network = network(config)?;
     let mtu = wishes.mtu.unwrap_or(network.mtu);
     check_limits(&wishes, mtu)?;
-    let ends = Ends::open(open(&target.netns)?)?;
+    let netns = open(&target.netns).map_err(|failure| unless_it_left(config, target, failure))?;
+    let ends = Ends::open(netns)?;
     let mut ips = wishes.arguments.ips;
     for ip in wishes.capabilities.ips {
         if !ips.contains(&ip) {
             ips.push(ip);
         }
     }
-    let wanted = Wanted {
-        pod: wishes.arguments.pod,
-        host_ports: wishes.capabilities.host_ports,
-        bandwidth: wishes.capabilities.bandwidth,
-        ips,
-    };
     let (former, attachment) = {
         // The lock is not held while anything is asked of the kernel or the agent.
         let mut store = Store::open(&config.state_dir, &config.name)?;
+        let wanted = Wanted {
+            pod: wishes.arguments.pod,
+            host_ports: wishes.capabilities.host_ports,
+            bandwidth: wishes.capabilities.bandwidth,
+            ips,
+            others: store::others(&config.state_dir, &config.name)?,
+        };
         let former = store.state().attachment(&target.key).cloned();
         let reserve =
             |state: &mut State| state.reserve(&target.key, &network.pod_cidrs, wanted, now());
         (former, store.change(reserve)?)
     };
+    release_elsewhere(config, &target.key)?;
     let mut adding = Adding {
         config,
         ends: &ends,
@@ -137,6 +140,23 @@ async fn add(config: &Config, target: &Target, wishes: Wishes) -> Result<Value, 
     result::build(config.version, wishes.previous, wishes.dns.as_ref(), &made)
 }
 
+/// A container that is gone needs no DEL, which is what its code says, unless it was here before.
+fn unless_it_left(config: &Config, target: &Target, failure: Failure) -> Failure {
+    let state = State::read(&State::path(&config.state_dir, &config.name));
+    let is_known =
+        state.is_ok_and(|state| state.is_some_and(|state| state.attachment(&target.key).is_some()));
+    match failure {
+        Failure::UnknownContainer(netns) if is_known => Failure::environment(
+            "CNI_NETNS",
+            format!(
+                "is {}, which is gone, and the container has addresses from before; DEL gives them back",
+                netns.display()
+            ),
+        ),
+        other => other,
+    }
+}
+
 /// An attachment that has its addresses.
 struct Adding<'a> {
     config: &'a Config,
@@ -156,11 +176,11 @@ impl Adding<'_> {
         } = *self;
         let alias = names::alias(&config.name, &attachment.key, attachment.pod.as_ref());
         ends.make(attachment, &alias, mtu).await?;
-        self.wire().await?;
+        let wired = self.wire().await;
         // A DEL in the meantime did not find the link, perhaps, but it took the state away.
         let state = State::read(&State::path(&config.state_dir, &config.name))?;
         if state.is_some_and(|state| state.attachment(&attachment.key) == Some(attachment)) {
-            return Ok(());
+            return wired;
         }
         Err(Failure::TryAgain(format!(
             "{} of container {} was deleted while it was added",
@@ -177,9 +197,7 @@ impl Adding<'_> {
         };
         match agent::ask(&self.config.run_dir, &request).await? {
             Answer::Done => Ok(()),
-            Answer::NotYet(reason) => Err(Failure::TryAgain(format!(
-                "the node's agent is not ready: {reason}"
-            ))),
+            Answer::NotYet(reason) => Err(not_yet(&reason)),
             Answer::Failed(reason) => Err(Failure::Agent(reason)),
         }
     }
@@ -210,6 +228,11 @@ impl Adding<'_> {
     }
 }
 
+/// The agent can't do it for now.
+fn not_yet(reason: &str) -> Failure {
+    Failure::TryAgain(format!("the node's agent can't wire the pod yet: {reason}"))
+}
+
 /// The links that an attachment of that name would have, whether or not the state knows it.
 fn expected(key: &AttachmentKey) -> Attachment {
     Attachment {
@@ -237,14 +260,41 @@ async fn delete(
     if let Some(mut store) = Store::open_existing(&config.state_dir, &config.name)? {
         store.change(|state| Ok(state.release(key, true, now())))?;
     }
+    release_elsewhere(config, key)?;
     // An ADD that was under way may have made the link just before it lost its addresses.
     host.delete(&attachment.interface).await.map(drop)
 }
 
+/// Gives back what an attachment has in the states of other networks: runtimes call by the name that a
+/// network has now, and it may have had another one when the attachment was made. A container has one
+/// interface of that name, whatever the network.
+fn release_elsewhere(config: &Config, key: &AttachmentKey) -> Result<(), Failure> {
+    for network in store::networks(&config.state_dir)? {
+        let path = State::path(&config.state_dir, &network);
+        // Of one that can't be read nobody knows whom it names. The agent says so, too.
+        let Ok(Some(state)) = State::read(&path) else {
+            continue;
+        };
+        if network == config.name || state.attachment(key).is_none() {
+            continue;
+        }
+        if let Some(mut store) = Store::open_existing(&config.state_dir, &network)? {
+            store.change(|state| Ok(state.release(key, true, now())))?;
+        }
+    }
+    Ok(())
+}
+
 async fn check(config: &Config, target: &Target, previous: &Previous) -> Result<(), Failure> {
     let path = State::path(&config.state_dir, &config.name);
-    let state = State::read(&path)?.unwrap_or_else(|| State::new(&config.name));
-    let attachment = state.attachment(&target.key).ok_or_else(|| {
+    let own = State::read(&path)?.unwrap_or_else(|| State::new(&config.name));
+    let others = match own.attachment(&target.key) {
+        Some(_) => Vec::new(),
+        None => store::others(&config.state_dir, &config.name)?,
+    };
+    let mut states = std::iter::once(&own).chain(&others);
+    let found = states.find_map(|state| Some((&state.network, state.attachment(&target.key)?)));
+    let (network, attachment) = found.ok_or_else(|| {
         Failure::Mismatch(format!(
             "{} does not know {} of container {}",
             path.display(),
@@ -253,7 +303,20 @@ async fn check(config: &Config, target: &Target, previous: &Previous) -> Result<
         ))
     })?;
     compare(attachment, &target.netns, previous)?;
-    Ends::open(open(&target.netns)?)?.verify(attachment).await
+    Ends::open(open(&target.netns)?)?.verify(attachment).await?;
+    let request = agent::Request::Check {
+        network: network.clone(),
+        attachment: target.key.clone(),
+    };
+    // That no agent answers is no mismatch, for which a runtime might make the pod anew: the kernel goes
+    // on with what it has, and whether that is right can be told once an agent is back.
+    match agent::ask(&config.run_dir, &request).await? {
+        Answer::Done => Ok(()),
+        Answer::NotYet(reason) => Err(Failure::TryAgain(format!(
+            "the node's agent can't tell whether the pod is wired: {reason}"
+        ))),
+        Answer::Failed(reason) => Err(Failure::Mismatch(reason)),
+    }
 }
 
 /// Whether the result that the runtime keeps is the one that ADD gave.

@@ -32,6 +32,8 @@ pub struct Wanted {
     pub bandwidth: Option<Bandwidth>,
     /// Addresses that it has to get.
     pub ips: Vec<IpAddr>,
+    /// The states of the node's other networks, whose addresses are of the same ranges.
+    pub others: Vec<State>,
 }
 
 /// Whether an address still rests. A clock that was set back does not make it rest for longer.
@@ -62,7 +64,7 @@ impl State {
             ));
         }
         self.released.retain(|released| rests(released, now));
-        let ips = self.choose(key, ranges, &wanted.ips)?;
+        let ips = self.choose(key, ranges, &wanted, now)?;
         let attachment = Attachment {
             interface,
             mac: names::container_mac(key),
@@ -93,11 +95,17 @@ impl State {
         &self,
         key: &AttachmentKey,
         ranges: &[IpNetwork],
-        wanted: &[IpAddr],
+        wanted: &Wanted,
+        now: Now,
     ) -> Result<Vec<IpAddr>, Failure> {
-        let others = self.attachments.iter().filter(|other| other.key != *key);
+        let states = || std::iter::once(self).chain(&wanted.others);
+        let wanted = &wanted.ips;
+        let attachments = states().flat_map(|state| &state.attachments);
+        let others = attachments.filter(|other| other.key != *key);
         let taken: HashSet<IpAddr> = others.flat_map(|other| other.ips.iter().copied()).collect();
-        let resting: HashSet<IpAddr> = self.released.iter().map(|found| found.address).collect();
+        let released = states().flat_map(|state| &state.released);
+        let released = released.filter(|released| rests(released, now));
+        let resting: HashSet<IpAddr> = released.map(|found| found.address).collect();
         let own = self
             .attachment(key)
             .map_or(&[][..], |own| own.ips.as_slice());

@@ -82,7 +82,7 @@ impl Ends {
         self.host
             .create_pair(host, container, &self.netns, mtu)
             .await?;
-        let link = self.found(&self.host, &attachment.interface).await?;
+        let link = made(&self.host, &attachment.interface).await?;
         // First of all, so that it is known as ours.
         self.host.set_alias(link.index, alias).await?;
         self.host.mute_ipv6(link.index).await;
@@ -106,7 +106,7 @@ impl Ends {
     }
 
     async fn make_container(&self, attachment: &Attachment) -> Result<(), Failure> {
-        let link = self.found(&self.container, &attachment.key.ifname).await?;
+        let link = made(&self.container, &attachment.key.ifname).await?;
         if attachment.ips.iter().any(IpAddr::is_ipv6) {
             self.netns.quiet_ipv6(&attachment.key.ifname)?;
         } else {
@@ -131,22 +131,16 @@ impl Ends {
         }
     }
 
-    /// A link that has to be there.
-    async fn found(&self, netlink: &Netlink, name: &str) -> Result<Link, Failure> {
-        netlink.link(name).await?.ok_or_else(|| {
-            Failure::Mismatch(format!(
-                "the interface {name} is gone; was the container ended meanwhile?"
-            ))
-        })
-    }
-
     /// Whether everything is as [`Self::make`] made it. Its MTU may differ: plugins later in a chain
     /// change it, and pods may.
     pub async fn verify(&self, attachment: &Attachment) -> Result<(), Failure> {
         let interface = &attachment.interface;
         let ifname = &attachment.key.ifname;
-        let host = self.found(&self.host, interface).await?;
-        let container = self.found(&self.container, ifname).await?;
+        let gone = |name: &str| Failure::Mismatch(format!("the interface {name} is gone"));
+        let host = self.host.link(interface).await?;
+        let host = host.ok_or_else(|| gone(interface))?;
+        let container = self.container.link(ifname).await?;
+        let container = container.ok_or_else(|| gone(ifname))?;
         for (link, mac) in [(&host, attachment.host_mac), (&container, attachment.mac)] {
             let name = &link.name;
             ensure(link.is_veth, || format!("{name} is no veth link"))?;
@@ -194,6 +188,15 @@ impl Ends {
         }
         Ok(())
     }
+}
+
+/// A link that was made a moment ago.
+async fn made(netlink: &Netlink, name: &str) -> Result<Link, Failure> {
+    netlink.link(name).await?.ok_or_else(|| {
+        Failure::TryAgain(format!(
+            "the interface {name} was removed while it was made; was the container ended meanwhile?"
+        ))
+    })
 }
 
 fn ensure(is_so: bool, otherwise: impl FnOnce() -> String) -> Result<(), Failure> {

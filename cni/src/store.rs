@@ -1,21 +1,34 @@
 //! The network's state on disk, for whoever changes it: a lock, and a file that is replaced as a
 //! whole and only once it is safely written.
 //!
-//! Three files a network: NAME.json, NAME.lock and, while it is written, NAME.new. The lock is a
-//! file of its own because the state's own file is another after each change.
+//! Four files a network: NAME.json, NAME.lock, NAME.reserve and, while it is written, NAME.new. The lock
+//! is a file of its own because the state's own file is another after each change. The reserve is room
+//! that nobody else can take: an attachment is entered only where there is as much of it as a state
+//! without that attachment needs, so that it can be taken away on a full disk too.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{self, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    time::SystemTime,
+    sync::mpsc,
+    time::{Duration, SystemTime},
 };
+
+use nix::{errno::Errno, fcntl::posix_fallocate};
 
 use crate::{
     error::Failure,
     ledger::Now,
-    state::{State, this_boot},
+    state::{SUFFIX, State, this_boot},
 };
+
+/// How long others may hold a lock: far longer than any of them needs, unless a disk hangs.
+const LOCKED_FOR: Duration = Duration::from_secs(10);
+/// In what pieces a reserve is made: file systems' blocks are not larger, as a rule.
+const PIECE: u64 = 4_096;
+/// The unit of what a file takes on its disk (stat(2)).
+const BLOCK: u64 = 512;
 
 /// A network's state while nobody else can change it.
 #[derive(Debug)]
@@ -26,6 +39,8 @@ pub struct Store {
     state: State,
     /// Held until this is dropped, or the process ends however.
     _lock: File,
+    /// The folder's, for who gives out addresses: no two networks may give out the same.
+    _addresses: Option<File>,
 }
 
 /// The time, as the state has it.
@@ -36,34 +51,92 @@ pub fn now() -> Now {
     })
 }
 
+/// Waits for a lock, and not for ever: whoever waits for this plugin does not either.
+fn lock(file: File, path: &Path, limit: Duration) -> Result<File, Failure> {
+    let failure = || Failure::io(format!("locking {}", path.display()));
+    match file.try_lock() {
+        Ok(()) => return Ok(file),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(error)) => return Err(failure()(error)),
+    }
+    let (sender, locked) = mpsc::channel();
+    // It may wait for longer than this process lives.
+    std::thread::spawn(move || {
+        let result = file.lock().map(|()| file);
+        let _ = sender.send(result);
+    });
+    match locked.recv_timeout(limit) {
+        Ok(result) => result.map_err(failure()),
+        Err(_) => Err(Failure::TryAgain(format!(
+            "another call of the plugin has had the lock {} for {} s",
+            path.display(),
+            limit.as_secs()
+        ))),
+    }
+}
+
+/// The names of the networks that have a state in `folder`.
+pub fn networks(folder: &Path) -> Result<Vec<String>, Failure> {
+    let failure = || Failure::io(format!("listing {} (stateDir)", folder.display()));
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failure()(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(failure())?.file_name();
+        let name = name.to_str().and_then(|name| name.strip_suffix(SUFFIX));
+        names.extend(name.map(str::to_owned));
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// The states of all networks but one, without what is of an earlier boot.
+pub fn others(folder: &Path, network: &str) -> Result<Vec<State>, Failure> {
+    let mut states = Vec::new();
+    for other in networks(folder)?.iter().filter(|other| *other != network) {
+        if let Some(mut state) = State::read(&State::path(folder, other))? {
+            if let Some(boot) = this_boot() {
+                state.enter_boot(&boot);
+            }
+            // Its file says whose it is.
+            state.network.clone_from(other);
+            states.push(state);
+        }
+    }
+    Ok(states)
+}
+
 impl Store {
-    /// Waits for the lock and reads the state, making the folder if need be.
+    /// Waits for the locks and reads the state, making the folder if need be: for whoever gives out
+    /// addresses.
     pub fn open(folder: &Path, network: &str) -> Result<Self, Failure> {
         fs::create_dir_all(folder).map_err(Failure::io(format!(
             "making the folder {} (stateDir)",
             folder.display()
         )))?;
-        Self::open_existing(folder, network)?.ok_or_else(|| Failure::Io {
+        let opened = File::open(folder).map_err(Failure::io(format!(
+            "opening the folder {} (stateDir)",
+            folder.display()
+        )))?;
+        let addresses = lock(opened, folder, LOCKED_FOR)?;
+        let mut store = Self::open_existing(folder, network)?.ok_or_else(|| Failure::Io {
             what: format!("locking the state in {}", folder.display()),
             source: io::ErrorKind::NotFound.into(),
-        })
+        })?;
+        store._addresses = Some(addresses);
+        Ok(store)
     }
 
     /// Waits for the lock and reads the state; `None` if there is no folder, hence no state.
     pub fn open_existing(folder: &Path, network: &str) -> Result<Option<Self>, Failure> {
         let path = folder.join(format!("{network}.lock"));
-        let open = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path);
-        let lock = match open {
-            Ok(lock) => lock,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Failure::io(format!("opening {}", path.display()))(error)),
+        let Some(opened) = open_lock(&path, &State::path(folder, network))? else {
+            return Ok(None);
         };
-        lock.lock()
-            .map_err(Failure::io(format!("locking {}", path.display())))?;
+        let lock = lock(opened, &path, LOCKED_FOR)?;
         let state = State::read(&State::path(folder, network))?;
         let mut state = state.unwrap_or_else(|| State::new(network));
         // Without it nothing is known to be of an earlier boot.
@@ -75,6 +148,7 @@ impl Store {
             network: network.to_owned(),
             state,
             _lock: lock,
+            _addresses: None,
         }))
     }
 
@@ -98,30 +172,116 @@ impl Store {
         Ok(result)
     }
 
+    fn file(&self, end: &str) -> PathBuf {
+        self.folder.join(format!("{}{end}", self.network))
+    }
+
     fn write(&self, state: &State) -> Result<(), Failure> {
         let path = State::path(&self.folder, &self.network);
-        let new = self.folder.join(format!("{}.new", self.network));
-        let result = self.replace(state, &new, &path);
-        if result.is_err() {
-            // A half of a file helps nobody, and on a full disk its room is needed.
-            let _ = fs::remove_file(&new);
-        }
-        result.map_err(|source| Failure::Io {
+        self.replace(state, &path).map_err(|source| Failure::Io {
             what: format!("writing {}", path.display()),
             source,
         })
     }
 
-    fn replace(&self, state: &State, new: &Path, path: &Path) -> io::Result<()> {
+    fn replace(&self, state: &State, path: &Path) -> io::Result<()> {
         let mut text = serde_json::to_vec(state)?;
         text.push(b'\n');
-        let mut file = File::create(new)?;
-        file.write_all(&text)?;
-        // Whatever happens to the machine, the file is whole. Whether it is this one or the one
-        // before does not matter then: it is of an earlier boot, and whoever it names is gone. So
-        // the folder need not be synced.
-        file.sync_data()?;
-        fs::rename(new, path)
+        let new = self.file(NEW);
+        // One that was killed may have had the reserve in its hands.
+        if !self.file(RESERVE).exists() && new.exists() {
+            fs::rename(&new, self.file(RESERVE))?;
+        }
+        let has_grown = state.attachments.len() > self.state.attachments.len();
+        if has_grown {
+            self.set_aside(text.len())?;
+        }
+        let mut written = fill(&new, &text, Room::New);
+        if written.is_err() {
+            // A half of a file helps nobody, and on a full disk its room is needed.
+            let _ = fs::remove_file(&new);
+        }
+        if !has_grown && written.as_ref().is_err_and(is_full) {
+            written = fs::rename(self.file(RESERVE), &new)
+                .and_then(|()| fill(&new, &text, Room::Reserved))
+                .or(written);
+        }
+        written?;
+        fs::rename(&new, path)?;
+        // The room of the former file is free. If somebody else was faster, an address can be given back
+        // as soon as there is room again.
+        let _ = self.set_aside(text.len());
+        Ok(())
+    }
+
+    /// Makes sure that there is room for a state of `length` octets, however full the disk may become.
+    fn set_aside(&self, length: usize) -> io::Result<()> {
+        let size = (length as u64 / PIECE + 2) * PIECE;
+        let path = self.file(RESERVE);
+        if fs::metadata(&path).is_ok_and(|found| found.blocks() * BLOCK >= size) {
+            return Ok(());
+        }
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)?;
+        posix_fallocate(&file, 0, size.cast_signed())?;
+        Ok(())
+    }
+}
+
+/// The ends of file names.
+const NEW: &str = ".new";
+const RESERVE: &str = ".reserve";
+
+/// Where a file's octets are to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    /// Wherever there is some.
+    New,
+    /// Where the file is already.
+    Reserved,
+}
+
+fn fill(path: &Path, text: &[u8], room: Room) -> io::Result<()> {
+    let is_new = room == Room::New;
+    let mut file = File::options()
+        .create(is_new)
+        .truncate(is_new)
+        .write(true)
+        .open(path)?;
+    file.write_all(text)?;
+    file.set_len(text.len() as u64)?;
+    // Whatever happens to the machine, the file is whole. Whether it is this one or the one before does
+    // not matter then: it is of an earlier boot, and whoever it names is gone. So the folder need not be
+    // synced.
+    file.sync_data()
+}
+
+/// Whether it was for want of room.
+fn is_full(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::ENOSPC | Errno::EDQUOT))
+}
+
+/// Opens a lock, which has to be there already where nothing can be written; `None` where there is
+/// neither that nor a state.
+fn open_lock(path: &Path, state: &Path) -> Result<Option<File>, Failure> {
+    let open = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path);
+    let error = match open {
+        Ok(lock) => return Ok(Some(lock)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => error,
+    };
+    match File::open(path) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(_) if matches!(state.try_exists(), Ok(false)) => Ok(None),
+        Err(_) => Err(Failure::io(format!("opening {}", path.display()))(error)),
     }
 }
 
@@ -220,5 +380,40 @@ mod tests {
         fs::write(&path, serde_json::to_vec(&state).unwrap()).unwrap();
         let error = State::read(&path).unwrap_err();
         assert!(error.to_string().contains("belongs to two"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_that_is_never_given_back_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("net.lock");
+        let open = || {
+            let mut options = File::options();
+            let options = options.create(true).truncate(false).write(true);
+            options.open(&path).unwrap()
+        };
+        let limit = Duration::from_millis(100);
+        let held = lock(open(), &path, limit).unwrap();
+        let error = lock(open(), &path, limit).unwrap_err();
+        assert_eq!(error.code(), 11, "{error}");
+        // One that is given back in time is had, in whatever order that happens.
+        let waiting = std::thread::spawn({
+            let (file, path) = (open(), path.clone());
+            move || lock(file, &path, LOCKED_FOR).map(drop)
+        });
+        drop(held);
+        waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn there_is_room_aside_for_what_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path(), "net").unwrap();
+        reserve(&mut store).unwrap();
+        let length = fs::metadata(State::path(folder.path(), "net"))
+            .unwrap()
+            .len();
+        let aside = fs::metadata(folder.path().join("net.reserve")).unwrap();
+        assert!(aside.blocks() * BLOCK > length, "{aside:?}");
+        assert!(!folder.path().join("net.new").exists());
     }
 }

@@ -15,7 +15,6 @@ use std::{
     fs,
     net::{TcpListener, TcpStream, UdpSocket},
     path::Path,
-    process::Command,
     time::Duration,
 };
 
@@ -273,7 +272,8 @@ fn without_an_agent_it_is_to_be_tried_again_and_nothing_stays() {
             104,
             "map full",
         ),
-        (Mood::Babbles("what?"), 6, "different releases"),
+        (Mood::Babbles("what?\n"), 6, "different releases"),
+        (Mood::Babbles("{\"notYet"), 11, "closed without an answer"),
         (Mood::HangsUp, 11, "closed without an answer"),
         (Mood::IsSilent, 11, "did not answer within 10 s"),
     ] {
@@ -450,42 +450,6 @@ fn a_rate_is_kept() {
         received += 1;
     }
     assert!((2..=6).contains(&received), "{received}");
-}
-
-#[test]
-fn a_full_disk_loses_nothing() {
-    let Some(mut bed) = Bed::new() else { return };
-    for id in ["a", "b"] {
-        bed.container(id);
-    }
-    let folder = bed.state_dir();
-    fs::create_dir_all(&folder).unwrap();
-    let path = folder.to_str().unwrap().to_owned();
-    sh("mount", &["-t", "tmpfs", "-o", "size=64k", "tmpfs", &path]);
-    let unmount = Unmount(path);
-    bed.add("a").success();
-    let before = fs::read(bed.state_path()).unwrap();
-    let _ = fs::write(folder.join("filler"), vec![0; 1 << 20]);
-    bed.add("b").fails(5, "pods.json");
-    assert_eq!(fs::read(bed.state_path()).unwrap(), before);
-    assert_eq!(bed.links().len(), 1);
-    bed.del("a").fails(5, "pods.json");
-    assert_eq!(fs::read(bed.state_path()).unwrap(), before);
-    fs::remove_file(folder.join("filler")).unwrap();
-    bed.del("a").success();
-    bed.add("b").success();
-    bed.del("b").success();
-    bed.assert_clean();
-    drop(unmount);
-}
-
-/// A mount that goes with its test.
-struct Unmount(String);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").args(["-l", &self.0]).status();
-    }
 }
 
 #[test]

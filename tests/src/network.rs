@@ -129,6 +129,11 @@ impl Testbed {
         self.host(&name.to_string_lossy(), (&v4, &v6), None)
     }
 
+    /// Ends a container, of which its runtime says nothing to the plugin.
+    pub fn end_container(&mut self, container: &Container) -> Result<()> {
+        self.remove_namespace(&container.id)
+    }
+
     /// Ends such a pod as a runtime does: its network goes, then its namespace.
     pub fn end_network_pod(&mut self, node: &Node, pod: &Pod) -> Result<()> {
         ensure!(pod.node == node.name(), "{} is not its node", node.name());

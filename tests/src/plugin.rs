@@ -137,6 +137,15 @@ impl Plugin {
         self.call("DEL", Some(container)).map(drop)
     }
 
+    /// Asks whether a container's network is as this result of ADD says.
+    pub fn check(&self, container: &Container, result: &Value) -> Result<()> {
+        let mut plugin = self.clone();
+        plugin
+            .network
+            .insert("prevResult".to_owned(), result.clone());
+        plugin.call("CHECK", Some(container)).map(drop)
+    }
+
     /// Asks whether pods can be given a network.
     pub fn status(&self) -> Result<()> {
         self.call("STATUS", None).map(drop)

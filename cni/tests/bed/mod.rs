@@ -324,7 +324,10 @@ impl Bed {
         for file in files {
             let name = file.file_name().into_string().unwrap();
             assert!(
-                matches!(name.as_str(), "pods.json" | "pods.lock" | "pods.new"),
+                matches!(
+                    name.as_str(),
+                    "pods.json" | "pods.lock" | "pods.new" | "pods.reserve"
+                ),
                 "{name}"
             );
         }

@@ -10,7 +10,9 @@
 
 mod capabilities;
 mod changes;
+mod check;
 mod churn;
+mod host_ports;
 mod install;
 mod native;
 mod net;

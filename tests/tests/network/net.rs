@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
 use penstock_testbed::{
-    Agent, Host, Node, PROTOCOLS, Pod, Process, Service, Slice, Source, Testbed, eventually,
-    frontends, list, text,
+    Agent, Container, Host, Node, PROTOCOLS, Pod, Process, Service, Slice, Source, Testbed,
+    eventually, frontends, list, text,
 };
 use serde_json::Value;
 
@@ -64,6 +64,16 @@ impl Net {
         self.processes.push(pod.host.serve(8080)?);
         self.pods.push(pod.clone());
         Ok(pod)
+    }
+
+    /// Gives a container of a node a network, with what its runtime wants for it; also ADD's result.
+    pub fn container(&mut self, node: usize, runtime: Value) -> Result<(Container, Host, Value)> {
+        let node = &self.nodes[node];
+        let mut container = self.testbed.container_on(node)?;
+        container.runtime = runtime;
+        let result = node.plugin()?.add(&container)?;
+        let host = self.testbed.host_in(&container, &result)?;
+        Ok((container, host, result))
     }
 
     /// Keeps a process as long as the rest.
