@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::{self, Write},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, Stdio},
     thread,
@@ -192,7 +193,13 @@ impl Plugin {
         thread::sleep(after);
         child.kill().context("killing the plugin")?;
         let output = child.wait_with_output().context("waiting for the plugin")?;
-        Ok(output.status.success())
+        let is_killed = output.status.signal().is_some();
+        ensure!(
+            is_killed || output.status.success(),
+            "{command}: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+        Ok(!is_killed)
     }
 
     /// Starts it with all that it needs to know.
