@@ -175,12 +175,15 @@ impl Adding<'_> {
             ..
         } = *self;
         let alias = names::alias(&config.name, &attachment.key, attachment.pod.as_ref());
-        ends.make(attachment, &alias, mtu).await?;
-        let wired = self.wire().await;
-        // A DEL in the meantime did not find the link, perhaps, but it took the state away.
+        let made = match ends.make(attachment, &alias, mtu).await {
+            Ok(()) => self.wire().await,
+            Err(failure) => Err(failure),
+        };
+        // A DEL in the meantime did not find the link, perhaps, but it took the state away. Or it did, and
+        // that is why the rest failed.
         let state = State::read(&State::path(&config.state_dir, &config.name))?;
         if state.is_some_and(|state| state.attachment(&attachment.key) == Some(attachment)) {
-            return wired;
+            return made;
         }
         Err(Failure::TryAgain(format!(
             "{} of container {} was deleted while it was added",

@@ -182,7 +182,12 @@ impl Failure {
             Self::TryAgain(_) => true,
             Self::Io { source, .. } => passes(source),
             Self::Kernel { source, .. } => match source {
-                rtnetlink::Error::NetlinkError(message) => passes(&message.to_io()),
+                rtnetlink::Error::NetlinkError(message) => {
+                    let error = message.to_io();
+                    // Somebody removed the link that it is about; a DEL, in most cases.
+                    let is_gone = error.raw_os_error() == Some(Errno::ENODEV as i32);
+                    is_gone || passes(&error)
+                }
                 // The socket was closed, for want of memory in most cases.
                 rtnetlink::Error::RequestFailed => true,
                 _ => false,
@@ -274,6 +279,7 @@ mod tests {
         for errno in [Errno::ENOSPC, Errno::EROFS, Errno::EDQUOT, Errno::EIO] {
             assert_eq!(io(errno), 5, "{errno}");
         }
+        assert_eq!((io(Errno::ENODEV), kernel(Errno::ENODEV)), (5, 11));
         for errno in [Errno::EEXIST, Errno::EOPNOTSUPP, Errno::EPERM] {
             assert_eq!(kernel(errno), 101, "{errno}");
         }

@@ -189,7 +189,11 @@ fn an_add_and_a_del_of_the_same_leave_all_or_nothing() {
         let add = bed.start(PLUGIN, &bed.call("ADD", "a"));
         std::thread::sleep(Duration::from_micros(numbers.below(12_000)));
         bed.del("a").success();
-        let added = add.wait_with_output().unwrap().status.success();
+        let said = Said::of(add.wait_with_output().unwrap());
+        let added = said.is_success;
+        if !added {
+            said.fails(11, "");
+        }
         let is_known = bed.state().attachment(&key("a")).is_some();
         assert_eq!(bed.links().len(), usize::from(is_known));
         assert_eq!(has_interface(&namespace), is_known);

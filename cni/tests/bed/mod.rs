@@ -70,7 +70,8 @@ impl Said {
         assert!(details.contains(words), "{details:?} lacks {words:?}");
     }
 
-    fn of(output: Output) -> Self {
+    /// What it said.
+    pub fn of(output: Output) -> Self {
         let text = String::from_utf8(output.stdout).unwrap();
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         let value = if text.is_empty() {
