@@ -1,10 +1,13 @@
 //! What there is to know about a running agent, for the command line.
 
+mod pods;
+
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
-use penstock_cni::state::Attachment;
 use penstock_common::{Algorithm, BackendFlags, BackendId, Forwarding, FrontendFlags, ServiceId};
 use serde::{Deserialize, Serialize};
+
+pub use pods::{HostPort, Limits, Pod, lost};
 
 use crate::{
     attach::follow,
@@ -112,21 +115,6 @@ pub struct RemoteRange {
     pub range: String,
     /// How it is reached.
     pub by: String,
-}
-
-/// A pod that the CNI plugin gave a network.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Pod {
-    /// namespace/name, or the container's id where the runtime did not say.
-    pub name: String,
-    /// The interface's name in the container.
-    pub ifname: String,
-    /// The host end of its interface.
-    pub interface: String,
-    /// Its addresses.
-    pub addresses: Vec<String>,
-    /// Whether the kernel's maps name it.
-    pub wired: bool,
 }
 
 /// A followed interface.
@@ -395,7 +383,7 @@ impl Report {
             tables: Vec::new(),
             notes: Vec::new(),
             network: network.map(Network::from),
-            pods: interfaces.attachments.iter().map(Pod::from).collect(),
+            pods: pods::of(world, interfaces),
             interfaces: interfaces
                 .interfaces
                 .values()
@@ -432,22 +420,6 @@ impl From<&network::State> for Network {
                     by: remote.hop.to_string(),
                 })
                 .collect(),
-        }
-    }
-}
-
-impl From<&(Attachment, Option<u32>)> for Pod {
-    fn from((attachment, index): &(Attachment, Option<u32>)) -> Self {
-        let name = attachment.pod.as_ref().map_or_else(
-            || attachment.key.container.clone(),
-            |pod| format!("{}/{}", pod.namespace, pod.name),
-        );
-        Self {
-            name,
-            ifname: attachment.key.ifname.clone(),
-            interface: attachment.interface.clone(),
-            addresses: attachment.ips.iter().map(ToString::to_string).collect(),
-            wired: index.is_some(),
         }
     }
 }

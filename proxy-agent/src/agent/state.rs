@@ -327,6 +327,7 @@ impl Agent {
         {
             let interfaces = lock(&self.interfaces);
             problems.extend(interfaces.problems.iter().cloned());
+            problems.extend(report::lost(&interfaces, Instant::now()));
             problems.extend(interfaces.unserved.iter().map(|name| {
                 format!(
                     "interface {name} has no Ethernet header: clients there are not served; leave it out \

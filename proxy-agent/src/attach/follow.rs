@@ -14,13 +14,16 @@ use std::{
     net::IpAddr,
     os::fd::AsFd,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::MapData;
 use futures::{StreamExt, TryStreamExt};
 use glob::Pattern;
-use penstock_cni::{error, state::Attachment};
+use penstock_cni::{
+    error,
+    state::{Attachment, AttachmentKey},
+};
 use penstock_common::{Netns, NetnsFlags, V4, V6};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
@@ -86,6 +89,8 @@ pub struct Status {
     pub interfaces: BTreeMap<u32, Followed>,
     /// This node's pods as the CNI plugin remembers them, and the index of each one's interface.
     pub attachments: Vec<(Attachment, Option<u32>)>,
+    /// Those whose interface is gone, and since when, as far as this agent has seen.
+    pub gone: HashMap<AttachmentKey, Instant>,
     /// Interfaces to the outside whose packets have no Ethernet header, which is where the programs begin
     /// to read.
     pub unserved: Vec<String>,
@@ -442,6 +447,13 @@ impl Follower {
             .map(|followed| followed.name.as_str())
             .collect();
         let host_ports = wiring.pods.host_ports(|name| there.contains(name));
+        let attachments = status.attachments.iter();
+        let gone = attachments.filter(|(found, _)| !there.contains(found.interface.as_str()));
+        let gone = gone.map(|(found, _)| {
+            let since = status.gone.get(&found.key).copied();
+            (found.key.clone(), since.unwrap_or_else(Instant::now))
+        });
+        status.gone = gone.collect();
         wiring.host_ports.send_if_modified(|known| {
             let is_new = known.as_ref() != Some(&host_ports);
             *known = Some(host_ports);

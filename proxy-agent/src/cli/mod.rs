@@ -4,6 +4,7 @@ mod cleanup;
 mod conntrack;
 mod duration;
 mod pinned;
+mod pod_network;
 mod show;
 
 use std::{
@@ -434,8 +435,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Services(args) => show::services(&args).await,
         Command::Backends(args) => show::backends(&args).await,
         Command::Conntrack(args) => conntrack::run(&args).await,
-        Command::Pods(look) => show::pods(&look).await,
-        Command::Nodes(look) => show::nodes(&look).await,
+        Command::Pods(look) => pod_network::pods(&look).await,
+        Command::Nodes(look) => pod_network::nodes(&look).await,
         Command::Drops(look) => show::drops(&look),
         Command::Cleanup(args) => cleanup::run(&args).await,
     }

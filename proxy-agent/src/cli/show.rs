@@ -7,7 +7,7 @@ use aya::maps::{Map, PerCpuArray};
 use penstock_common::{Algorithm, Counter, Forwarding};
 use serde::Serialize;
 
-use super::{Counting, Look, Output, pinned};
+use super::{Counting, Look, Output, pinned, pod_network::ways};
 use crate::{
     dataplane::{Dataplane, bpf::Bpf, pins::Pins},
     ipc,
@@ -200,7 +200,7 @@ pub(super) async fn status(look: &Look) -> Result<ExitCode> {
 }
 
 /// The report of a running agent, without which there is nothing to see.
-async fn running(look: &Look) -> Result<Report> {
+pub(super) async fn running(look: &Look) -> Result<Report> {
     let report = agent(look).await?;
     report.with_context(|| {
         format!(
@@ -208,79 +208,6 @@ async fn running(look: &Look) -> Result<Report> {
             look.place.run_dir.display()
         )
     })
-}
-
-/// How packets reach other nodes and the outside.
-fn ways(network: &report::Network) -> String {
-    let tunnels = network
-        .nodes
-        .iter()
-        .filter(|node| node.by.starts_with("tunnel"));
-    let tunnels = tunnels.count();
-    let outside = if network.masquerade {
-        let but = match network.non_masquerade.as_slice() {
-            [] => String::new(),
-            ranges => format!(", and pods' own in {}", ranges.join(" and ")),
-        };
-        format!("this node's address outside{but}")
-    } else {
-        "pods' own addresses outside".to_owned()
-    };
-    format!(
-        "{} routing: {tunnels} by tunnel (VXLAN {}, UDP port {}), {} directly; MTU of pods {}, of \
-         tunnels {}; {outside}",
-        network.routing,
-        network.vxlan_vni,
-        network.vxlan_port,
-        network.nodes.len() - tunnels,
-        network.pod_mtu,
-        network.overlay_mtu,
-    )
-}
-
-pub(super) async fn pods(look: &Look) -> Result<()> {
-    let report = running(look).await?;
-    if look.output == Output::Json {
-        return json(&report.pods);
-    }
-    if report.network.is_none() {
-        println!("this agent does not connect pods (--network)");
-        return Ok(());
-    }
-    let row = |pod: &report::Pod| {
-        let state = if pod.wired { "wired" } else { "no interface" };
-        vec![
-            pod.name.clone(),
-            pod.addresses.join(" "),
-            pod.interface.clone(),
-            state.to_owned(),
-        ]
-    };
-    let mut rows: Vec<Vec<String>> = report.pods.iter().map(row).collect();
-    rows.sort();
-    table(&["POD", "ADDRESSES", "INTERFACE", "STATE"], &rows);
-    Ok(())
-}
-
-pub(super) async fn nodes(look: &Look) -> Result<()> {
-    let report = running(look).await?;
-    let Some(network) = &report.network else {
-        if look.output == Output::Json {
-            return json(&Vec::<report::RemoteRange>::new());
-        }
-        println!("this agent does not connect pods (--network)");
-        return Ok(());
-    };
-    if look.output == Output::Json {
-        return json(&network.nodes);
-    }
-    let own = network.pod_cidrs.iter();
-    let own = own.map(|range| vec![report.node.clone(), range.clone(), "this node".to_owned()]);
-    let others = network.nodes.iter();
-    let others = others.map(|node| vec![node.node.clone(), node.range.clone(), node.by.clone()]);
-    let rows: Vec<Vec<String>> = own.chain(others).collect();
-    table(&["NODE", "POD RANGE", "REACHED BY"], &rows);
-    Ok(())
 }
 
 /// The ports that are served: the agent's, with their names, or the kernel's; and what was counted of

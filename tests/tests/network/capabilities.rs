@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use penstock_testbed::{Container, Host, Plugin, eventually, require_kernel, text};
 use serde_json::{Value, json};
 
@@ -109,6 +109,47 @@ fn limits_hold_in_both_directions_whatever_way_packets_take() -> Result<()> {
     let mut net = Net::new(&[])?;
     let (_, limited, _) = net.container(0, json!({ "bandwidth": in_bits() }))?;
     are_limited(&net, &limited)
+}
+
+#[test]
+fn what_pods_asked_for_is_shown_and_so_is_one_that_ended_unheard() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut net = Net::new(&[])?;
+    let port = json!({ "hostPort": 9001, "containerPort": PORT, "protocol": "udp", "hostIP": "127.0.0.1" });
+    let runtime = json!({ "portMappings": [port], "bandwidth": in_bits() });
+    let (container, _, _) = net.container(0, runtime)?;
+    let shown = || -> Result<Value> {
+        let pods = net.agents[0].show("pods")?;
+        let mut pods = pods.as_array().into_iter().flatten();
+        let pod = pods.find(|pod| pod["container"] == container.id.as_str());
+        pod.cloned().context("it is not shown")
+    };
+    let pod = shown()?;
+    let asked =
+        json!([{ "host_ip": "127.0.0.1", "host_port": 9001, "pod_port": PORT, "protocol": "UDP" }]);
+    assert_eq!(pod["host_ports"], asked);
+    assert_eq!(pod["limits"]["ingress_rate"], RATE * 8);
+    assert_eq!(pod["limits"]["egress_burst"], BURST * 8);
+    assert_eq!(pod["wired"], true);
+    let said = net.nodes[0].penstock("pods", &[])?.output;
+    for words in ["127.0.0.1:9001->8080/UDP", "to 8M, from 8M", "wired"] {
+        assert!(said.contains(words), "{said}");
+    }
+    net.testbed.end_container(&container)?;
+    eventually("its end is seen", || {
+        let pod = shown()?;
+        anyhow::ensure!(pod["gone_secs"].is_u64() && pod["wired"] == false, "{pod}");
+        Ok(())
+    })?;
+    let said = net.nodes[0].penstock("pods", &[])?.output;
+    assert!(said.contains("interface gone for"), "{said}");
+    net.nodes[0].plugin()?.del(&container)?;
+    eventually("it is forgotten", || {
+        anyhow::ensure!(shown().is_err());
+        Ok(())
+    })
 }
 
 #[test]
