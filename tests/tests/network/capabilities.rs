@@ -80,8 +80,11 @@ fn host_ports_are_where_they_are_wanted() -> Result<()> {
         anyhow::ensure!(!served(&node, node.ip4, 9004, "tcp")?);
         Ok(())
     })?;
-    let pods = net.agents[0].show("pods")?.to_string();
-    assert!(!pods.contains(&container.id), "{pods}");
+    eventually("the agent has forgotten the pod", || {
+        let pods = net.agents[0].show("pods")?.to_string();
+        anyhow::ensure!(!pods.contains(&container.id), "{pods}");
+        Ok(())
+    })?;
     near.who_answers("tcp", &SocketAddr::new(far.ip4, PORT).to_string())?;
     drop(server);
     Ok(())
