@@ -1,13 +1,17 @@
 //! Ports of the node that lead to pods: there once ADD has answered, and nobody's who has not been told so.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use anyhow::{Context, Result, ensure};
+use aya::maps::{HashMap, Map};
 use penstock_agent::{
     attach::inspect::{self, Finding},
     dataplane::pins::Pins,
 };
-use penstock_common::Proto;
+use penstock_common::{Be16, Frontend, FrontendKey, Proto, V4};
 use penstock_testbed::{Container, PluginError, Service, eventually, list, require_kernel};
 use serde_json::{Value, json};
 
@@ -28,6 +32,14 @@ fn is_led(net: &Net, ip: IpAddr, number: u16) -> Result<bool> {
         Err(Finding::Damage(_)) => Ok(false),
         Err(Finding::Unknown(why)) => anyhow::bail!(why),
     }
+}
+
+/// Whether the kernel knows of it, whomever it leads to.
+fn is_known(pins: &Pins, ip: Ipv4Addr, number: u16) -> Result<bool> {
+    let map = Map::HashMap(pins.map("FRONTENDS4")?);
+    let frontends: HashMap<_, FrontendKey<V4>, Frontend> = map.try_into()?;
+    let key = FrontendKey::new(V4::from(ip), Be16::from_host(number), Proto::TCP);
+    Ok(frontends.get(&key, 0).is_ok())
 }
 
 /// That ADD refuses, with what code and words; and that nothing of it stays.
@@ -57,6 +69,26 @@ fn refused(net: &mut Net, port: Value, code: u64, words: &[&str]) -> Result<Cont
     Ok(container)
 }
 
+/// Many services at this port, of which the agent has something to write for long enough to be seen.
+fn crowd(port: u16) -> String {
+    let service = |number: u16| {
+        let [high, low] = number.to_be_bytes();
+        json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": { "name": format!("crowd{number}"), "namespace": "default" },
+            "spec": {
+                "clusterIP": format!("10.97.{high}.{low}"),
+                "clusterIPs": [format!("10.97.{high}.{low}")],
+                "ports": [{ "port": port, "protocol": "TCP" }],
+            },
+        })
+    };
+    list(&(0..CROWD).map(service).collect::<Vec<_>>())
+}
+
+/// How many they are.
+const CROWD: u16 = 3_000;
+
 #[test]
 fn add_answers_once_host_ports_are_in_the_kernel() -> Result<()> {
     let Some(()) = require_kernel() else {
@@ -66,14 +98,44 @@ fn add_answers_once_host_ports_are_in_the_kernel() -> Result<()> {
     let node = net.nodes[0].host.clone();
     let plugin = net.nodes[0].plugin()?;
     let mut container = net.testbed.container_on(&net.nodes[0])?;
-    for number in 9_000..9_020 {
-        container.runtime = json!({ "portMappings": [port(number, "")] });
-        plugin.add(&container)?;
-        for ip in [node.ip4, node.ip6] {
-            assert!(is_led(&net, ip, number)?, "{ip} {number}");
-        }
-        plugin.del(&container)?;
-    }
+    let is_over = &AtomicBool::new(false);
+    std::thread::scope(|scope| -> Result<()> {
+        // The agent is busy with others, so that nothing is in the kernel just because it is quick.
+        let manifests = net.nodes[0].clone();
+        let busy = scope.spawn(move || -> Result<u16> {
+            for round in 0.. {
+                if is_over.load(Ordering::Relaxed) {
+                    return Ok(round);
+                }
+                let port = 80 + round % 2;
+                manifests.manifest("crowd.json", &crowd(port))?;
+                let pins = Pins::at(&manifests.bpffs);
+                eventually("it is written", || {
+                    let is_there = is_known(&pins, Ipv4Addr::new(10, 97, 0, 0), port)?;
+                    ensure!(is_there || is_over.load(Ordering::Relaxed));
+                    Ok(())
+                })?;
+            }
+            Ok(0)
+        });
+        let mut add = || -> Result<()> {
+            for number in 9_000..9_020 {
+                container.runtime = json!({ "portMappings": [port(number, "")] });
+                plugin.add(&container)?;
+                for ip in [node.ip4, node.ip6] {
+                    assert!(is_led(&net, ip, number)?, "{ip} {number}");
+                }
+                plugin.del(&container)?;
+            }
+            Ok(())
+        };
+        let added = std::panic::catch_unwind(std::panic::AssertUnwindSafe(&mut add));
+        is_over.store(true, Ordering::Relaxed);
+        let rounds = busy.join().expect("no panic")?;
+        added.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        ensure!(rounds > 1, "the agent had nothing else to do");
+        Ok(())
+    })?;
     eventually("the last one is gone", || {
         ensure!(!is_led(&net, node.ip4, 9_019)?);
         Ok(())
