@@ -414,6 +414,14 @@ mod tests {
             .len();
         let aside = fs::metadata(folder.path().join("net.reserve")).unwrap();
         assert!(aside.blocks() * BLOCK > length, "{aside:?}");
-        assert!(!folder.path().join("net.new").exists());
+        let [reserve, new] = ["net.reserve", "net.new"].map(|name| folder.path().join(name));
+        assert!(!new.exists());
+        // What one that was killed had taken to write in is not given away.
+        fs::rename(&reserve, &new).unwrap();
+        store
+            .change(|state| Ok(state.release(&key(), true, now())))
+            .unwrap();
+        assert_eq!(fs::metadata(&reserve).unwrap().ino(), aside.ino());
+        assert!(!new.exists());
     }
 }
