@@ -48,6 +48,8 @@ impl NetworkFlags {
     pub const HANDOVER6: u32 = 8;
     /// Somebody else translates packets to pods, in the kernel's stack: what they answer has to go back there.
     pub const CHAINED: u32 = 16;
+    /// There are pods that `HELD` names: without any, nobody looks there.
+    pub const HELD: u32 = 32;
 }
 
 /// The one element of `CONFIG`.

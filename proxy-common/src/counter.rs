@@ -116,6 +116,9 @@ counters! {
     /// Dropped: a packet of a pod that would look as if a node sent it through the overlay, or one that
     /// came through a tunnel of another network.
     TunnelForged = "tunnel_forged", DROP;
+    /// Dropped: a packet of a pod that has this node's address for its source. The kernel drops these by
+    /// itself where no pod is held.
+    SourceForged = "source_forged", DROP;
     /// Dropped: a packet that may go no further, to or from a backend of another node.
     HopLimit = "hop_limit", DROP;
     /// Dropped: the kernel refused to change the packet, or it is the first fragment of an SCTP packet,

@@ -43,6 +43,7 @@
 //! | `VTEPS` | hash | [`Vtep`] of another node → 1 | agent | reported; nothing is handed over |
 //! | `UPLINKS` | hash | interface index → [`Uplink`] | agent | reported |
 //! | `XDP_UPLINKS` | hash | interface index → [`XdpUplink`] | agent | reported; TC serves the interface |
+//! | `HELD` | hash | index of a pod's host end → 1, where somebody else's ingress queueing discipline has to see what the pod sends: that goes on to the kernel, translated, and is sent nowhere by the hook | agent | reported; what the pod sends passes it by |
 //! | `CONFIG` | array of 1 | 0 → [`Config`] | agent | |
 //! | `COUNTERS` | per-CPU array | [`Counter`] → u64 | programs | |
 //!
@@ -162,6 +163,8 @@ pub mod limits {
     pub const EXCLUDED_CGROUPS: u32 = 1_024;
     /// Pods' addresses of one family on this node.
     pub const ENDPOINTS: u32 = 16_384;
+    /// Pods of this node whose packets are left to the kernel.
+    pub const HELD: u32 = 16_384;
     /// Ranges of one family: other nodes' pods, and what is not masqueraded.
     pub const ROUTES: u32 = 65_536;
     /// Places for shortcuts of one family, on each CPU.

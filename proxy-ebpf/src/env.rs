@@ -66,6 +66,8 @@ pub trait Env {
     fn xdp_uplink(&self, ifindex: u32) -> Option<XdpUplink>;
     /// [`Config::network`].
     fn network(&self) -> u32;
+    /// Whether what a pod sends by this host end of its is left to the kernel.
+    fn is_held(&self, ifindex: u32) -> bool;
     /// When something last changed that [`Maps::way`] or [`Maps::hop`] spares.
     fn changed(&self) -> u64;
     /// Whether an address is another node's.

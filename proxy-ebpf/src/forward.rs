@@ -6,7 +6,8 @@
 
 use penstock_common::{
     Addr, AddressKind, Be16, Counter, Dialled, Endpoint, EndpointFlags, FlowFlags, FlowKey,
-    Handover, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Route, RouteKind, ShortcutKind,
+    Handover, NetworkFlags, OVERLAY_MAC, OVERLAY_PEER_MAC, Proto, Responder, Route, RouteKind,
+    ShortcutKind,
 };
 
 use crate::{
@@ -38,7 +39,9 @@ pub(crate) fn note_way<F: Family, M: Maps<F>>(
         kind: ShortcutKind::BEYOND,
         ..Way::default()
     };
-    if let Some(to) = maps.endpoint(&ends.1) {
+    if maps.is_held(ifindex) {
+        // Each of them has to be looked at, lest it be sent past the kernel.
+    } else if let Some(to) = maps.endpoint(&ends.1) {
         way.kind = ShortcutKind::POD;
         way.to = to;
     } else if let Some(route) = maps.route(&ends.1)
@@ -84,6 +87,9 @@ pub fn from_pod<F: Family, M: Maps<F>>(
     if !is_own {
         return somebody_elses::<F, M>(packet, maps);
     }
+    if network & NetworkFlags::HELD != 0 && maps.is_held(packet.ifindex()) {
+        return held::<F, M>(packet, maps, &ends);
+    }
     if let Some(verdict) = to_local::<F, M>(packet, maps, &ends)? {
         return Ok(verdict);
     }
@@ -106,6 +112,9 @@ fn as_it_came<F: Family, M: Maps<F>>(
     let Some(egress) = way_out::<F, M>(packet, maps, ends)? else {
         return Ok(Verdict::Pass);
     };
+    if maps.is_held(packet.ifindex()) {
+        return Ok(Verdict::Pass);
+    }
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);
     };
@@ -137,6 +146,56 @@ fn way_out<F: Family, M: Maps<F>>(
         return Err(Counter::TunnelForged);
     }
     Ok(Some(egress))
+}
+
+/// A packet of a pod that `HELD` names: the kernel's routes lead where the hook would have sent it, and
+/// the hooks there do what is left to do. Only the outside must not see the pod's address.
+#[inline(always)]
+fn held<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    ends: &(F::Addr, F::Addr),
+) -> Result<Verdict, Counter> {
+    if maps.endpoint(&ends.1).is_some() {
+        return Ok(Verdict::Pass);
+    }
+    let verdict = match maps.route(&ends.1) {
+        Some(route) if matches!(route.kind, RouteKind::OVERLAY | RouteKind::OWN) => Verdict::Pass,
+        None if maps.network() & NetworkFlags::MASQUERADE != 0 => {
+            leaving::<F, M>(packet, maps, ends)?
+        }
+        _ => way_out::<F, M>(packet, maps, ends).map(|_| Verdict::Pass)?,
+    };
+    Ok(match verdict {
+        Verdict::Outside => Verdict::HeldOutside,
+        verdict => verdict,
+    })
+}
+
+/// A held pod's packet to the outside, of no flow that it began: a reply to somebody outside is translated
+/// as it leaves the node, by [`tunnel::sent`]; any other packet begins a flow of the pod's own.
+#[inline(always)]
+pub fn held_answer<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+) -> Result<Verdict, Counter> {
+    let (header, addrs) = pod::headers::<F>(packet)?;
+    let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
+    if !maps.may_respond(Responder::new(segment.proto, segment.src, segment.src_port)) {
+        return Ok(Verdict::Open);
+    }
+    let key = FlowKey::new(
+        FlowKey::<F::Addr>::REPLY,
+        segment.proto,
+        (segment.src, segment.src_port),
+        (segment.dst, segment.dst_port),
+    );
+    if flow::find::<F, M>(maps, &key).is_none() {
+        return Ok(Verdict::Open);
+    }
+    // Its next parts may be here before it has left the node.
+    parse::remember_ports::<F>(maps, &header, &segment);
+    Ok(Verdict::Pass)
 }
 
 /// A packet whose source is not its pod's own, which is the kernel's to judge, unless it pretends to be
@@ -283,6 +342,9 @@ pub fn leave<F: Family, M: Maps<F>>(
     };
     if packet.is_joined() && !packet.fits_link(ifindex) {
         return Ok(Verdict::TooLong);
+    }
+    if maps.is_held(packet.ifindex()) {
+        return Ok(Verdict::Pass);
     }
     let Some(hops) = hops::<F>(packet) else {
         return Ok(Verdict::Pass);

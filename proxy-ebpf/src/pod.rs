@@ -58,6 +58,8 @@ pub enum Verdict {
     },
     /// It goes to the outside: `forward::leaving` and so on.
     Outside,
+    /// The same, of a pod whose packets the kernel sends: `forward::held_answer` and so on.
+    HeldOutside,
     /// It is this node's now, and goes to the outside: `forward::leave`.
     Leave,
     /// It goes wherever its destination is: `forward::from_pod`.
@@ -128,6 +130,10 @@ pub fn classify<F: Family, M: Maps<F>>(
     let ifindex = packet.ifindex();
     if let Some(way) = maps.way(ifindex, &ends) {
         return forward::go::<F, M>(packet, maps, &ends, &way);
+    }
+    if maps.network() & NetworkFlags::HELD != 0 && maps.is(&ends.0, AddressKind::NODE) {
+        // A held pod's interface may have this node's address for a source, once translated.
+        return Err(Counter::SourceForged);
     }
     let changed = maps.changed();
     if let Some(sorted) = sort::<F, M>(packet, maps, &ends.1)? {

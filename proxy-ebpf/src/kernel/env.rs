@@ -15,8 +15,8 @@ use aya_ebpf::{
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
     Counter, Dialled, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, HintPlace, Hints, Hop, Load, Plain, PortChunk, Proto, Responder, Route, ServiceId,
-    Shortcut, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
+    FrontendKey, HintPlace, Hints, Hop, Load, NetworkFlags, Plain, PortChunk, Proto, Responder,
+    Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
 };
 use penstock_ebpf::{
     env::{Env, Maps, NextHop, Overlay, Way},
@@ -146,6 +146,11 @@ impl<C: EbpfContext> Env for Kernel<'_, C> {
         // SAFETY: a field's address inside the mapped element; nothing is read.
         let field = |config: *const Config| unsafe { addr_of!((*config).network) };
         CONFIG.get_ptr(0).map(field).map(copy).unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn is_held(&self, ifindex: u32) -> bool {
+        self.network() & NetworkFlags::HELD != 0 && HELD.get_ptr(ifindex).is_some()
     }
 
     #[inline(always)]

@@ -109,6 +109,8 @@ pub(crate) static UPLINKS: HashMap<u32, Uplink> =
 pub(crate) static XDP_UPLINKS: HashMap<u32, XdpUplink> =
     HashMap::pinned(limits::UPLINKS, BPF_F_NO_PREALLOC);
 #[map]
+pub(crate) static HELD: HashMap<u32, u32> = HashMap::pinned(limits::HELD, BPF_F_NO_PREALLOC);
+#[map]
 pub(crate) static CHANGED: Array<u64> = Array::pinned(1, 0);
 #[map]
 pub(crate) static CONFIG: Array<Config> = Array::pinned(1, 0);

@@ -26,7 +26,7 @@ use crate::kernel::{env::Kernel, skb::Skb};
 macro_rules! family {
     ($family:ty: $from_pod:ident, $onward:ident, $inward:ident, $uplinked:ident, $overlaid:ident, $into_pod:ident, $end:ident, $classify:ident,
         $request:ident, $open:ident, $refuse:ident, $icmp:ident, $node:ident, $returning:ident, $received:ident, $came:ident,
-        $forward:ident, $deliver:ident, $masquerade:ident, $disguise:ident, $leave:ident,
+        $forward:ident, $deliver:ident, $held:ident, $masquerade:ident, $disguise:ident, $leave:ident,
         $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
         $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident, $sent:ident,
         $hand_over:ident, $split:ident, $rejoin:ident, $shorten_as_it_came:ident, $accept:ident, $admit_handed:ident,
@@ -42,6 +42,7 @@ macro_rules! family {
         family!(stage $came, dialled::came, $family);
         family!(stage $forward, forward::from_pod, $family);
         family!(stage $deliver, forward::deliver, $family);
+        family!(stage $held, forward::held_answer, $family);
         family!(stage $masquerade, forward::masquerade, $family);
         family!(stage $disguise, forward::disguise, $family);
         family!(stage $leave, forward::leave, $family);
@@ -70,7 +71,7 @@ macro_rules! family {
         pub(super) fn $onward(context: &TcContext, decided: i32) -> i32 {
             let skb = context.skb.skb;
             let mut verdict = match decided {
-                REQUEST | OUTSIDE => {
+                REQUEST | OUTSIDE | HELD_OUTSIDE => {
                     let mut verdict = $request(skb);
                     if verdict == OPEN && decided == REQUEST {
                         verdict = $open(skb);
@@ -78,7 +79,11 @@ macro_rules! family {
                             verdict = $disguise(skb);
                         }
                     } else if verdict == OPEN {
-                        verdict = $answer(skb);
+                        verdict = if decided == HELD_OUTSIDE {
+                            $held(skb)
+                        } else {
+                            $answer(skb)
+                        };
                         if verdict == OPEN {
                             verdict = $masquerade(skb);
                         }
@@ -210,7 +215,7 @@ macro_rules! family {
                 },
                 TOO_LONG => $shorten(skb),
                 // Nothing of ours after all.
-                OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,
+                OUTSIDE | HELD_OUTSIDE | ICMP | UNTOUCHED | HAND_OVER => NEXT,
                 // The flow was gone again before its first packet.
                 OPEN | OPENED => dropped(context, Counter::FlowRace),
                 NO_RECORD => dropped(context, Counter::FlowTableFull),
@@ -282,12 +287,12 @@ macro_rules! family {
     };
 }
 family!(V4: from_pod4, onward4, inward4, uplinked4, overlaid4, into_pod4, end4, classify4, request4, open4, refuse4, icmp4, node4,
-    returning4, received4, came4, forward4, deliver4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
+    returning4, received4, came4, forward4, deliver4, held4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
     from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4, sent4,
     hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
     hand_back4, came_back4, outbound4, into_overlay4, towards_pod4, begin4);
 family!(V6: from_pod6, onward6, inward6, uplinked6, overlaid6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
-    returning6, received6, came6, forward6, deliver6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
+    returning6, received6, came6, forward6, deliver6, held6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
     from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6, sent6,
     hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
     hand_back6, came_back6, outbound6, into_overlay6, towards_pod6, begin6);
@@ -318,6 +323,7 @@ fn conclude_stage(
         Verdict::Local => LOCAL,
         Verdict::Deliver { ifindex, is_shaped } => skb.deliver(ifindex, is_shaped),
         Verdict::Outside => OUTSIDE,
+        Verdict::HeldOutside => HELD_OUTSIDE,
         Verdict::Request => REQUEST,
         Verdict::Node => NODE,
         Verdict::Icmp => ICMP,

@@ -6,6 +6,7 @@ use penstock_common::limits;
 
 /// Leaves the packet to whoever is next at the hook, and else to the kernel.
 pub(super) const NEXT: i32 = -1;
+pub(super) const HELD_OUTSIDE: i32 = -28;
 pub(super) const LOOK: i32 = -27;
 pub(super) const WRAPPED: i32 = -26;
 pub(super) const TOO_LONG_AS_IT_CAME: i32 = -25;

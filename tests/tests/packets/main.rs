@@ -13,6 +13,7 @@
 
 mod beginnings;
 mod frame;
+mod held;
 mod kernel;
 mod model;
 mod overlay;
