@@ -26,7 +26,7 @@ use crate::{
     flows::Lifetimes,
     model::node_ports::{NodePorts, Which},
     monitor,
-    network::{self, plan::Routing},
+    network::{self, install::Chained, plan::Routing},
     watch::kube::Servers,
 };
 
@@ -269,6 +269,12 @@ struct NetworkArgs {
         requires = "network"
     )]
     cni_state_dir: PathBuf,
+    /// A plugin's configuration that comes after penstock-cni in the runtime's (repeat, in their order).
+    #[arg(long, value_name = "FILE", requires = "network")]
+    cni_chain: Vec<PathBuf>,
+    /// Other plugins come after penstock-cni in a configuration that somebody else writes.
+    #[arg(long, requires = "network")]
+    cni_chained: bool,
     /// The network's name in the CNI configuration.
     #[arg(
         long,
@@ -291,6 +297,8 @@ impl NetworkArgs {
                 plugin.display()
             );
         }
+        let chain = self.cni_chain.iter().map(|path| Chained::read(path));
+        let chain = chain.collect::<Result<_, _>>()?;
         let beside = std::env::current_exe()
             .ok()
             .map(|own| own.with_file_name(network::install::PLUGIN))
@@ -310,6 +318,8 @@ impl NetworkArgs {
                 state_dir: self.cni_state_dir,
                 run_dir: run_dir.to_path_buf(),
                 network: self.network_name,
+                chain,
+                is_chained: self.cni_chained,
             },
         }))
     }

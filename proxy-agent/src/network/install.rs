@@ -11,7 +11,7 @@ use std::{
 };
 
 use penstock_cni::{config::STATE_DIR, state::State, version::Version};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// The plugin's name, which is its file's and its type's.
 pub const PLUGIN: &str = "penstock-cni";
@@ -26,6 +26,73 @@ pub struct InstallError {
     path: PathBuf,
     #[source]
     source: io::Error,
+}
+
+/// A plugin that comes after ours, as its file has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chained {
+    plugin: Map<String, Value>,
+    /// The last version of the specification that it knows.
+    version: Version,
+}
+
+/// A file does not say which plugin comes after ours.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{path}: {reason}; --cni-chain wants a plugin's configuration, like {{\"type\": \"bandwidth\"}}"
+)]
+pub struct ChainError {
+    path: PathBuf,
+    reason: String,
+}
+
+impl Chained {
+    /// Reads a plugin's configuration.
+    pub fn read(path: &Path) -> Result<Self, ChainError> {
+        let failed = |reason: String| ChainError {
+            path: path.to_path_buf(),
+            reason,
+        };
+        let text = fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let value: Value = serde_json::from_slice(&text)
+            .map_err(|error| failed(format!("it is not JSON ({error})")))?;
+        let mut plugin = match value {
+            Value::Object(plugin) if plugin.contains_key("plugins") => {
+                let reason = "it is a list of plugins (plugins); each needs a file of its own";
+                return Err(failed(reason.to_owned()));
+            }
+            Value::Object(plugin) => plugin,
+            _ => return Err(failed("it is no object".to_owned())),
+        };
+        let version = match plugin.remove("cniVersion") {
+            None => Version::V1_0_0,
+            Some(version) => Version::of_config(&json!({ "cniVersion": version }))
+                .map_err(|error| failed(error.to_string()))?,
+        };
+        match plugin.get("type").and_then(Value::as_str) {
+            None | Some("") => Err(failed("its field type names no plugin".to_owned())),
+            Some(PLUGIN) => Err(failed(format!("{PLUGIN} is there already"))),
+            Some(name) if name.contains('/') => {
+                Err(failed(format!("its type {name} is no name of a plugin")))
+            }
+            Some(_) => match plugin.get("capabilities") {
+                None | Some(Value::Object(_)) => Ok(Self { plugin, version }),
+                Some(_) => Err(failed("its field capabilities is no object".to_owned())),
+            },
+        }
+    }
+
+    /// The plugin's name.
+    pub fn name(&self) -> &str {
+        let name = self.plugin.get("type").and_then(Value::as_str);
+        name.unwrap_or_default()
+    }
+
+    /// Whether the runtime tells it what a capability of pods' asks for.
+    fn has(&self, capability: &str) -> bool {
+        let capabilities = self.plugin.get("capabilities");
+        capabilities.and_then(|all| all.get(capability)) == Some(&Value::Bool(true))
+    }
 }
 
 /// Where what is installed.
@@ -45,23 +112,47 @@ pub struct Places {
     pub run_dir: PathBuf,
     /// The network's name.
     pub network: String,
+    /// The plugins that come after ours.
+    pub chain: Vec<Chained>,
+    /// Whether others do, by a configuration that is not installed here.
+    pub is_chained: bool,
 }
+
+/// What runtimes may ask our plugin for.
+const CAPABILITIES: [&str; 3] = ["portMappings", "bandwidth", "ips"];
 
 impl Places {
     /// The configuration.
     fn configuration(&self) -> Value {
+        // What is asked of two plugins would be done twice.
+        let is_ours = |name: &&str| !self.chain.iter().any(|plugin| plugin.has(name));
+        let capabilities: Map<String, Value> = CAPABILITIES
+            .into_iter()
+            .filter(is_ours)
+            .map(|name| (name.to_owned(), true.into()))
+            .collect();
+        let own = json!({
+            "type": PLUGIN,
+            "capabilities": capabilities,
+            "runDir": self.run_dir,
+            "stateDir": self.state_dir,
+        });
+        let others = self
+            .chain
+            .iter()
+            .map(|chained| chained.plugin.clone().into());
+        let plugins: Vec<Value> = std::iter::once(own).chain(others).collect();
+        let last = self.chain.iter().map(|chained| chained.version).min();
+        let last = last.unwrap_or(Version::LATEST);
+        let versions = Version::ALL.into_iter().filter(|version| *version <= last);
+        let versions: Vec<&str> = versions.map(Version::as_str).collect();
         json!({
             // What runtimes know that don't look at the list. Those that do take the last of it that
             // they know, and ask for STATUS and GC from 1.1.0 on.
-            "cniVersion": Version::V1_0_0.as_str(),
-            "cniVersions": Version::ALL.map(Version::as_str),
+            "cniVersion": Version::V1_0_0.min(last).as_str(),
+            "cniVersions": versions,
             "name": self.network,
-            "plugins": [{
-                "type": PLUGIN,
-                "capabilities": { "portMappings": true, "bandwidth": true, "ips": true },
-                "runDir": self.run_dir,
-                "stateDir": self.state_dir,
-            }],
+            "plugins": plugins,
         })
     }
 
@@ -174,6 +265,8 @@ mod tests {
             state_dir: folder.path().join("state"),
             run_dir: folder.path().join("run"),
             network: "penstock".to_owned(),
+            chain: Vec::new(),
+            is_chained: false,
         };
         assert!(places.install().unwrap());
         assert!(!places.install().unwrap());
@@ -190,6 +283,82 @@ mod tests {
         assert_eq!(installed.state(), places.state_dir.join("penstock.json"));
         installed.withdraw().unwrap();
         assert_eq!(Installed::find(&path, &places.run_dir).unwrap(), None);
+    }
+
+    #[test]
+    fn who_comes_after_it_is_asked_instead() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = |text: &str| {
+            let path = folder.path().join("plugin.json");
+            fs::write(&path, text).unwrap();
+            Chained::read(&path)
+        };
+        for (text, reason) in [
+            ("", "not JSON"),
+            ("{", "not JSON"),
+            ("[]", "no object"),
+            (r#"{"type": "x", "cniVersion": "7.0"}"#, "7.0"),
+            ("\"bandwidth\"", "no object"),
+            ("{}", "type"),
+            (r#"{"type": 7}"#, "type"),
+            (r#"{"type": ""}"#, "type"),
+            (r#"{"type": "../bandwidth"}"#, "no name"),
+            (r#"{"type": "penstock-cni"}"#, "already"),
+            (
+                r#"{"type": "x", "capabilities": ["bandwidth"]}"#,
+                "capabilities",
+            ),
+            (
+                r#"{"name": "x", "plugins": [{"type": "bandwidth"}]}"#,
+                "list of plugins",
+            ),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+            assert!(error.contains("plugin.json"), "{error}");
+        }
+        let missing = Chained::read(&folder.path().join("none")).unwrap_err();
+        assert!(missing.to_string().contains("No such file"), "{missing}");
+        let bandwidth = r#"{"type": "bandwidth", "capabilities": {"bandwidth": true}}"#;
+        let portmap =
+            r#"{"type": "portmap", "capabilities": {"portMappings": false}, "snat": true}"#;
+        let chain = vec![read(bandwidth).unwrap(), read(portmap).unwrap()];
+        let places = Places {
+            conf_dir: folder.path().join("net.d"),
+            conf_name: CONFIGURATION.to_owned(),
+            bin_dir: folder.path().join("bin"),
+            plugin: None,
+            state_dir: folder.path().join("state"),
+            run_dir: folder.path().join("run"),
+            network: "penstock".to_owned(),
+            chain,
+            is_chained: false,
+        };
+        let plugins = &places.configuration()["plugins"];
+        // What the second has, it says, it does not want.
+        let own = json!({"portMappings": true, "ips": true});
+        assert_eq!(plugins[0]["capabilities"], own);
+        assert_eq!(
+            plugins[1],
+            serde_json::from_str::<Value>(bandwidth).unwrap()
+        );
+        assert_eq!(plugins[2]["snat"], true);
+        // What those know whose files do not say what they know.
+        let versions = |places: &Places| places.configuration()["cniVersions"].clone();
+        assert_eq!(versions(&places), json!(["0.3.1", "0.4.0", "1.0.0"]));
+        let newer = r#"{"type": "tuning", "cniVersion": "1.1.0"}"#;
+        let newer = Places {
+            chain: vec![read(newer).unwrap()],
+            ..places.clone()
+        };
+        assert_eq!(versions(&newer)[3], "1.1.0");
+        assert_eq!(
+            newer.configuration()["plugins"][1],
+            json!({"type": "tuning"})
+        );
+        assert!(places.install().unwrap());
+        let path = places.conf_dir.join(CONFIGURATION);
+        assert!(Installed::find(&path, &places.run_dir).unwrap().is_some());
     }
 
     #[test]
