@@ -24,7 +24,7 @@ use crate::{
     request::{Request, Target},
     result::{self, Made},
     shape::Limit,
-    state::{Attachment, AttachmentKey, State},
+    state::{Attachment, AttachmentKey, Mac, State},
     store::{self, Store, now},
     version::Version,
 };
@@ -305,8 +305,8 @@ async fn check(config: &Config, target: &Target, previous: &Previous) -> Result<
             target.key.container
         ))
     })?;
-    compare(attachment, &target.netns, previous)?;
-    Ends::open(open(&target.netns)?)?.verify(attachment).await?;
+    let attachment = compare(attachment, &target.netns, previous)?;
+    Ends::open(open(&target.netns)?)?.verify(&attachment).await?;
     let request = agent::Request::Check {
         network: network.clone(),
         attachment: target.key.clone(),
@@ -322,8 +322,14 @@ async fn check(config: &Config, target: &Target, previous: &Previous) -> Result<
     }
 }
 
-/// Whether the result that the runtime keeps is the one that ADD gave.
-fn compare(attachment: &Attachment, netns: &Path, previous: &Previous) -> Result<(), Failure> {
+/// Whether the result that the runtime keeps is the one that ADD gave, and the attachment as that has
+/// it: plugins later in a chain may change the Ethernet address of the container's end (`tuning`), and
+/// the agent follows them.
+fn compare(
+    attachment: &Attachment,
+    netns: &Path,
+    previous: &Previous,
+) -> Result<Attachment, Failure> {
     let text = |value: &Value, key: &str| {
         value
             .get(key)
@@ -332,23 +338,25 @@ fn compare(attachment: &Attachment, netns: &Path, previous: &Previous) -> Result
             .to_ascii_lowercase()
     };
     let netns = netns.to_string_lossy().to_ascii_lowercase();
-    let ends = [
-        (&attachment.interface, attachment.host_mac, String::new()),
-        (&attachment.key.ifname, attachment.mac, netns),
-    ];
-    let interfaces = previous.list("interfaces");
-    for (name, mac, sandbox) in ends {
-        let is_it = |found: &Value| {
-            text(found, "name") == name.to_ascii_lowercase()
-                && text(found, "mac") == mac.to_string()
-                && text(found, "sandbox") == sandbox
+    let mac_of = |name: &str, sandbox: &str| {
+        let is_it = |found: &&Value| {
+            text(found, "name") == name.to_ascii_lowercase() && text(found, "sandbox") == sandbox
         };
-        if !interfaces.iter().any(is_it) {
-            return Err(Failure::Mismatch(format!(
-                "prevResult.interfaces has no {name} with the Ethernet address {mac}"
-            )));
-        }
+        let found = previous.list("interfaces").iter().find(is_it);
+        found.and_then(|found| Mac::try_from(text(found, "mac")).ok())
+    };
+    let (host, container) = (&attachment.interface, &attachment.key.ifname);
+    if mac_of(host, "") != Some(attachment.host_mac) {
+        return Err(Failure::Mismatch(format!(
+            "prevResult.interfaces has no {host} with the Ethernet address {}",
+            attachment.host_mac
+        )));
     }
+    let mac = mac_of(container, &netns).ok_or_else(|| {
+        Failure::Mismatch(format!(
+            "prevResult.interfaces has no {container} with an Ethernet address in the container"
+        ))
+    })?;
     for ip in &attachment.ips {
         let address = format!("{ip}/{}", crate::netlink::bits(*ip));
         if !previous
@@ -361,7 +369,10 @@ fn compare(attachment: &Attachment, netns: &Path, previous: &Previous) -> Result
             )));
         }
     }
-    Ok(())
+    Ok(Attachment {
+        mac,
+        ..attachment.clone()
+    })
 }
 
 async fn collect(config: &Config, valid: &[AttachmentKey]) -> Result<(), Failure> {

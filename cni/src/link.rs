@@ -19,7 +19,7 @@ use crate::{
 
 /// Where containers send all IPv4 packets: an address that nobody has, whose Ethernet address is
 /// the host end's.
-const GATEWAY4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
+pub const GATEWAY4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 /// The same for IPv6.
 const GATEWAY6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 

@@ -213,6 +213,12 @@ fn check_sees_what_changed() {
     other = result.clone();
     other["interfaces"][0]["mac"] = json!("02:00:00:00:00:00");
     bed.check("a", &other).fails(102, "prevResult.interfaces");
+    other = result.clone();
+    other["interfaces"][1]["mac"] = json!("02:00:00:00:00:00");
+    bed.check("a", &other)
+        .fails(102, "another Ethernet address");
+    other["interfaces"][1]["mac"] = json!("none");
+    bed.check("a", &other).fails(102, "prevResult.interfaces");
     bed.run(&bed.call("CHECK", "a")).fails(7, "prevResult");
     bed.check("b", &result).fails(102, "does not know");
     type Damage<'a> = (&'a str, &'a [&'a str], &'a str);
@@ -252,6 +258,42 @@ fn check_sees_what_changed() {
     }
     bed.del("a").success();
     bed.check("a", &result).fails(102, "does not know");
+}
+
+#[test]
+fn check_takes_the_ethernet_address_that_a_later_plugin_gave() {
+    let Some(mut bed) = Bed::new() else { return };
+    let netns = bed.container("a");
+    let mut result = bed.add("a").success();
+    let interface = result["interfaces"][0]["name"].as_str().unwrap().to_owned();
+    let host_mac = result["interfaces"][0]["mac"].as_str().unwrap().to_owned();
+    let node = bed.node();
+    const MAC: &str = "02:11:22:33:44:55";
+    sh("ip", &["-n", &netns, "link", "set", "eth0", "address", MAC]);
+    result["interfaces"][1]["mac"] = json!(MAC);
+    bed.check("a", &result).fails(102, "neighbour");
+    // What the agent does.
+    let gateways = [(&netns, "eth0", host_mac.as_str())];
+    let gateways = gateways.map(|(at, link, mac)| (at, link, mac, ["169.254.1.1", "fe80::1"]));
+    let ips = [0, 1].map(|index: usize| {
+        let address = result["ips"][index]["address"].as_str().unwrap();
+        address.split('/').next().unwrap().to_owned()
+    });
+    let pods = [(
+        &node,
+        interface.as_str(),
+        MAC,
+        [ips[0].as_str(), ips[1].as_str()],
+    )];
+    for (at, link, mac, whom) in gateways.into_iter().chain(pods) {
+        for ip in whom {
+            let neighbour = ["neigh", "replace", ip, "lladdr", mac, "dev", link];
+            sh("ip", &[&["-n", at], &neighbour[..]].concat());
+        }
+    }
+    bed.check("a", &result).success();
+    bed.del("a").success();
+    bed.assert_clean();
 }
 
 #[test]
