@@ -306,7 +306,9 @@ async fn check(config: &Config, target: &Target, previous: &Previous) -> Result<
         ))
     })?;
     let attachment = compare(attachment, &target.netns, previous)?;
-    Ends::open(open(&target.netns)?)?.verify(&attachment).await?;
+    Ends::open(open(&target.netns)?)?
+        .verify(&attachment)
+        .await?;
     let request = agent::Request::Check {
         network: network.clone(),
         attachment: target.key.clone(),

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result};
 use aya::maps::{Array, Map};
 use glob::Pattern;
-use penstock_common::limits;
+use penstock_common::{NetworkFlags, limits};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -22,8 +22,11 @@ use crate::{
         cgroup::{self, Fate},
         exclude::Exclusions,
         follow::{Follower, Names, Wiring},
+        held::{Agreement, Holder},
         interface::{PacketHooks, Role},
-        netns, routes, xdp,
+        netns,
+        peers::Peers,
+        routes, xdp,
     },
     dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
     flows::Lifetimes,
@@ -169,14 +172,36 @@ pub async fn run(options: Options) -> Result<Ending> {
     let (but_for_host_ports, mut wired) = mpsc::channel(64);
     let mut network_state = None;
     let mut wiring = None;
+    let config: Array<_, penstock_common::Config> =
+        Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?;
+    // What the node's object said to an earlier agent, for as long as nobody says anything else.
+    let before = config.get(&0, 0).unwrap_or_default();
+    let are_some_held = before.network & NetworkFlags::HELD != 0;
+    let agreement = Arc::new(Agreement::new(are_some_held));
     if let Some(options_of_network) = options.network {
+        let places = &options_of_network.places;
+        if !has_tcx
+            && places
+                .chain
+                .iter()
+                .any(|plugin| plugin.name() == "bandwidth")
+        {
+            tracing::warn!(
+                "before Linux 6.6 the plugin bandwidth can't limit what pods send where Penstock's hooks \
+                 are: it fails for pods that ask for that. Leave the capability bandwidth to penstock-cni"
+            );
+        }
         wiring = Some(Wiring {
-            pods: Pods::new(&options_of_network.places.state_dir),
+            pods: Pods::new(&places.state_dir),
             endpoints: network::Endpoints::open(&pins)?,
             pins: pins.clone(),
             host_ports: host_ports_told,
             requests: wire_requests,
             but_for_host_ports,
+            is_chained: places.is_chained || !places.chain.is_empty(),
+            holder: Holder::new(network::Held::open(&pins)?),
+            agreement: agreement.clone(),
+            peers: Peers::default(),
         });
         let (network, state) = network::Network::new(
             options_of_network,
@@ -220,10 +245,6 @@ pub async fn run(options: Options) -> Result<Ending> {
     if network_state.is_some() {
         world.await_host_ports();
     }
-    let config: Array<_, penstock_common::Config> =
-        Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?;
-    // What the node's object said to an earlier agent, for as long as nobody says anything else.
-    let before = config.get(&0, 0).unwrap_or_default();
     let chosen: [IpAddr; 2] = [
         Ipv4Addr::from(before.node4).into(),
         Ipv6Addr::from(before.node6).into(),
@@ -246,6 +267,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         node_name: options.node_name,
         known,
         network: network_state,
+        agreement: agreement.clone(),
         wires,
         steer,
         by_load,
@@ -286,6 +308,7 @@ pub async fn run(options: Options) -> Result<Ending> {
             }
             Some(query) = queries.recv() => agent.answer(query),
             () = changed(&mut agent.network) => agent.update_node(),
+            () = agreement.asked() => agent.update_node(),
             Some(ports) = told(&mut host_ports) => {
                 agent.reconciler.world.set_host_ports(ports);
                 agent.step();

@@ -18,6 +18,7 @@ use crate::{
         cgroup::Attached,
         exclude::Exclusions,
         follow::{self, WireRequest, lock},
+        held::Agreement,
         inspect, netns,
     },
     dataplane::{bpf::Bpf, changed::Changed, pins::Pins},
@@ -70,6 +71,8 @@ pub(super) struct Agent {
     pub(super) node_name: String,
     pub(super) known: tokio::sync::watch::Sender<Arc<network::Known>>,
     pub(super) network: Option<tokio::sync::watch::Receiver<network::State>>,
+    /// Whether the programs are to look for pods whose packets are left to the kernel.
+    pub(super) agreement: Arc<Agreement>,
     pub(super) wires: mpsc::Sender<WireRequest>,
     pub(super) steer: Arc<Notify>,
     /// Tells who counts connections for whom.
@@ -300,8 +303,11 @@ impl Agent {
             self.changed.note();
             self.configured = config;
         }
-        if let Err(error) = &written {
-            tracing::warn!("writing map CONFIG: {error}");
+        match &written {
+            Ok(()) => self
+                .agreement
+                .tell(config.network & NetworkFlags::HELD != 0),
+            Err(error) => tracing::warn!("writing map CONFIG: {error}"),
         }
         // What is known has been written when this is called, or is being tried again, which need
         // not keep a pod waiting that does not use it.
@@ -415,8 +421,13 @@ impl Agent {
                 IpAddr::V6(ip) => overlay6 = V6::from(*ip),
             }
         }
+        let held = if self.agreement.are_some() {
+            NetworkFlags::HELD
+        } else {
+            0
+        };
         Config {
-            network: NetworkFlags::FORWARD | masquerade | handover,
+            network: NetworkFlags::FORWARD | masquerade | handover | held,
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,

@@ -2,10 +2,13 @@
 //! them known, and the addresses that no service may have because they are this node's.
 //!
 //! Driven by rtnetlink's groups of links and addresses; after an overrun, and once in a while,
-//! everything is listed anew, so that a missed message costs time and nothing else. An interface that can't be attached
-//! is reported and tried again, and does not keep the others waiting.
+//! everything is listed anew, so that a missed message costs time and nothing else. An interface that
+//! can't be attached is reported and tried again, and does not keep the others waiting.
 
+mod pods;
 mod wiring;
+
+pub use wiring::{WireRequest, Wiring};
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -18,7 +21,7 @@ use std::{
 };
 
 use aya::maps::MapData;
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, channel::mpsc::UnboundedReceiver};
 use glob::Pattern;
 use penstock_cni::{
     error,
@@ -27,14 +30,17 @@ use penstock_cni::{
 use penstock_common::{Netns, NetnsFlags, V4, V6};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
-    packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType},
+    packet_core::NetlinkMessage,
+    packet_route::{
+        RouteNetlinkMessage as Message,
+        link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType},
+    },
+    sys::SocketAddr,
 };
-
 use tokio::sync::watch;
 
-pub use wiring::{WireRequest, Wiring};
-
 use super::{
+    held,
     interface::{PacketHooks, Role},
     netns::{self, Identity},
     xdp::{Facts, Mode},
@@ -110,9 +116,10 @@ pub struct OptedOut {
     pub are_all: bool,
 }
 
-/// What is followed: links come and go, and so do this node's addresses.
-const GROUPS: [MulticastGroup; 3] = [
+/// What is followed: links come and go, and so do queueing disciplines there and this node's addresses.
+const GROUPS: [MulticastGroup; 4] = [
     MulticastGroup::Link,
+    MulticastGroup::Tc,
     MulticastGroup::Ipv4Ifaddr,
     MulticastGroup::Ipv6Ifaddr,
 ];
@@ -121,8 +128,17 @@ const GROUPS: [MulticastGroup; 3] = [
 struct Link {
     name: String,
     namespace: Option<i32>,
+    /// The index of its other end, there.
+    other_end: Option<u32>,
+    /// Whether what leaves has to queue.
+    is_shaped: bool,
     role: Role,
     facts: Facts,
+}
+
+impl Link {
+    /// Queueing disciplines of links that have none, and of those that are down.
+    const NONE: [&str; 2] = ["noqueue", "noop"];
 }
 
 /// Interfaces by index.
@@ -136,6 +152,24 @@ async fn next(wiring: &mut Option<Wiring>) -> WireRequest {
         return request;
     }
     std::future::pending().await
+}
+
+/// Until a pod's end of its link is other than it was.
+async fn changed_in_pods(changed: Option<impl Future<Output = ()>>) {
+    match changed {
+        Some(changed) => changed.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next message that may be a reason to look.
+async fn told(messages: &mut UnboundedReceiver<(NetlinkMessage<Message>, SocketAddr)>) -> bool {
+    while let Some((message, _)) = messages.next().await {
+        if !held::is_of_filters(&message) {
+            return true;
+        }
+    }
+    false
 }
 
 /// Interfaces by what is behind them.
@@ -213,6 +247,9 @@ impl Follower {
 
     /// Follows until the task is cancelled; `changed` wakes it when exclusions or addresses did.
     pub async fn run(mut self, changed: Arc<tokio::sync::Notify>) {
+        if let Some(wiring) = &self.wiring {
+            wiring.peers.listen();
+        }
         loop {
             if let Err(error) = self.follow(&changed).await {
                 tracing::warn!("following interfaces: {error}; beginning anew");
@@ -224,6 +261,9 @@ impl Follower {
     async fn follow(&mut self, changed: &tokio::sync::Notify) -> io::Result<()> {
         let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
         let connection = tokio::spawn(connection);
+        if let Some(wiring) = &self.wiring {
+            wiring.peers.forget();
+        }
         let mut asked = Vec::new();
         let result = loop {
             let hints = asked.iter();
@@ -242,9 +282,10 @@ impl Follower {
             } else {
                 SETTLE
             };
+            let in_pods = self.wiring.as_ref().map(|wiring| wiring.peers.changed());
             tokio::select! {
-                message = messages.next() => {
-                    if message.is_none() {
+                is_told = told(&mut messages) => {
+                    if !is_told {
                         break Err(io::Error::other("the netlink connection ended"));
                     }
                     // Who asks for a pod does not wait for that.
@@ -255,8 +296,13 @@ impl Follower {
                     while futures::FutureExt::now_or_never(messages.next()).flatten().is_some() {}
                 }
                 () = changed.notified() => {}
+                () = changed_in_pods(in_pods) => {}
                 request = next(&mut self.wiring) => asked.push(request),
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(pause) => {
+                    if let Some(wiring) = self.wiring.as_ref().filter(|_| is_settled) {
+                        wiring.peers.forget();
+                    }
+                }
             }
             // One look does for all who ask at once.
             if let Some(wiring) = &mut self.wiring {
@@ -329,11 +375,13 @@ impl Follower {
             let mut below = None;
             let mut kind = None;
             let mut mac = None;
+            let mut is_shaped = false;
             for attribute in &link.attributes {
                 match attribute {
                     LinkAttribute::IfName(text) => name = Some(text.clone()),
                     LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
                     LinkAttribute::Link(index) => below = Some(*index),
+                    LinkAttribute::Qdisc(kind) => is_shaped = !Link::NONE.contains(&kind.as_str()),
                     LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(&**bytes).ok(),
                     LinkAttribute::LinkInfo(infos) => {
                         kind = infos.iter().find_map(|info| match info {
@@ -364,6 +412,8 @@ impl Follower {
                 let link_seen = Link {
                     name,
                     namespace,
+                    other_end: below.filter(|_| namespace.is_some()),
+                    is_shaped,
                     role,
                     facts,
                 };
@@ -385,7 +435,11 @@ impl Follower {
         is_settled &= self.write_xdp_uplinks(&present);
         is_settled &= self.identify_new(handle, &present).await;
         self.write_namespaces(&present);
-        is_settled &= self.write_endpoints();
+        if self.wiring.is_some() {
+            is_settled &= self.read_pods();
+            is_settled &= self.follow_pods(handle, &present).await?;
+            is_settled &= self.write_endpoints(&present);
+        }
         is_settled &= self.write_uplinks(&present);
         Ok(is_settled)
     }
@@ -405,73 +459,6 @@ impl Follower {
             return Some(Role::Uplink);
         }
         is_pod.then_some(Role::Pod)
-    }
-
-    /// Makes `ENDPOINTS` name the pods whose interfaces have their hooks; whether that is done.
-    fn write_endpoints(&mut self) -> bool {
-        let Some(wiring) = &mut self.wiring else {
-            return true;
-        };
-        let mut status = lock(&self.status);
-        status.problems.clear();
-        if let Err(error) = wiring.pods.read() {
-            status
-                .problems
-                .push(format!("reading the CNI plugin's state: {error}"));
-            return false;
-        }
-        let attached: HashMap<&str, u32> = status
-            .interfaces
-            .iter()
-            .filter(|(_, followed)| followed.is_attached)
-            .map(|(index, followed)| (followed.name.as_str(), *index))
-            .collect();
-        let index_of = |name: &str| attached.get(name).copied();
-        let written = wiring.endpoints.set(wiring.pods.endpoints(index_of));
-        let attachments: Vec<_> = wiring
-            .pods
-            .attachments()
-            .map(|attachment| (attachment.clone(), index_of(&attachment.interface)))
-            .collect();
-        if status.attachments != attachments {
-            self.patience = PATIENCE;
-            status.attachments = attachments;
-        }
-        // The plugin removes the interface before it forgets the pod, and says neither.
-        let is_between = status.attachments.iter().any(|(_, index)| index.is_none());
-        let is_awaited = is_between && self.patience > 0;
-        self.patience = self.patience.saturating_sub(u32::from(is_between));
-        let there: HashSet<&str> = status
-            .interfaces
-            .values()
-            .map(|followed| followed.name.as_str())
-            .collect();
-        let host_ports = wiring.pods.host_ports(|name| there.contains(name));
-        let attachments = status.attachments.iter();
-        let gone = attachments.filter(|(found, _)| !there.contains(found.interface.as_str()));
-        let gone = gone.map(|(found, _)| {
-            let since = status.gone.get(&found.key).copied();
-            (found.key.clone(), since.unwrap_or_else(Instant::now))
-        });
-        status.gone = gone.collect();
-        wiring.host_ports.send_if_modified(|known| {
-            let is_new = known.as_ref() != Some(&host_ports);
-            *known = Some(host_ports);
-            is_new
-        });
-        status
-            .problems
-            .extend(wiring.pods.problems().map(ToString::to_string));
-        self.unwritten = None;
-        match written {
-            Ok(_) => !is_awaited,
-            Err(error) => {
-                tracing::warn!("{error}; pods are routed by the kernel until then");
-                status.problems.push(error.to_string());
-                self.unwritten = Some((error.to_string(), error::chain_passes(&error)));
-                false
-            }
-        }
     }
 
     /// Drops what is known of interfaces that are gone or renamed.
@@ -512,7 +499,11 @@ impl Follower {
                 continue;
             }
             // Nobody else has hooks on links of our own plugin's.
-            let quickly = self.wiring.is_some() && penstock_cni::names::is_interface(name);
+            let is_alone = self
+                .wiring
+                .as_ref()
+                .is_some_and(|wiring| !wiring.is_chained);
+            let quickly = is_alone && penstock_cni::names::is_interface(name);
             let result = self.hooks.attach(*role, name, *index, quickly);
             if *role != Role::Uplink {
                 // It may have been one.

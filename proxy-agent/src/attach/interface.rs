@@ -148,7 +148,9 @@ impl PacketHooks {
             let pin = self.pins.link(&pin_name(index, name));
             let program = classifier(&mut self.ebpf, name)?;
             let done = if self.has_tcx && (!quickly || pin.exists()) {
+                // Afterwards, lest a packet meet neither: one of an agent that was alone there.
                 attach_tcx(program, interface, direction, pin)
+                    .map(|()| detach_filter(interface, direction))
             } else {
                 attach_filter(program, interface, direction)
             };

@@ -7,9 +7,11 @@
 pub mod cgroup;
 pub mod exclude;
 pub mod follow;
+pub mod held;
 pub mod inspect;
 pub mod interface;
 pub mod netns;
+pub mod peers;
 pub mod routes;
 mod syscall;
 pub mod xdp;

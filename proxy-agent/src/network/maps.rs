@@ -297,6 +297,33 @@ impl XdpUplinks {
     }
 }
 
+/// `HELD`.
+pub struct Held {
+    changed: Changed,
+    mirror: Mirror<u32, u32, HashMap<MapData, u32, u32>>,
+}
+
+impl Held {
+    /// The pinned map, with what is in it.
+    pub fn open(pins: &Pins) -> Result<Self, MapsError> {
+        Ok(Self {
+            changed: Changed::open(pins)?,
+            mirror: Mirror::open(pins, "HELD")?,
+        })
+    }
+
+    /// What it holds.
+    pub fn interfaces(&self) -> impl Iterator<Item = u32> {
+        self.mirror.known.keys().copied()
+    }
+
+    /// Makes the map hold these interfaces.
+    pub fn set(&mut self, wanted: impl Iterator<Item = u32>) -> Result<usize, MapsError> {
+        let wanted = wanted.map(|index| (index, 1)).collect();
+        written(&self.changed, || self.mirror.set(&wanted))
+    }
+}
+
 /// What `ROUTES` should hold for a plan. Nodes' ranges hold before ranges that are just not to be
 /// masqueraded.
 pub fn wanted(plan: &Plan, direct: &[IpNetwork]) -> BTreeMap<IpNetwork, Route> {

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 
 pub use handover::Obstacles;
 pub use kernel::{DEVICE, KernelError};
-pub use maps::{Endpoints, MapsError, Uplinks, XdpUplinks};
+pub use maps::{Endpoints, Held, MapsError, Uplinks, XdpUplinks};
 use maps::{Routes, Vteps};
 use plan::{Plan, Routing};
 

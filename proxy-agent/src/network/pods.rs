@@ -20,6 +20,17 @@ use crate::model::{
     port::{HostPort, PodPorts},
 };
 
+/// What is seen of an attachment's interface: whoever is next in a chain of plugins changes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// The index of the host end.
+    pub index: u32,
+    /// Whether what leaves there for the pod has to queue.
+    pub is_shaped: bool,
+    /// The Ethernet address of the pod's end, if it is known.
+    pub mac: Option<[u8; 6]>,
+}
+
 /// The states of all networks.
 #[derive(Debug)]
 pub struct Pods {
@@ -128,17 +139,20 @@ impl Pods {
     /// The addresses of attachments whose interface is there, by its name.
     pub fn endpoints<'a>(
         &'a self,
-        index_of: impl Fn(&str) -> Option<u32> + 'a,
+        link_of: impl Fn(&str) -> Option<Link> + 'a,
     ) -> impl Iterator<Item = (IpAddr, Endpoint)> + 'a {
         self.attachments().flat_map(move |attachment| {
-            let index = index_of(&attachment.interface);
-            let is_shaped = attachment
+            let is_limited = attachment
                 .bandwidth
                 .is_some_and(|limits| limits.ingress_rate > 0);
-            let endpoint = index.map(|ifindex| Endpoint {
-                ifindex,
-                flags: if is_shaped { EndpointFlags::SHAPED } else { 0 },
-                mac: attachment.mac.0,
+            let endpoint = link_of(&attachment.interface).map(|link| Endpoint {
+                ifindex: link.index,
+                flags: if is_limited || link.is_shaped {
+                    EndpointFlags::SHAPED
+                } else {
+                    0
+                },
+                mac: link.mac.unwrap_or(attachment.mac.0),
                 host_mac: attachment.host_mac.0,
             });
             let ips = attachment.ips.iter().copied();

@@ -1,6 +1,6 @@
 //! Whether an attachment is wired: what the CNI plugin asks at the end of ADD, and in CHECK.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use penstock_cni::{
     agent::Answer,
@@ -11,7 +11,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Follower, lock};
 use crate::{
-    attach::inspect::{self, Finding},
+    attach::{
+        held::{Agreement, Holder},
+        inspect::{self, Finding},
+        peers::Peers,
+    },
     dataplane::pins::Pins,
     model::port::PodPorts,
     network::{Endpoints, pods::Pods},
@@ -31,6 +35,14 @@ pub struct Wiring {
     pub requests: mpsc::Receiver<WireRequest>,
     /// Where they go on to, once it is but for its host ports.
     pub but_for_host_ports: mpsc::Sender<WireRequest>,
+    /// Whether other plugins come after ours, for which clsact is in the way.
+    pub is_chained: bool,
+    /// Pods whose packets are left to the kernel.
+    pub holder: Holder,
+    /// What is said of that to whoever writes `CONFIG`.
+    pub agreement: Arc<Agreement>,
+    /// The pods' ends of their links.
+    pub peers: Peers,
 }
 
 /// A question whether an attachment is wired.
@@ -119,7 +131,12 @@ impl Follower {
         if matches!(hooks, Err(Finding::Damage(_))) {
             lock(&self.status).interfaces.remove(&index);
         }
-        let found = hooks.and_then(|()| inspect::endpoints(&wiring.pins, attachment, index));
+        // Others may have changed the pod's Ethernet address since it was wired.
+        let followed = Attachment {
+            mac: wiring.peers.mac(index).unwrap_or(attachment.mac),
+            ..attachment.clone()
+        };
+        let found = hooks.and_then(|()| inspect::endpoints(&wiring.pins, &followed, index));
         found.map_err(Answer::from)
     }
 }
