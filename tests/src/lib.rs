@@ -11,6 +11,7 @@
 mod agent;
 mod apiserver;
 mod cgroup;
+mod chain;
 mod cluster;
 mod containerd;
 mod host;
@@ -33,6 +34,7 @@ mod wait;
 
 pub use agent::{Agent, Said, Source, binary};
 pub use apiserver::ApiServer;
+pub use chain::Chain;
 pub use cluster::Cluster;
 pub use containerd::Cni;
 pub use host::Host;

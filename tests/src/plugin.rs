@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// The folder that Debian keeps the reference plugins in.
-const REFERENCE: &str = "/usr/lib/cni";
+pub(crate) const REFERENCE: &str = "/usr/lib/cni";
 
 /// The plugin of a node's network.
 #[derive(Clone, Debug)]
@@ -98,13 +98,11 @@ impl Node {
         let kind = network.get("type").and_then(Value::as_str);
         let folder = self.cni_bin_dir();
         let program = folder.join(kind.context("a plugin has no type")?);
-        // The latest version of those that are offered, as today's runtimes choose.
-        let versions = list.get("cniVersions").and_then(Value::as_array);
-        let version = versions.and_then(|versions| versions.last());
-        for (field, value) in [("cniVersion", version), ("name", list.get("name"))] {
-            let value = value.with_context(|| format!("{} has no {field}", path.display()))?;
-            network.insert(field.to_owned(), value.clone());
-        }
+        // The latest version, as today's runtimes choose, whatever plugins after it know.
+        network.insert("cniVersion".to_owned(), json!("1.1.0"));
+        let name = list.get("name");
+        let name = name.with_context(|| format!("{} has no name", path.display()))?;
+        network.insert("name".to_owned(), name.clone());
         Ok(Plugin {
             place: self.place(),
             folder,
@@ -126,6 +124,50 @@ impl Plugin {
             program,
             network,
         })
+    }
+
+    /// The plugin of that name in a folder, on a node, with a network configuration.
+    pub(crate) fn at(
+        node: &Node,
+        folder: PathBuf,
+        kind: &str,
+        network: Map<String, Value>,
+    ) -> Self {
+        Self {
+            place: node.place(),
+            program: folder.join(kind),
+            folder,
+            network,
+        }
+    }
+
+    /// The same after others, whose result that is.
+    pub(crate) fn after(&self, result: &Value) -> Self {
+        let mut plugin = self.clone();
+        if !result.is_null() {
+            let key = "prevResult".to_owned();
+            plugin.network.insert(key, result.clone());
+        }
+        plugin
+    }
+
+    /// A container with what its runtime wants of this plugin: what its configuration says it can.
+    pub(crate) fn asked(&self, container: &Container) -> Container {
+        let can = |name: &String| {
+            let capabilities = self.network.get("capabilities");
+            capabilities.and_then(|all| all.get(name)) == Some(&Value::Bool(true))
+        };
+        let wanted = container.runtime.as_object().cloned().unwrap_or_default();
+        let wanted: Map<String, Value> = wanted.into_iter().filter(|(name, _)| can(name)).collect();
+        Container {
+            runtime: wanted.into(),
+            ..container.clone()
+        }
+    }
+
+    /// Whether it is the plugin of that name.
+    pub(crate) fn is(&self, kind: &str) -> bool {
+        self.network.get("type").and_then(Value::as_str) == Some(kind)
     }
 
     /// Gives a container a network; the result.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::net::Net;
 
 /// A pod's port.
-const PORT: u16 = 8080;
+pub const PORT: u16 = 8080;
 
 #[test]
 fn host_ports_are_where_they_are_wanted() -> Result<()> {
@@ -97,7 +97,7 @@ const BURST: u64 = 200_000;
 const BYTES: u64 = 2_000_000;
 const LEAST_SECS: f64 = 1.2;
 
-fn in_bits() -> Value {
+pub fn in_bits() -> Value {
     json!({
         "ingressRate": RATE * 8, "ingressBurst": BURST * 8,
         "egressRate": RATE * 8, "egressBurst": BURST * 8,
@@ -190,20 +190,25 @@ fn what_tuning_does_after_it_is_heeded() -> Result<()> {
     Ok(())
 }
 
+/// Asserts that what somebody pours arrives no faster than it may.
+pub fn is_limited(from: &Host, to: SocketAddr) -> Result<()> {
+    let (arrived, seconds) = from.pour(&to.to_string(), BYTES)?;
+    assert_eq!(arrived, BYTES);
+    let what = format!("{} to {to}: {seconds:.2} s", from.name);
+    eprintln!("{what}");
+    assert!(seconds > LEAST_SECS, "{what}");
+    Ok(())
+}
+
 /// Asserts that a pod of the first node sends and gets no faster than it may, to and from everybody.
-fn are_limited(net: &Net, limited: &Host) -> Result<()> {
+pub fn are_limited(net: &Net, limited: &Host) -> Result<()> {
     let [near, far] = [0, 2].map(|index: usize| &net.pods[index].host);
     let node = &net.nodes[0].host;
     let drains = [near, far, node, limited].map(|host| host.drain(9000));
     for other in [near, far, node] {
         for (from, to) in [(other, limited), (limited, other)] {
             for ip in [to.ip4, to.ip6] {
-                let at = SocketAddr::new(ip, 9000).to_string();
-                let (arrived, seconds) = from.pour(&at, BYTES)?;
-                assert_eq!(arrived, BYTES);
-                let what = format!("{} to {at} of {}: {seconds:.2} s", from.name, to.name);
-                eprintln!("{what}");
-                assert!(seconds > LEAST_SECS, "{what}");
+                is_limited(from, SocketAddr::new(ip, 9000))?;
             }
         }
     }

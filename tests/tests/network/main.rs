@@ -9,6 +9,7 @@
 )]
 
 mod capabilities;
+mod chained;
 mod changes;
 mod check;
 mod churn;
