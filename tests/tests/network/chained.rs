@@ -206,8 +206,24 @@ fn what_another_plugin_is_asked_for_ours_leaves_to_it() -> Result<()> {
     let (_, seconds) = free.host.pour(&to, 2_000_000)?;
     assert!(seconds < 0.6, "{seconds:.2} s");
     is_limited(&free.host, SocketAddr::new(limited.host.ip4, 9_001))?;
-    drop(drains);
     limited.check()?;
+
+    // Without the queueing discipline what the pod sends goes past the kernel's stack again.
+    let interface = limited.interface()?.to_owned();
+    let setting = format!("/proc/sys/net/ipv4/conf/{interface}/accept_local");
+    assert_eq!(node.run("cat", &[&setting])?.trim(), "1");
+    node.run("tc", &["qdisc", "del", "dev", &interface, "ingress"])?;
+    eventually("the kernel is as it was", || {
+        let value = node.run("cat", &[&setting])?;
+        ensure!(value.trim() == "0", "{value}");
+        Ok(())
+    })?;
+    let (_, seconds) = limited.host.pour(&to, 2_000_000)?;
+    assert!(seconds < 0.6, "{seconds:.2} s");
+    let masqueraded = net.agents[0].count("masqueraded")?;
+    limited.host.pour(&to, 2_000_000)?;
+    assert!(net.agents[0].count("masqueraded")? > masqueraded);
+    drop(drains);
     limited.end()?;
     free.end()?;
     net.nothing_was_dropped()

@@ -223,3 +223,67 @@ fn cleanup_leaves_nothing_of_a_network_without_pods() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn plugins_after_ours_are_in_the_configuration() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut testbed = Testbed::new()?;
+    let node = testbed.network_node()?;
+    node.knows(&[&node])?;
+    let file = |name: &str, text: &str| -> Result<String> {
+        let path = testbed.folder().join(name);
+        fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    // What is no plugin's is refused before anything is touched.
+    let manifests = node.run_dir.with_file_name("manifests");
+    let manifests = manifests.display().to_string();
+    for (text, reason) in [
+        ("{", "not JSON"),
+        ("[]", "no object"),
+        (r#"{"kind": "bandwidth"}"#, "names no plugin"),
+        (r#"{"type": 1}"#, "names no plugin"),
+    ] {
+        let path = file("garbage.json", text)?;
+        let arguments = [
+            "--manifests",
+            &manifests,
+            "--node-name",
+            &node.name(),
+            "--network",
+            "--cni-chain",
+            &path,
+        ];
+        let said = node.penstock("agent", &arguments)?;
+        ensure!(
+            said.code != 0 && said.errors.contains(reason) && said.errors.contains(&path),
+            "{text}: {said:?}"
+        );
+    }
+    assert_eq!(files(&node.cni_conf_dir())?, BTreeSet::new());
+
+    let portmap = r#"{"type": "portmap", "capabilities": {"portMappings": true}, "snat": false}"#;
+    let chain = [
+        file(
+            "bandwidth.json",
+            r#"{"type": "bandwidth", "ingressRate": 8}"#,
+        )?,
+        file("portmap.json", portmap)?,
+    ];
+    let options = ["--cni-chain", &chain[0], "--cni-chain", &chain[1]];
+    let _agent = Agent::start_network(&node, &Source::Manifests, &options)?;
+    let text = fs::read_to_string(node.cni_conf_dir().join("10-penstock.conflist"))?;
+    let list: Value = serde_json::from_str(&text)?;
+    let plugins = list["plugins"].as_array().context("a list")?;
+    let kinds: Vec<&Value> = plugins.iter().map(|plugin| &plugin["type"]).collect();
+    assert_eq!(kinds, ["penstock-cni", "bandwidth", "portmap"]);
+    // The second has rates of its own, and leaves pods' to ours.
+    let own = json!({ "bandwidth": true, "ips": true });
+    assert_eq!(plugins[0]["capabilities"], own);
+    assert_eq!(plugins[1]["ingressRate"], 8);
+    assert_eq!(plugins[2]["snat"], false);
+    assert_eq!(list["cniVersions"], json!(["0.3.1", "0.4.0", "1.0.0"]));
+    Ok(())
+}
