@@ -25,9 +25,9 @@
 //! }
 //! ```
 //!
-//! Plugins that change a pod's interface or its namespace may come after it (`tuning`). Of `bandwidth` and
-//! `portmap` it has the capabilities itself: these plugins rely on all packets taking the host's whole
-//! stack, which with the agent's hooks they do not.
+//! Other plugins may come before it, with interfaces of their own, and after it: `tuning`, `bandwidth` and
+//! `portmap`, of which it has the capabilities itself. The agent sees what they do to a pod's link, and leaves
+//! packets to the host's stack where they rely on that.
 #![forbid(unsafe_code)]
 
 pub mod agent;
