@@ -131,7 +131,7 @@ pub fn classify<F: Family, M: Maps<F>>(
     if let Some(way) = maps.way(ifindex, &ends) {
         return forward::go::<F, M>(packet, maps, &ends, &way);
     }
-    if maps.network() & NetworkFlags::HELD != 0 && maps.is(&ends.0, AddressKind::NODE) {
+    if network & NetworkFlags::HELD != 0 && maps.is(&ends.0, AddressKind::NODE) {
         // A held pod's interface may have this node's address for a source, once translated.
         return Err(Counter::SourceForged);
     }

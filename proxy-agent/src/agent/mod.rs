@@ -172,6 +172,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     let (but_for_host_ports, mut wired) = mpsc::channel(64);
     let mut network_state = None;
     let mut wiring = None;
+    let mut has_translators = false;
     let config: Array<_, penstock_common::Config> =
         Array::try_from(Map::Array(pins.map("CONFIG")?)).context("map CONFIG")?;
     // What the node's object said to an earlier agent, for as long as nobody says anything else.
@@ -180,6 +181,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     let agreement = Arc::new(Agreement::new(are_some_held));
     if let Some(options_of_network) = options.network {
         let places = &options_of_network.places;
+        has_translators = places.has_translators();
         if !has_tcx
             && places
                 .chain
@@ -198,7 +200,7 @@ pub async fn run(options: Options) -> Result<Ending> {
             host_ports: host_ports_told,
             requests: wire_requests,
             but_for_host_ports,
-            is_chained: places.is_chained || !places.chain.is_empty(),
+            is_chained: places.has_others(),
             holder: Holder::new(network::Held::open(&pins)?),
             agreement: agreement.clone(),
             peers: Peers::default(),
@@ -268,6 +270,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         known,
         network: network_state,
         agreement: agreement.clone(),
+        has_translators,
         wires,
         steer,
         by_load,

@@ -73,6 +73,8 @@ pub(super) struct Agent {
     pub(super) network: Option<tokio::sync::watch::Receiver<network::State>>,
     /// Whether the programs are to look for pods whose packets are left to the kernel.
     pub(super) agreement: Arc<Agreement>,
+    /// Whether others may translate packets to pods in the kernel's stack.
+    pub(super) has_translators: bool,
     pub(super) wires: mpsc::Sender<WireRequest>,
     pub(super) steer: Arc<Notify>,
     /// Tells who counts connections for whom.
@@ -421,13 +423,14 @@ impl Agent {
                 IpAddr::V6(ip) => overlay6 = V6::from(*ip),
             }
         }
-        let held = if self.agreement.are_some() {
-            NetworkFlags::HELD
-        } else {
-            0
-        };
+        let others = [
+            (self.agreement.are_some(), NetworkFlags::HELD),
+            (self.has_translators, NetworkFlags::CHAINED),
+        ];
+        let others = others.into_iter().filter(|(is_so, _)| *is_so);
+        let others = others.fold(0, |flags, (_, flag)| flags | flag);
         Config {
-            network: NetworkFlags::FORWARD | masquerade | handover | held,
+            network: NetworkFlags::FORWARD | masquerade | handover | others,
             overlay_ifindex: network.overlay_ifindex,
             overlay_mtu: network.overlay_mtu,
             overlay_vni: network.vni,

@@ -118,6 +118,9 @@ pub struct Places {
     pub is_chained: bool,
 }
 
+/// Plugins that change no packet's addresses.
+const OTHERS: [&str; 2] = ["bandwidth", "tuning"];
+
 /// What runtimes may ask our plugin for.
 const CAPABILITIES: [&str; 3] = ["portMappings", "bandwidth", "ips"];
 
@@ -154,6 +157,17 @@ impl Places {
             "name": self.network,
             "plugins": plugins,
         })
+    }
+
+    /// Whether other plugins come after ours.
+    pub fn has_others(&self) -> bool {
+        self.is_chained || !self.chain.is_empty()
+    }
+
+    /// Whether any of them may translate packets to pods.
+    pub fn has_translators(&self) -> bool {
+        let may_translate = |plugin: &Chained| !OTHERS.contains(&plugin.name());
+        self.is_chained || self.chain.iter().any(may_translate)
     }
 
     /// Installs what is missing or different; whether anything was.
@@ -334,6 +348,7 @@ mod tests {
             chain,
             is_chained: false,
         };
+        assert!(places.has_others() && places.has_translators());
         let plugins = &places.configuration()["plugins"];
         // What the second has, it says, it does not want.
         let own = json!({"portMappings": true, "ips": true});
@@ -351,6 +366,15 @@ mod tests {
             chain: vec![read(newer).unwrap()],
             ..places.clone()
         };
+        assert!(newer.has_others() && !newer.has_translators());
+        // Of what others write nothing is known.
+        let elsewhere = Places {
+            chain: Vec::new(),
+            is_chained: true,
+            ..places.clone()
+        };
+        assert!(elsewhere.has_others() && elsewhere.has_translators());
+        assert_eq!(versions(&elsewhere)[3], "1.1.0");
         assert_eq!(versions(&newer)[3], "1.1.0");
         assert_eq!(
             newer.configuration()["plugins"][1],

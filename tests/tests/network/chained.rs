@@ -1,6 +1,9 @@
 //! Other plugins after ours, as the agent has put them into the runtime's configuration, in traffic.
 
-use std::{fs, net::SocketAddr};
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+};
 
 use anyhow::{Context, Result, ensure};
 use penstock_testbed::{Chain, Container, Host, Pod, Testbed, eventually, require_kernel, text};
@@ -289,4 +292,56 @@ fn a_pod_whose_ethernet_address_changes_is_reached() -> Result<()> {
     }
     drop((server, outside));
     tuned.end()
+}
+
+#[test]
+fn ports_of_a_plugin_after_ours_lead_to_pods() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let portmap = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
+    let mut bandwidth = in_bits();
+    bandwidth["type"] = json!("bandwidth");
+    // Whether what the pod sends is left to the kernel or not.
+    ports_lead_to_pods(std::slice::from_ref(&portmap))?;
+    ports_lead_to_pods(&[bandwidth, portmap])
+}
+
+fn ports_lead_to_pods(plugins: &[Value]) -> Result<()> {
+    let (mut net, outside) = net_with(plugins)?;
+    let node = net.nodes[0].host.clone();
+    let ports = [(9_001, "tcp"), (9_002, "udp")];
+    let mappings = ports.map(
+        |(port, protocol)| json!({ "hostPort": port, "containerPort": PORT, "protocol": protocol }),
+    );
+    let mapped = Chained::new(&mut net, json!({ "portMappings": mappings }))?;
+    let server = mapped.host.serve(PORT)?;
+    let [near, far] = [0, 2].map(|index: usize| net.pods[index].host.clone());
+    let all = [&outside, &node, &far, &near, &mapped.host];
+    let askers = all.map(|from| (from, vec![node.ip4, node.ip6]));
+    let itself = (&node, vec![Ipv4Addr::LOCALHOST.into()]);
+    for (from, ips) in askers.into_iter().chain([itself]) {
+        for ip in ips {
+            for (port, protocol) in ports {
+                let to = SocketAddr::new(ip, port).to_string();
+                // Once and again: what is remembered of the first changes nothing.
+                for _ in 0..3 {
+                    let answer = from.ask(protocol, &to, &[])?;
+                    let what = format!("{} asks {to} {protocol}: {answer}", from.name);
+                    assert_eq!(text(&answer, "server"), mapped.host.name, "{what}");
+                    assert_eq!(text(&answer, "peer"), to, "{what}");
+                }
+            }
+        }
+    }
+    // Who dials the pod itself is answered by it, and what it begins has the node's address.
+    reaches(&near, &mapped.host)?;
+    reaches(&far, &mapped.host)?;
+    let outer = outside.serve(PORT)?;
+    for (ip, source) in asked(&mapped.host, &outside)? {
+        assert_eq!(source, same_family(&node, ip));
+    }
+    drop((server, outer));
+    mapped.end()?;
+    net.nothing_was_dropped()
 }
