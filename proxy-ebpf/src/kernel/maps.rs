@@ -9,10 +9,10 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    ConnectedUdp, Connections, Counter, Datagram, DatagramKey, Dialled, Endpoint, Flow, FlowCounts,
-    FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hints, Load, Netns,
-    PortChunk, Route, ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink,
-    V4, V6, Vtep, XdpUplink, limits,
+    ConnectedUdp, Connections, Datagram, DatagramKey, Dialled, Endpoint, Flow, FlowCounts, FlowId,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hints, Load, Netns, PortChunk,
+    Route, ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6,
+    Vtep, XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
