@@ -108,11 +108,12 @@ struct AgentArgs {
     /// Where packets from the outside are met first.
     #[arg(long, value_enum, default_value_t = Choice::Off)]
     xdp: Choice,
-    /// At which of this node's addresses its ports are services': the first of each family
-    /// ("primary"), or those in ranges, separated by commas.
-    #[arg(long, value_name = "primary|RANGES", default_value = "primary")]
-    nodeport_addresses: Which,
-    /// Serve no node ports at 127.0.0.1 and ::1.
+    /// At which of this node's addresses its ports are services' (repeat, or separate by commas): ranges,
+    /// the first of each family ("primary"), 127.0.0.1 and ::1 ("localhost"), "all"; all of a family that
+    /// nothing is said of [default: primary].
+    #[arg(long, value_name = "LIST")]
+    nodeport_addresses: Vec<Which>,
+    /// Serve no node ports at 127.0.0.1 and ::1, whatever --nodeport-addresses says.
     #[arg(long)]
     no_localhost_nodeports: bool,
     /// Cgroups below --cgroup whose sockets are left alone, by path; `*` matches (repeatable).
@@ -489,7 +490,7 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
         },
         xdp: args.xdp,
         node_ports: NodePorts {
-            which: args.nodeport_addresses,
+            which: Which::joined(args.nodeport_addresses),
             loopback: !args.no_localhost_nodeports,
         },
         exclude_cgroups: args.exclude_cgroups,
