@@ -13,6 +13,7 @@ pub mod dataplane;
 pub mod flows;
 pub mod health;
 pub mod ipc;
+pub mod listen;
 pub mod loads;
 pub mod metrics;
 pub mod model;

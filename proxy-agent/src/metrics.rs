@@ -114,6 +114,13 @@ impl Syncs {
         }
     }
 
+    /// When all that had changed was written last, if ever.
+    pub fn written(&self) -> Option<jiff::Timestamp> {
+        let last = Duration::try_from_secs_f64(self.last.get()).ok()?;
+        let last = jiff::Timestamp::new(i64::try_from(last.as_secs()).ok()?, 0).ok()?;
+        (last > jiff::Timestamp::UNIX_EPOCH).then_some(last)
+    }
+
     /// Notes that all that is wanted was compared with what is written, and for how many services that
     /// can't be.
     pub fn nothing_pends(&self, failed: usize) {
@@ -181,6 +188,8 @@ impl Syncs {
 pub struct Vitals {
     /// Every first list has arrived.
     pub is_synced: bool,
+    /// Changes that could have been written wait for too long.
+    pub is_late: bool,
     /// The kernel holds all that is wanted and nothing else.
     pub is_settled: bool,
     /// Whether load balancers should send this node anything: it is not about to be removed.

@@ -17,15 +17,13 @@ use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     attach::follow::lock,
     dataplane::pins::Pins,
     ipc::Query,
+    listen,
     metrics::{self, Answers, Vitals},
 };
 
@@ -91,7 +89,7 @@ async fn serve(
     problems: Problems,
 ) {
     let listener = loop {
-        match TcpListener::bind(address).await {
+        match listen::at(address).await {
             Ok(listener) => break listener,
             Err(error) => {
                 let problem = format!("serving {what} at {address}: {error}");
@@ -203,14 +201,19 @@ enum Check {
     Life,
 }
 
-/// kube-proxy's answer: healthy once every first list was written and while changes are being made,
-/// and on a node that stays.
+/// kube-proxy's answer: healthy once every first list has arrived and while changes get written within
+/// time, and on a node that stays.
 fn health(vitals: Option<&Vitals>, check: Check) -> (StatusCode, String) {
     let now = jiff::Timestamp::now().to_string();
-    let is_healthy = vitals.is_some_and(|vitals| vitals.is_synced);
+    let is_healthy = vitals.is_some_and(|vitals| vitals.is_synced && !vitals.is_late);
     let is_eligible = vitals.is_some_and(|vitals| vitals.is_node_eligible);
     // As kube-proxy's, it was updated just now for as long as nothing waits for too long.
-    let updated = if is_healthy { now.as_str() } else { "" };
+    let updated = if is_healthy {
+        now.clone()
+    } else {
+        let written = vitals.and_then(|vitals| vitals.syncs.written());
+        written.map(|at| at.to_string()).unwrap_or_default()
+    };
     let (is_good, body) = match check {
         Check::Health => (
             is_healthy && is_eligible,
@@ -247,9 +250,38 @@ mod tests {
         assert_eq!(codes(Some(vitals(true, false))), [503, 200]);
         assert_eq!(codes(Some(vitals(false, true))), [503, 503]);
         assert_eq!(codes(None), [503, 503]);
+        let late = Vitals {
+            is_late: true,
+            ..vitals(true, true)
+        };
+        assert_eq!(codes(Some(late)), [503, 503]);
         let (_, body) = health(Some(&vitals(true, false)), Check::Health);
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
         assert_eq!(body["nodeEligible"], false);
         assert_eq!(body["lastUpdated"], body["currentTime"]);
+    }
+
+    #[test]
+    fn who_is_late_says_when_all_was_written_last() {
+        let late = Vitals {
+            is_synced: true,
+            is_late: true,
+            is_node_eligible: true,
+            ..Vitals::default()
+        };
+        let updated = || {
+            let (_, body) = health(Some(&late), Check::Life);
+            let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+            body["lastUpdated"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(updated(), "");
+        late.syncs.done(Duration::ZERO, 0);
+        let before = updated();
+        assert!(
+            before.starts_with("20") && before.ends_with('Z'),
+            "{before}"
+        );
+        late.syncs.done(Duration::ZERO, 1);
+        assert_eq!(updated(), before);
     }
 }

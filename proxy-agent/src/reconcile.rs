@@ -30,6 +30,15 @@ struct Retry {
     wait: Duration,
     due: Duration,
     reason: String,
+    /// Since when it could have been written: it fits, and the kernel refuses.
+    refused_since: Option<Duration>,
+}
+
+/// Why a service is not programmed.
+struct Obstacle {
+    reason: String,
+    /// Whether there is no room for it, rather than that the kernel refuses what would fit.
+    is_full: bool,
 }
 
 /// What a step did.
@@ -73,6 +82,8 @@ pub struct Reconciler<D> {
     /// Services that were not asked for because a write before them failed that belongs to no service,
     /// and why it did: until they are, nobody knows what is nobody's.
     unasked: (Vec<ObjectName>, String),
+    /// Since when writes are refused that belong to no service.
+    stuck_since: Option<Duration>,
     /// When to try writes again that belong to no service.
     pending: Option<Duration>,
 }
@@ -93,6 +104,7 @@ impl<D: Dataplane> Reconciler<D> {
             conflicts: HashMap::new(),
             has_swept: is_clean,
             unasked: Default::default(),
+            stuck_since: None,
             pending: None,
         })
     }
@@ -137,9 +149,11 @@ impl<D: Dataplane> Reconciler<D> {
             if let Some(reason) = written.stuck {
                 tracing::warn!("{reason}; trying again");
                 self.pending = Some(now + FIRST_WAIT);
+                self.stuck_since.get_or_insert(now);
                 self.unasked = (waiting.into(), reason);
                 break;
             }
+            self.stuck_since = None;
         }
         outcome
     }
@@ -164,7 +178,11 @@ impl<D: Dataplane> Reconciler<D> {
         let failed: BTreeSet<ObjectName> =
             plan.failures.iter().map(|(name, _)| name.clone()).collect();
         for (name, error) in std::mem::take(&mut plan.failures) {
-            self.postpone(name, error.to_string(), now);
+            let obstacle = Obstacle {
+                reason: error.to_string(),
+                is_full: true,
+            };
+            self.postpone(name, obstacle, now);
         }
         let mut written = Written {
             has_udp_change: plan.has_udp_change,
@@ -182,13 +200,16 @@ impl<D: Dataplane> Reconciler<D> {
                     .filter(|name| !failed.contains(*name))
                     .cloned()
                     .collect();
-                let reason = error.source.to_string();
+                let obstacle = Obstacle {
+                    reason: error.source.to_string(),
+                    is_full: error.source.is_full(),
+                };
                 match plan.service_of(error.applied).cloned() {
                     Some(name) => {
                         written.rest.remove(&name);
-                        self.postpone(name, reason, now);
+                        self.postpone(name, obstacle, now);
                     }
-                    None => written.stuck = Some(reason),
+                    None => written.stuck = Some(obstacle.reason),
                 }
             }
         }
@@ -230,16 +251,12 @@ impl<D: Dataplane> Reconciler<D> {
         due.map(|(name, _)| name.clone()).collect()
     }
 
-    fn postpone(&mut self, name: ObjectName, reason: String, now: Duration) {
-        let wait = self
-            .retries
-            .get(&name)
-            .map_or(FIRST_WAIT, |retry| (retry.wait * 2).min(LONGEST_WAIT));
-        if self
-            .retries
-            .get(&name)
-            .is_none_or(|retry| retry.reason != reason)
-        {
+    fn postpone(&mut self, name: ObjectName, obstacle: Obstacle, now: Duration) {
+        let Obstacle { reason, is_full } = obstacle;
+        let before = self.retries.get(&name);
+        let wait = before.map_or(FIRST_WAIT, |retry| (retry.wait * 2).min(LONGEST_WAIT));
+        let since = before.and_then(|retry| retry.refused_since);
+        if before.is_none_or(|retry| retry.reason != reason) {
             tracing::warn!("service {name} can't be programmed: {reason}; trying again");
         }
         self.retries.insert(
@@ -248,6 +265,7 @@ impl<D: Dataplane> Reconciler<D> {
                 wait,
                 due: now + wait,
                 reason,
+                refused_since: (!is_full).then(|| since.unwrap_or(now)),
             },
         );
     }
@@ -259,6 +277,14 @@ impl<D: Dataplane> Reconciler<D> {
             .map(|retry| retry.due)
             .chain(self.pending)
             .min()
+    }
+
+    /// Since when a change waits that the kernel refuses. What there is no room for keeps nobody else
+    /// waiting, and does not count.
+    pub fn refused_since(&self) -> Option<Duration> {
+        let retries = self.retries.values();
+        let refused = retries.filter_map(|retry| retry.refused_since);
+        refused.chain(self.stuck_since).min()
     }
 
     /// Services that can't be programmed for now, with the reason.

@@ -512,6 +512,60 @@ fn a_full_map_keeps_nobody_else_waiting() {
     assert!(reconciler.is_settled());
 }
 
+#[test]
+fn what_the_kernel_refuses_waits_and_what_does_not_fit_does_not() {
+    let at = Duration::from_secs;
+    let mut memory = Memory::default();
+    memory.frontends = 2;
+    let mut full = start(memory, &services(0..4), &Local::default());
+    full.step(at(1));
+    assert_eq!(full.errors().len(), 2);
+    assert_eq!(full.refused_since(), None);
+
+    let mut reconciler = start(Faulty::default(), &services(0..4), &Local::default());
+    reconciler.dataplane.fails_after = Some(0);
+    reconciler.dataplane.failures = usize::MAX;
+    // Before everything was listed nothing can be written.
+    assert_eq!(reconciler.refused_since(), None);
+    for now in [1, 2, 40, 80] {
+        reconciler.step(at(now));
+        assert_eq!(reconciler.refused_since(), Some(at(1)));
+    }
+    // Others that are refused later do not make the first ones any younger.
+    for object in services(4..5).0.into_values() {
+        let event = Event::Applied(object);
+        reconciler.world.apply(event).expect("a service");
+    }
+    reconciler.step(at(81));
+    assert_eq!(reconciler.refused_since(), Some(at(1)));
+    reconciler.dataplane.fails_after = None;
+    let mut now = at(120);
+    settle(&mut reconciler, &mut now);
+    assert!(reconciler.is_settled());
+    assert_eq!(reconciler.refused_since(), None);
+}
+
+#[test]
+fn writes_that_are_no_services_are_refused_since_the_first_time() {
+    let at = Duration::from_secs;
+    let mut reconciler = start(Faulty::default(), &services(0..2), &Local::default());
+    let mut now = at(1);
+    settle(&mut reconciler, &mut now);
+    reconciler.dataplane.fails_after = Some(0);
+    reconciler.dataplane.failures = usize::MAX;
+    let own: IpAddr = "172.18.0.2".parse().expect("an address");
+    reconciler.world.set_node_addresses(vec![own]);
+    let first = now + at(1);
+    for wait in [1, 2, 100] {
+        reconciler.step(now + at(wait));
+        assert_eq!(reconciler.refused_since(), Some(first));
+    }
+    reconciler.dataplane.fails_after = None;
+    now += at(200);
+    settle(&mut reconciler, &mut now);
+    assert_eq!(reconciler.refused_since(), None);
+}
+
 /// Services with one port each, at 10.96.0.`number`.
 fn services(numbers: std::ops::Range<u8>) -> Truth {
     let mut truth = Truth::default();

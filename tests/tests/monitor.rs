@@ -203,6 +203,9 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
         })
     };
     assert_eq!(says("healthz", 200)?["nodeEligible"], true);
+    // 0.0.0.0 is every address, as with kube-proxy.
+    let v6 = format!("http://[{}]:10256/healthz", node.host.ip6);
+    assert_eq!(get(&scene.nodes[1].host, &v6)?.0, 200);
     let taint = json!({ "key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule" });
     let leaving = json!({
         "apiVersion": "v1", "kind": "Node", "metadata": { "name": node.name() },

@@ -240,7 +240,8 @@ pub async fn run(options: Options) -> Result<Ending> {
     tokio::spawn(loads::run(pins.clone(), watched));
     let (health_checks, checks) = tokio::sync::watch::channel(Arc::default());
     let unchecked = health::Problems::default();
-    tokio::spawn(health::run(checks, unchecked.clone()));
+    let waiting = health::Waiting::default();
+    tokio::spawn(health::run(checks, waiting.clone(), unchecked.clone()));
     let mut world = World::new(&options.node_name);
     world.set_node_addresses(detected);
     world.set_node_ports(options.node_ports);
@@ -276,6 +277,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         by_load,
         has_news: false,
         health_checks,
+        waiting,
         unchecked,
         unmonitored,
         syncs: Syncs::default(),

@@ -82,6 +82,7 @@ pub(super) struct Agent {
     /// Whether the maps were written since that was last told.
     pub(super) has_news: bool,
     pub(super) health_checks: tokio::sync::watch::Sender<Arc<health::Checks>>,
+    pub(super) waiting: health::Waiting,
     pub(super) unchecked: health::Problems,
     pub(super) unmonitored: monitor::Problems,
     pub(super) syncs: Syncs,
@@ -146,6 +147,9 @@ impl Agent {
         }
         if self.reconciler.world.is_dirty() {
             self.syncs.queued();
+            if self.reconciler.world.is_synced() {
+                self.waiting.begin();
+            }
         }
         if touches_node {
             self.update_node();
@@ -155,6 +159,8 @@ impl Agent {
     pub(super) fn step(&mut self) {
         let began = Instant::now();
         let outcome = self.reconciler.step(self.started.elapsed());
+        let refused = self.reconciler.refused_since();
+        self.waiting.set(refused.map(|since| self.started + since));
         if outcome.services > 0 || outcome.writes > 0 {
             self.syncs.done(began.elapsed(), self.reconciler.failed());
         } else if self.reconciler.world.is_synced() {
@@ -236,8 +242,8 @@ impl Agent {
                     (port, check)
                 })
                 .collect(),
-            // One service that can't be programmed is no reason to leave all others out.
-            is_proxy_healthy: world.is_synced(),
+            addresses: world.health_addresses(),
+            is_synced: world.is_synced(),
         };
         self.health_checks.send_if_modified(|known| {
             let is_new = **known != checks;
@@ -331,6 +337,13 @@ impl Agent {
         let loss = (!self.has_cgroup).then(|| self.attached.loss());
         let unswept = self.reconciler.unswept().map(str::to_owned);
         let mut problems: Vec<String> = loss.into_iter().chain(unswept).collect();
+        if self.waiting.is_late() {
+            problems.push(format!(
+                "the kernel has refused changes for {} seconds or longer: load balancers are told to leave \
+                 this node out until they are written",
+                health::HEALTH_TIMEOUT.as_secs()
+            ));
+        }
         problems.extend(self.pressure.problems());
         {
             let interfaces = lock(&self.interfaces);
@@ -575,6 +588,7 @@ impl Agent {
         let told = rejections.len() + untold + world.conflicts().len();
         Vitals {
             is_synced: world.is_synced(),
+            is_late: self.waiting.is_late(),
             is_settled: self.reconciler.is_settled(),
             // As in kube-proxy, one that nobody spoke of stays.
             is_node_eligible: world.node().is_none_or(|node| !node.is_leaving),

@@ -160,6 +160,11 @@ impl std::fmt::Display for MapError {
 }
 
 impl MapError {
+    /// Whether there is no room in the map: hash maps say `E2BIG`, tries `ENOSPC`.
+    pub fn is_full(&self) -> bool {
+        matches!(self.source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC))
+    }
+
     /// How many of what the map holds, if it is full.
     fn full(&self) -> Option<(u32, &'static str)> {
         if self.source.raw_os_error() != Some(libc::E2BIG) {

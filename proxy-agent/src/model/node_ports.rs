@@ -80,6 +80,21 @@ impl Which {
         self.0.is_empty()
     }
 
+    /// Whether no address of either family is left out.
+    pub fn has_all(&self) -> bool {
+        let of_family = |family| {
+            let mut about = self.entries().iter().filter(|entry| entry.is_about(family));
+            let is_any = |entry: &Entry| match entry {
+                Entry::All => true,
+                Entry::In(range) => range.prefix() == 0,
+                Entry::Primary | Entry::Localhost => false,
+            };
+            let first = about.next();
+            first.is_none_or(is_any) || about.any(is_any)
+        };
+        of_family(Family::V4) && of_family(Family::V6)
+    }
+
     /// What several lists say together.
     pub fn joined(lists: impl IntoIterator<Item = Self>) -> Self {
         Self(lists.into_iter().flat_map(|list| list.0).collect())
@@ -196,6 +211,13 @@ mod tests {
         }
         let others = ["10.0.0.9", "172.18.0.2", "fd00::2", "fd00:1::2"];
         assert_eq!(at("all", false), others);
+        let has_all = |text: &str| text.parse::<Which>().unwrap().has_all();
+        for all in ["all", "0.0.0.0/0", "10.0.0.0/8,0.0.0.0/0", "primary,all"] {
+            assert!(has_all(all), "{all}");
+        }
+        for some in ["", "primary", "localhost", "10.0.0.0/8", "10.0.0.0/8,::/0"] {
+            assert!(!has_all(some), "{some}");
+        }
     }
 
     #[test]

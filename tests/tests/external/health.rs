@@ -1,10 +1,10 @@
 //! What load balancers ask a node about a service.
 
 use anyhow::{Result, ensure};
-use penstock_testbed::{Host, Service, eventually, require_kernel};
+use penstock_testbed::{Host, Pod, Service, Slice, eventually, list, require_kernel};
 use serde_json::json;
 
-use crate::stage::{Pods, Stage};
+use crate::stage::{BALANCER, Pods, Stage, ask};
 
 /// Status, the header with the weight, and the body.
 fn check(from: &Host, at: &str) -> Result<(String, String, serde_json::Value)> {
@@ -18,6 +18,12 @@ fn check(from: &Host, at: &str) -> Result<(String, String, serde_json::Value)> {
     Ok((code, weight, serde_json::from_str(body)?))
 }
 
+/// A service that load balancers ask about.
+fn checked(web: Service) -> Service {
+    web.set("externalTrafficPolicy", "Local")
+        .set("healthCheckNodePort", 32_123)
+}
+
 #[test]
 fn load_balancers_learn_whether_a_node_has_endpoints() -> Result<()> {
     let Some(()) = require_kernel() else {
@@ -25,11 +31,9 @@ fn load_balancers_learn_whether_a_node_has_endpoints() -> Result<()> {
     };
     let stage = Stage::new(Pods::Routed)?;
     let [here, there] = &stage.servers;
-    let checked = |web: Service| {
-        web.set("externalTrafficPolicy", "Local")
-            .set("healthCheckNodePort", 32_123)
-    };
     let node = &stage.nodes[0].host;
+    // A server for each family, and not both, is what a socket would be by itself.
+    node.run("sysctl", &["-qw", "net.ipv6.bindv6only=1"])?;
     let urls = [
         format!("http://{}:32123/healthz", node.ip4),
         format!("http://[{}]:32123/", node.ip6),
@@ -59,6 +63,121 @@ fn load_balancers_learn_whether_a_node_has_endpoints() -> Result<()> {
     stage.web(&[there], |web| web.set("healthCheckNodePort", 32_123))?;
     eventually("nobody answers any more", || {
         ensure!(check(&stage.client, &urls[0]).is_err(), "somebody answers");
+        Ok(())
+    })
+}
+
+/// Makes "web" with one pod that terminates and still serves.
+fn leaving(stage: &Stage, pod: &Pod) -> Result<()> {
+    let service = Service::new("web", 10)
+        .port("tcp", 80, "TCP")
+        .balanced(30_080, &BALANCER);
+    let mut items = vec![checked(service).json()];
+    for mut slice in Slice::both("web", 8080, &[pod]) {
+        let conditions = json!({ "ready": false, "serving": true, "terminating": true });
+        slice["endpoints"][0]["conditions"] = conditions;
+        items.push(slice);
+    }
+    stage.nodes[0].manifest("web.json", &list(&items))
+}
+
+#[test]
+fn a_node_whose_endpoints_only_terminate_serves_and_is_left_out() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(Pods::Routed)?;
+    let [here, _] = &stage.servers;
+    let node = &stage.nodes[0].host;
+    let url = format!("http://{}:32123/healthz", node.ip4);
+    stage.web(&[here], checked)?;
+    eventually("the node is good", || {
+        let (line, ..) = check(&stage.client, &url)?;
+        ensure!(line.contains("200"), "{line}");
+        Ok(())
+    })?;
+    leaving(&stage, here)?;
+    eventually("the node is left out", || {
+        let (line, weight, body) = check(&stage.client, &url)?;
+        ensure!(line.contains("503") && weight == "0", "{line} {weight}");
+        ensure!(body["localEndpoints"] == 0, "{body}");
+        ensure!(body["serviceProxyHealthy"] == true, "{body}");
+        Ok(())
+    })?;
+    let answer = ask(&stage.client, "tcp", (node.ip4, 30_080).into())?;
+    assert_eq!(answer.server, here.host.name);
+    Ok(())
+}
+
+#[test]
+fn health_checks_are_where_node_ports_were_restricted_to() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let other = ["172.31.5.11", "fd00:31:5::11"];
+    let says = |options: &[&str], at_other: bool| -> Result<()> {
+        let stage = Stage::with(Pods::Routed, options)?;
+        let [here, _] = &stage.servers;
+        let node = &stage.nodes[0].host;
+        node.run(
+            "ip",
+            &["addr", "add", &format!("{}/24", other[0]), "dev", "eth0"],
+        )?;
+        let v6 = format!("{}/64", other[1]);
+        node.run("ip", &["addr", "add", &v6, "dev", "eth0", "nodad"])?;
+        for (to, via) in other.into_iter().zip([node.ip4, node.ip6]) {
+            let via = via.to_string();
+            stage.client.run("ip", &["route", "add", to, "via", &via])?;
+        }
+        stage.web(&[here], checked)?;
+        for url in [
+            format!("http://{}:32123/", node.ip4),
+            format!("http://[{}]:32123/", node.ip6),
+        ] {
+            eventually("the check answers", || check(&stage.client, &url))?;
+        }
+        for url in [
+            format!("http://{}:32123/", other[0]),
+            format!("http://[{}]:32123/", other[1]),
+        ] {
+            assert_eq!(check(&stage.client, &url).is_ok(), at_other, "{url}");
+        }
+        Ok(())
+    };
+    says(&[], true)?;
+    says(&["--nodeport-addresses", "all"], true)?;
+    let ranges = "172.31.0.0/24,fd00:31::/64";
+    says(&["--nodeport-addresses", ranges], false)
+}
+
+#[test]
+fn a_health_check_whose_port_is_taken_is_a_problem_until_it_is_free() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(Pods::Routed)?;
+    let [here, _] = &stage.servers;
+    let node = &stage.nodes[0].host;
+    let owner = node.serve(32_123)?;
+    stage.web(&[here], checked)?;
+    let agent = &stage.agents[0];
+    let problem = "Service default/web: serving health checks on port 32123: ";
+    eventually("the port in use is a problem", || {
+        let problems = agent.status()?["problems"].to_string();
+        ensure!(problems.contains(problem), "{problems}");
+        Ok(())
+    })?;
+    // Traffic does not depend on it.
+    ask(&stage.client, "tcp", (node.ip4, 30_080).into())?;
+    drop(owner);
+    let url = format!("http://{}:32123/", node.ip4);
+    eventually("the check answers", || {
+        let (line, ..) = check(&stage.client, &url)?;
+        ensure!(line.contains("200"), "{line}");
+        Ok(())
+    })?;
+    eventually("the problem is over", || {
+        ensure!(agent.status()?["problems"] == json!([]));
         Ok(())
     })
 }

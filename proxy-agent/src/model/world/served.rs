@@ -138,6 +138,12 @@ impl World {
         frontends
     }
 
+    /// At which addresses load balancers may ask; `None` for all.
+    pub fn health_addresses(&self) -> Option<BTreeSet<IpAddr>> {
+        let are_all = self.node_ports.which.is_default() || self.node_ports.which.has_all();
+        (!are_all).then(|| self.node_port_ips.clone())
+    }
+
     /// By `healthCheckNodePort`: the service, and how many of its endpoints on this node are ready.
     /// Those that only terminate do not count (KEP-1669).
     pub fn health_checks(&self) -> BTreeMap<u16, (ObjectName, usize)> {
