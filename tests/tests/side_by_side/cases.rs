@@ -13,6 +13,9 @@ use crate::{
     side::Side,
 };
 
+/// An ICMP echo, which is for an address and no port of it.
+pub const ECHO: &str = "icmp";
+
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Client {
@@ -216,9 +219,14 @@ fn of_address(service: &Service, client: Client, address: Address, is_v4: bool) 
         }
     }
     // Silence takes long: a few services are enough to learn of it.
-    if !address.is_node_port() && service.number.is_multiple_of(5) {
-        add(None, "tcp");
-        add(None, "udp-connected");
+    if service.number.is_multiple_of(5) {
+        if !address.is_node_port() {
+            add(None, "tcp");
+            add(None, "udp-connected");
+        }
+        if address != Address::Loopback {
+            add(None, ECHO);
+        }
     }
     all
 }

@@ -157,6 +157,7 @@ impl<'a> Comparison<'a> {
 /// Whether an outcome has nothing that another one has not.
 fn is_among(one: &Outcome, all: &Outcome) -> bool {
     one.failures == all.failures
+        && one.is_echoed == all.is_echoed
         && one.answers.is_empty() == all.answers.is_empty()
         && one.answers.is_subset(&all.answers)
 }

@@ -2,8 +2,9 @@
 //! but for differences that docs/differences.md lists.
 //!
 //! Both nodes see the same objects. Each service is there twice, once as seen from either node, so
-//! that "here" and "there" are the same on both. `PENSTOCK_SEED` and `PENSTOCK_SERVICES` choose
-//! other random services, and how many.
+//! that "here" and "there" are the same on both. Then every service becomes another one while both
+//! run, and all is asked again. `PENSTOCK_SEED` and `PENSTOCK_SERVICES` choose other random services, and
+//! how many.
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,
@@ -13,6 +14,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod affinity;
 mod cases;
 mod comparison;
 mod differences;
@@ -23,10 +25,13 @@ mod service;
 mod side;
 mod stage;
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use comparison::Comparison;
 use differences::Difference;
 use penstock_testbed::{Random, require_kube_proxy};
+use service::Service;
 use stage::Stage;
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -41,19 +46,29 @@ fn penstock_answers_as_kube_proxy_does() -> Result<()> {
     };
     let seed = setting("PENSTOCK_SEED", 20_260_101);
     let count = setting("PENSTOCK_SERVICES", 12) as usize;
-    let services = service::services(&mut Random(seed), count);
-    let cases = cases::cases(&services);
-    let stage = Stage::new(&assets, &services)?;
-    let comparison = Comparison::make(&stage, &services, &cases)?;
-    let table = comparison.table();
-    assert!(table.is_empty(), "seed {seed}:\n{table}");
-    health::compare(&stage, &services)?;
+    let mut random = Random(seed);
+    let services = service::services(&mut random, count, 0);
+    let mut stage = Stage::new(&assets, &services)?;
+    let met = compare(&stage, &services, seed)?;
     // What is never met is no difference any more.
-    let met = comparison.met();
     for difference in Difference::ALL {
         assert!(met.contains(&difference), "{}", difference.heading());
     }
-    Ok(())
+    // Every service becomes another one, while both serve.
+    let others = service::services(&mut random, count + 1, 7);
+    stage.change(&services, &others)?;
+    compare(&stage, &others, seed)?;
+    affinity::compare(&mut stage)
+}
+
+/// Puts all questions, and says which differences were met.
+fn compare(stage: &Stage, services: &[Service], seed: u64) -> Result<BTreeSet<Difference>> {
+    let cases = cases::cases(services);
+    let comparison = Comparison::make(stage, services, &cases)?;
+    let table = comparison.table();
+    assert!(table.is_empty(), "seed {seed}:\n{table}");
+    health::compare(stage, services)?;
+    Ok(comparison.met())
 }
 
 #[test]

@@ -115,6 +115,8 @@ impl Object<'_> {
         }
         if service.affinity {
             set("sessionAffinity", "ClientIP".into());
+            let timeout = json!({ "timeoutSeconds": service.timeout_secs });
+            set("sessionAffinityConfig", json!({ "clientIP": timeout }));
         }
         let ranges = self.side.ranges(service.ranges);
         if service.ranges != Ranges::Everybody {
@@ -164,6 +166,15 @@ impl Object<'_> {
         [true, false].map(|is_v4| self.slice(is_v4)).into()
     }
 
+    /// Their names, as `kubectl` wants them.
+    pub fn slice_names(&self) -> [String; 2] {
+        [true, false].map(|is_v4| format!("endpointslice/{}", self.slice_name(is_v4)))
+    }
+
+    fn slice_name(&self, is_v4: bool) -> String {
+        format!("{}-{}", self.name(), family(is_v4).to_lowercase())
+    }
+
     fn slice(&self, is_v4: bool) -> Value {
         let ports = self.service.ports.iter().enumerate().map(|(index, port)| {
             json!({
@@ -184,7 +195,7 @@ impl Object<'_> {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
             "metadata": {
-                "name": format!("{}-{}", self.name(), family(is_v4).to_lowercase()),
+                "name": self.slice_name(is_v4),
                 "namespace": "default",
                 "labels": { "kubernetes.io/service-name": self.name() },
             },

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use penstock_testbed::{Findings, Host, Question};
 
 use crate::{
-    cases::{Case, Client},
+    cases::{Case, Client, ECHO},
     service::{Role, Service},
     side::Side,
     stage::Stage,
@@ -38,6 +38,8 @@ pub struct Outcome {
     /// Who answered, and whom they were asked by.
     pub answers: BTreeSet<(Role, Origin)>,
     pub failures: BTreeSet<Failure>,
+    /// Whether the address itself replied to an echo.
+    pub is_echoed: bool,
 }
 
 impl Outcome {
@@ -46,6 +48,11 @@ impl Outcome {
         let to = case.to(service, side).to_string();
         for answer in &found.answers {
             match side.role(&answer.server) {
+                _ if case.protocol == ECHO
+                    && answer.peer == case.to(service, side).ip().to_string() =>
+                {
+                    outcome.is_echoed = true;
+                }
                 Some(role) if answer.peer == to => {
                     let origin = origin(&answer.source, side, client);
                     outcome.answers.insert((role, origin));
@@ -95,6 +102,8 @@ impl fmt::Display for Outcome {
             known => format!("{known:?}").to_lowercase(),
         });
         let all: Vec<String> = answers.chain(failures).collect();
+        let echo = self.is_echoed.then(|| "echoed".to_owned());
+        let all: Vec<String> = all.into_iter().chain(echo).collect();
         f.write_str(&all.join(", "))
     }
 }

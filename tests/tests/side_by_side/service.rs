@@ -107,6 +107,8 @@ pub struct Service {
     pub internal_local: bool,
     pub external_ips: bool,
     pub affinity: bool,
+    /// For how long a client may be away that has it.
+    pub timeout_secs: u32,
     pub ranges: Ranges,
     pub publish_not_ready: bool,
     /// Somebody else's, by its label.
@@ -125,15 +127,28 @@ impl Service {
             internal_local: false,
             external_ips: false,
             affinity: false,
+            timeout_secs: 10_800,
             ranges: Ranges::Everybody,
             publish_not_ready: false,
             is_others: false,
         }
     }
 
-    fn ready(kind: Kind, roles: &[Role]) -> Self {
+    pub fn ready(kind: Kind, roles: &[Role]) -> Self {
         let endpoints: Vec<_> = roles.iter().map(|role| (*role, State::Ready)).collect();
         Self::new(kind, &endpoints)
+    }
+
+    /// Whether an API server lets it become another one: a first address stays.
+    pub fn can_become(&self, other: &Self) -> bool {
+        let of = |wanted: Kind| self.kind == wanted || other.kind == wanted;
+        let first = |service: &Self| service.families.has(true);
+        !of(Kind::Headless) && !of(Kind::ExternalName) && first(self) == first(other)
+    }
+
+    /// Whether nobody listens at its endpoints.
+    pub fn is_deaf(&self) -> bool {
+        self.ports.iter().all(|port| port.target == CLOSED)
     }
 
     /// Whether it has ports at the nodes' addresses.
@@ -165,6 +180,9 @@ impl Service {
     }
 }
 
+/// Where nobody listens.
+const CLOSED: u16 = 7_070;
+
 /// A port of TCP and UDP.
 fn both(number: u16, target: u16) -> Vec<Port> {
     [true, false]
@@ -176,9 +194,11 @@ fn both(number: u16, target: u16) -> Vec<Port> {
         .into()
 }
 
-/// Services of which each shows something, then as many random ones.
-pub fn services(random: &mut Random, count: usize) -> Vec<Service> {
+/// Services of which each shows something, from one of them on, then as many random ones.
+pub fn services(random: &mut Random, count: usize, first: usize) -> Vec<Service> {
     let mut all = chosen();
+    let length = all.len();
+    all.rotate_left(first % length);
     all.extend((0..count).map(|_| any(random)));
     // One without affinity follows each that has it: it tells who may answer.
     let mut numbered: Vec<Service> = Vec::new();
@@ -221,6 +241,11 @@ fn chosen() -> Vec<Service> {
         with(&balanced, &[]),
         with(&balanced, &[(Here(0), NotReady), (There(0), NotReady)]),
         with(&balanced, &[(HostHere, Ready), (HostThere, Ready)]),
+        // Nobody listens at the endpoints' ports: who asks learns it from them.
+        Service {
+            ports: both(80, CLOSED),
+            ..balanced.clone()
+        },
         local.clone(),
         with(&local, &[(There(0), Ready), (There(1), Ready)]),
         with(&local, &[(Here(0), NotReady), (There(1), Ready)]),

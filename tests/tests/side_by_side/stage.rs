@@ -9,7 +9,14 @@ use penstock_testbed::{
 };
 use serde_json::Value;
 
-use crate::{objects::Object, service::Service, side::Side};
+use crate::{
+    objects::Object,
+    service::{Kind, Role, Service},
+    side::Side,
+};
+
+/// The service that is added last, once others have changed.
+const MARKER: usize = 120;
 
 /// Where pods and nodes serve.
 const PORTS: [u16; 2] = [8080, 9090];
@@ -19,7 +26,7 @@ pub struct Stage {
     agent: Agent,
     kube_proxy: KubeProxy,
     _processes: Vec<Process>,
-    _api: ApiServer,
+    api: ApiServer,
     /// Penstock's, then kube-proxy's.
     pub sides: [Side; 2],
     testbed: Testbed,
@@ -56,7 +63,7 @@ impl Stage {
             agent,
             kube_proxy,
             _processes: processes,
-            _api: api,
+            api,
             sides,
             testbed,
         };
@@ -75,6 +82,101 @@ impl Stage {
             for is_v4 in [true, false] {
                 let rules = kube_proxy.rules(is_v4)?;
                 ensure!(rules.contains(" -j KUBE-SEP-"), "{}", kube_proxy.log());
+            }
+            Ok(())
+        })
+    }
+
+    /// Makes these services of those while both sides serve: what can become another does, what can't
+    /// is deleted and made anew, and some come or go. Waits until both sides know.
+    pub fn change(&mut self, before: &[Service], after: &[Service]) -> Result<()> {
+        let (mut gone, mut replaced, mut new) = (Vec::new(), Vec::new(), Vec::new());
+        let mut routed = String::new();
+        for side in &self.sides {
+            for number in 0..before.len().max(after.len()) {
+                match (before.get(number), after.get(number)) {
+                    (Some(old), Some(service)) => {
+                        let object = Object { service, side };
+                        replaced.extend(object.slices());
+                        if old.can_become(service) {
+                            replaced.push(object.service());
+                        } else {
+                            gone.push(format!("service/{}", object.name()));
+                            new.push(object.service());
+                        }
+                    }
+                    (Some(service), None) => {
+                        let object = Object { service, side };
+                        gone.push(format!("service/{}", object.name()));
+                        gone.extend(object.slice_names());
+                    }
+                    (None, Some(service)) => {
+                        let object = Object { service, side };
+                        new.push(object.service());
+                        new.extend(object.slices());
+                        routed += &routes(&object);
+                    }
+                    (None, None) => {}
+                }
+            }
+        }
+        ip(&self.sides[0].outside, self.testbed.folder(), &routed)?;
+        let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
+        self.api
+            .kubectl(&[&["delete", "--wait=false"], &gone[..]].concat())?;
+        self.api
+            .kubectl_with(&["replace", "--validate=false"], &list(&replaced))?;
+        if !new.is_empty() {
+            self.api.create(&serde_json::from_str(&list(&new))?)?;
+        }
+        let objects = after.iter().flat_map(|service| {
+            let sides = self.sides.iter();
+            sides.map(move |side| Object { service, side })
+        });
+        let statuses: Vec<_> = objects.filter_map(|object| object.status()).collect();
+        self.api.set_services_status(&statuses)?;
+        self.add(&Service {
+            number: MARKER,
+            ..Service::ready(Kind::ClusterIp, &[Role::Here(0)])
+        })
+    }
+
+    /// Adds a service with both families while both sides serve, and waits until they know: of
+    /// everything that was changed before, too.
+    pub fn add(&mut self, service: &Service) -> Result<()> {
+        let objects: Vec<Object> = self
+            .sides
+            .iter()
+            .map(|side| Object { service, side })
+            .collect();
+        let items: Vec<Value> = objects
+            .iter()
+            .flat_map(|object| [vec![object.service()], object.slices()].concat())
+            .collect();
+        self.api.create(&serde_json::from_str(&list(&items))?)?;
+        let routes: String = objects.iter().map(routes).collect();
+        ip(&self.sides[0].outside, self.testbed.folder(), &routes)?;
+        let name = format!("default/{}", objects[0].name());
+        let served = service.ports.len() * 2;
+        let ips = [true, false].map(|is_v4| (is_v4, objects[1].cluster_ip(is_v4)));
+        let (agent, kube_proxy) = (&self.agent, &mut self.kube_proxy);
+        patiently("both serve what was added last", || {
+            let ports = agent.show("services")?;
+            let ports = ports.as_array().context("a list")?.iter();
+            let is_served = |port: &&Value| {
+                let backends = port["backends"].as_array();
+                port["service"] == *name && backends.is_some_and(|backends| !backends.is_empty())
+            };
+            ensure!(
+                ports.filter(is_served).count() >= served,
+                "Penstock does not serve {name}"
+            );
+            for (is_v4, ip) in ips {
+                let rules = kube_proxy.rules(is_v4)?;
+                ensure!(
+                    rules.contains(&format!(" -d {ip}/")),
+                    "kube-proxy has no rule for {ip}"
+                );
             }
             Ok(())
         })
