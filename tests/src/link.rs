@@ -20,9 +20,22 @@ use nix::{
     },
 };
 
+use serde_json::Value;
+
 use crate::host::Host;
 
 impl Host {
+    /// The Ethernet address of an interface of its own.
+    pub fn ethernet(&self, interface: &str) -> Result<Vec<u8>> {
+        let text = self.run("ip", &["-j", "link", "show", interface])?;
+        let links: Value = serde_json::from_str(&text)?;
+        let address = links.pointer("/0/address").and_then(Value::as_str);
+        let octets = address.with_context(|| text.clone())?.split(':');
+        octets
+            .map(|octet| Ok(u8::from_str_radix(octet, 16)?))
+            .collect()
+    }
+
     /// Sends a frame by an interface of its own, from its Ethernet header on.
     pub fn send_frame(&self, interface: &str, frame: &[u8]) -> Result<()> {
         let path = &self.place.namespace;

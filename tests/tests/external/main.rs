@@ -9,6 +9,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod affinity;
 mod flood;
 mod forwarding;
 mod health;
@@ -17,6 +18,7 @@ mod joined;
 mod live;
 mod narrow;
 mod outside;
+mod parts;
 mod sctp;
 mod stage;
 mod tagged;

@@ -4,7 +4,6 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use penstock_testbed::{Host, PROTOCOLS, eventually, require_kernel, require_vlans};
-use serde_json::Value;
 
 use crate::stage::{Answer, Pods, Stage, all_answers};
 
@@ -15,17 +14,6 @@ const CLIENT: [&str; 2] = ["172.31.5.201", "fd00:31:5::201"];
 const NODE: [&str; 2] = ["172.31.5.11", "fd00:31:5::11"];
 /// "web"'s port for UDP.
 const PORT: u16 = 30_081;
-
-/// The Ethernet address of a host's link.
-fn ethernet(host: &Host) -> Result<Vec<u8>> {
-    let text = host.run("ip", &["-j", "link", "show", "eth0"])?;
-    let links: Value = serde_json::from_str(&text)?;
-    let address = links.pointer("/0/address").and_then(Value::as_str);
-    let octets = address.with_context(|| text.clone())?.split(':');
-    octets
-        .map(|octet| Ok(u8::from_str_radix(octet, 16)?))
-        .collect()
-}
 
 fn v4(ip: IpAddr) -> Result<Ipv4Addr> {
     match ip {
@@ -51,8 +39,8 @@ fn frame(stage: &Stage, tag: Option<u16>) -> Result<Vec<u8>> {
         .sum();
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     header[10..12].copy_from_slice(&sum.to_be_bytes());
-    let mut frame = ethernet(node)?;
-    frame.extend(ethernet(client)?);
+    let mut frame = node.ethernet("eth0")?;
+    frame.extend(client.ethernet("eth0")?);
     if let Some(tag) = tag {
         frame.extend([0x81, 0]);
         frame.extend(tag.to_be_bytes());
