@@ -33,6 +33,8 @@ pub fn shortest(frame: &[u8]) -> usize {
 
 /// In seconds.
 const HOUR: u32 = 3_600;
+/// For how long a client with affinity may be away.
+pub const AFFINITY_SECS: u32 = 86_400;
 
 pub struct Kernel {
     ebpf: Ebpf,
@@ -277,7 +279,11 @@ impl Kernel {
             } else {
                 0
             };
-            let affinity_secs = if service.has_affinity { 86_400 } else { 0 };
+            let affinity_secs = if service.has_affinity {
+                AFFINITY_SECS
+            } else {
+                0
+            };
             let key_check = key.check();
             (
                 key,

@@ -11,6 +11,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod affinity;
 mod beginnings;
 mod frame;
 mod held;

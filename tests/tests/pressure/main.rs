@@ -14,9 +14,11 @@ mod handover;
 mod node;
 mod sizes;
 mod succession;
+mod xdp;
 
 use std::{
     collections::HashSet,
+    net::IpAddr,
     sync::atomic::{AtomicU32, Ordering},
     time::Instant,
 };
@@ -221,8 +223,11 @@ fn flood(uplink: Uplink<'_>, family: Family, clients: std::ops::Range<u32>, to: 
     let mut dropped = 0;
     for client in clients {
         let frame = &mut frames[(client % u32::from(to)) as usize];
-        // The client's IPv4 address.
-        frame[26..30].copy_from_slice(&(0x1400_0000 | client).to_be_bytes());
+        // The client's address, as [`Family::client`] makes it, or the end of it.
+        match family {
+            Family::V4 => frame[26..30].copy_from_slice(&(0x1400_0000 | client).to_be_bytes()),
+            Family::V6 => frame[34..38].copy_from_slice(&client.to_be_bytes()),
+        }
         if uplink.run(frame, &mut output) == SHOT {
             dropped += 1;
         }
@@ -232,49 +237,81 @@ fn flood(uplink: Uplink<'_>, family: Family, clients: std::ops::Range<u32>, to: 
 
 #[test]
 fn a_flood_of_openings_costs_no_established_connection() {
-    const ESTABLISHED: u32 = 1_000;
-    const FLOOD: u32 = 5_000_000;
+    a_flood_costs_none("flood", Family::V4, 5_000_000);
+}
+
+#[test]
+fn a_flood_of_openings_over_ipv6_costs_no_established_connection() {
+    a_flood_costs_none("flood6", Family::V6, 400_000);
+}
+
+fn a_flood_costs_none(name: &str, family: Family, openings: u32) {
     const BACKENDS: u16 = 8;
-    let Some(node) = Node::new("flood", BACKENDS) else {
-        return;
-    };
-    let (family, uplink) = (Family::V4, node.uplink());
+    if let Some(node) = Node::new(name, BACKENDS) {
+        withstands(
+            &node,
+            node.uplink(),
+            family,
+            family.overlay(),
+            BACKENDS,
+            openings,
+        );
+    }
+}
+
+/// Floods a node that stands for clients with an address, and looks after connections that there were before.
+fn withstands(
+    node: &Node,
+    uplink: Uplink<'_>,
+    family: Family,
+    source: IpAddr,
+    backends: u16,
+    openings: u32,
+) {
+    const ESTABLISHED: u32 = 1_000;
     let connections: Vec<(End, u16, u16)> = (0..ESTABLISHED)
         .map(|number| {
-            let (client, to) = (family.client(number), (number % u32::from(BACKENDS)) as u16);
-            let port = open(uplink, family, client, to, TCP).expect("an empty table");
-            answer(uplink, family, client, to, TCP, port);
-            (client, to, port)
+            let (client, to) = (family.client(number), (number % u32::from(backends)) as u16);
+            let opened = uplink.pass(client, family.frontend(to), TCP, tcp::SYN);
+            let (from, backend) = opened.expect("an empty table");
+            assert_eq!((from.0, backend), (source, family.backend(to)));
+            let reply = uplink.pass(backend, from, TCP, tcp::SYN | tcp::ACK);
+            assert_eq!(reply, Some((family.frontend(to), client)));
+            (client, to, from.1)
         })
         .collect();
     let began = Instant::now();
-    let half = ESTABLISHED + FLOOD / 2;
+    let half = ESTABLISHED + openings / 2;
     let dropped: u32 = std::thread::scope(|scope| {
-        let parts = [ESTABLISHED..half, half..ESTABLISHED + FLOOD];
+        let parts = [ESTABLISHED..half, half..ESTABLISHED + openings];
         let threads =
-            parts.map(|clients| scope.spawn(move || flood(uplink, family, clients, BACKENDS)));
+            parts.map(|clients| scope.spawn(move || flood(uplink, family, clients, backends)));
         let dropped = threads.map(|thread| thread.join().expect("packets run"));
         dropped.iter().sum()
     });
     let took = began.elapsed();
-    eprintln!("{FLOOD} openings in {took:?}, {:?} each", took / FLOOD);
+    eprintln!(
+        "{openings} openings in {took:?}, {:?} each",
+        took / openings
+    );
     // A processor that stands still in the middle, as a virtual one may, can lose a record to others.
     assert!(
-        dropped <= FLOOD / 100_000,
-        "{dropped} of {FLOOD} openings found no record or port"
+        dropped <= openings / 100_000,
+        "{dropped} of {openings} openings found no record or port"
     );
     for (client, to, port) in &connections {
         let passed = uplink.pass(*client, family.frontend(*to), TCP, tcp::ACK);
-        let source = (family.overlay(), *port);
-        assert_eq!(passed, Some((source, family.backend(*to))), "{client:?}");
-        answer(uplink, family, *client, *to, TCP, *port);
+        let from = (source, *port);
+        assert_eq!(passed, Some((from, family.backend(*to))), "{client:?}");
+        let reply = uplink.pass(family.backend(*to), from, TCP, tcp::ACK);
+        assert_eq!(reply, Some((family.frontend(*to), *client)));
     }
     // What the flood cost: all but a table's worth of its flows gave way to others of it.
     let room = u64::from(limits::FLOWS - ESTABLISHED);
     let lost = u64::from(dropped);
-    let created = u64::from(ESTABLISHED + FLOOD) - node.count(Counter::FlowCreated);
+    let created = u64::from(ESTABLISHED + openings) - node.count(Counter::FlowCreated);
     assert!(created <= lost, "{created} were not created, {lost} lost");
-    let evicted = (u64::from(FLOOD) - room).abs_diff(node.count(Counter::FlowEvicted));
+    let evicted = (u64::from(openings) - room).abs_diff(node.count(Counter::FlowEvicted));
     assert!(evicted <= lost, "{evicted} off, {lost} lost");
     let reasons = [
         Counter::FlowTableFull,

@@ -11,7 +11,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun,
     maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, Queue, lpm_trie::Key},
-    programs::{SchedClassifier, TestRunOptions},
+    programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use penstock_agent::{
     dataplane::{batch, pins::Pins, sizes::Sizes},
@@ -20,7 +20,7 @@ use penstock_agent::{
 use penstock_common::{
     Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
     FlowKey, Forwarding, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Plain, Proto, Route,
-    RouteKind, ServiceId, SlotRange, Timeouts, V4, V6, limits,
+    RouteKind, ServiceId, SlotRange, Timeouts, Uplink as UplinkOwner, V4, V6, XdpUplink, limits,
 };
 
 pub const TCP: u8 = 6;
@@ -37,6 +37,11 @@ pub mod tcp {
 /// The kernel's verdicts (uapi/linux/pkt_cls.h).
 pub const SHOT: i32 = 2;
 pub const REDIRECT: i32 = 7;
+/// Those at XDP (uapi/linux/bpf.h).
+const XDP_PASS: i32 = 2;
+const XDP_REDIRECT: i32 = 4;
+/// Frames of test runs come in by the loopback interface.
+const LOOPBACK: u32 = 1;
 
 pub type End = (IpAddr, u16);
 
@@ -193,6 +198,40 @@ impl Node {
         Self::with(name, backends, Forwarding::Snat, flows)
     }
 
+    /// The same at XDP too, which sends by an interface with this index and Ethernet address where the
+    /// kernel's routes lead there.
+    pub fn at_xdp(
+        name: &str,
+        backends: u16,
+        flows: u32,
+        (index, mac): (u32, [u8; 6]),
+    ) -> Option<Self> {
+        let mut node = Self::with(name, backends, Forwarding::Snat, flows)?;
+        let [IpAddr::V4(addr4), IpAddr::V6(addr6)] = [Family::V4, Family::V6].map(Family::node)
+        else {
+            panic!("one of each family");
+        };
+        let owner = UplinkOwner {
+            addr4: addr4.into(),
+            addr6: addr6.into(),
+        };
+        node.put("UPLINKS", index, owner);
+        for family in [Family::V4, Family::V6] {
+            node.lead(family, None);
+        }
+        for (index, mac) in [(LOOPBACK, [0; 6]), (index, mac)] {
+            node.put("XDP_UPLINKS", index, XdpUplink { mac, pad: 0 });
+        }
+        let program: &mut Xdp = node
+            .ebpf
+            .program_mut("xdp_uplink")
+            .expect("xdp_uplink")
+            .try_into()
+            .expect("a program for XDP");
+        program.load().expect("the verifier accepts the program");
+        Some(node)
+    }
+
     fn with(name: &str, backends: u16, forwarding: Forwarding, flows: u32) -> Option<Self> {
         penstock_testbed::require_kernel()?;
         let pins = Path::new("/sys/fs/bpf").join(format!("pn{}-{name}", std::process::id()));
@@ -243,15 +282,11 @@ impl Node {
                     IpAddr::V6(ip) => self.put("ADDRESSES6", V6::from(ip), Address { kind }),
                 }
             }
-            let kind = RouteKind::OVERLAY;
             let route = Route {
-                kind,
+                kind: RouteKind::OVERLAY,
                 ..Route::default()
             };
-            match family.backend(0).0 {
-                IpAddr::V4(ip) => self.route("ROUTES4", Key::new(24, V4::from(ip)), route),
-                IpAddr::V6(ip) => self.route("ROUTES6", Key::new(48, V6::from(ip)), route),
-            }
+            self.lead(family, Some(route));
             for number in 0..backends {
                 let (ip, port) = family.frontend(number);
                 let backend = family.backend(number);
@@ -331,10 +366,22 @@ impl Node {
         map.insert(key, value, 0).expect(name);
     }
 
-    fn route<A: Pod>(&mut self, name: &str, key: Key<A>, route: Route) {
+    /// Leads to the backends by a route of the overlay, or by the kernel's.
+    fn lead(&mut self, family: Family, route: Option<Route>) {
+        match family.backend(0).0 {
+            IpAddr::V4(ip) => self.route("ROUTES4", Key::new(24, V4::from(ip)), route),
+            IpAddr::V6(ip) => self.route("ROUTES6", Key::new(48, V6::from(ip)), route),
+        }
+    }
+
+    fn route<A: Pod>(&mut self, name: &str, key: Key<A>, route: Option<Route>) {
         let mut map: LpmTrie<&mut MapData, A, Route> =
             self.ebpf.map_mut(name).expect(name).try_into().expect(name);
-        map.insert(&key, route, 0).expect(name);
+        match route {
+            Some(route) => map.insert(&key, route, 0),
+            None => map.remove(&key),
+        }
+        .expect(name);
     }
 
     /// The agent's sweeper of this node's flows.
@@ -363,13 +410,24 @@ impl Node {
     /// The program of one of its hooks.
     pub fn hook(&self, name: &str) -> Uplink<'_> {
         let program = self.ebpf.program(name).expect(name);
-        Uplink(program.try_into().expect("a classifier"))
+        Uplink {
+            tc: program.try_into().expect("a classifier"),
+            xdp: None,
+        }
+    }
+
+    /// Its uplink where XDP comes first.
+    pub fn xdp(&self) -> Uplink<'_> {
+        let program = self.ebpf.program("xdp_uplink").expect("xdp_uplink");
+        Uplink {
+            xdp: Some(program.try_into().expect("a program for XDP")),
+            ..self.uplink()
+        }
     }
 
     /// Its program for what comes out of the overlay.
     pub fn overlay(&self) -> Uplink<'_> {
-        let program = self.ebpf.program("from_overlay").expect("from_overlay");
-        Uplink(program.try_into().expect("a classifier"))
+        self.hook("from_overlay")
     }
 
     /// Checks that every reply's key is counted, and nothing else: a reply that is not is taken for no
@@ -439,20 +497,38 @@ impl Node {
     }
 }
 
+fn test<P>(program: &P, frame: &[u8], output: &mut [u8]) -> i32
+where
+    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
+{
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        data_out: Some(output),
+        ..TestRunOptions::new()
+    };
+    let result = program.test_run(options);
+    result.expect("the kernel runs the program").return_value as i32
+}
+
 /// A program that meets what comes in, by the node's uplink if not said otherwise.
 #[derive(Clone, Copy)]
-pub struct Uplink<'a>(&'a SchedClassifier);
+pub struct Uplink<'a> {
+    tc: &'a SchedClassifier,
+    /// What comes before it.
+    xdp: Option<&'a Xdp>,
+}
 
 impl Uplink<'_> {
-    /// The program's verdict, and what became of the frame in `output`.
+    /// The program's verdict, and what became of the frame in `output`; TC's where XDP leaves it alone.
     pub fn run(&self, frame: &[u8], output: &mut [u8]) -> i32 {
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(output),
-            ..TestRunOptions::new()
-        };
-        let result = self.0.test_run(options);
-        result.expect("the kernel runs the program").return_value as i32
+        if let Some(xdp) = self.xdp {
+            match test(xdp, frame, output) {
+                XDP_REDIRECT => return REDIRECT,
+                XDP_PASS => {}
+                verdict => panic!("verdict {verdict} of XDP for {:?}", ends(frame)),
+            }
+        }
+        test(self.tc, frame, output)
     }
 
     /// Whom a packet goes to and whom it seems to come from; `None` if it was dropped.
