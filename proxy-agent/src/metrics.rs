@@ -33,18 +33,22 @@ type FamilyLabel = [(&'static str, &'static str); 1];
 /// A number that may have a fraction.
 type Real = Gauge<f64, AtomicU64>;
 
-/// How changes reach the kernel.
+/// Times, by family.
+type Times = Family<FamilyLabel, Histogram, fn() -> Histogram>;
+
+/// How changes reach the kernel. Both families' are written together, and where kube-proxy tells of each by
+/// itself both are told the same.
 #[derive(Clone, Debug)]
 pub struct Syncs {
-    durations: Histogram,
+    durations: Times,
     /// When all that had changed was written last, in seconds since 1970.
-    last: Real,
+    last: Family<FamilyLabel, Real>,
     /// When something was to be written last, in seconds since 1970.
-    queued: Real,
+    queued: Family<FamilyLabel, Real>,
     services: Changes,
     endpoints: Changes,
     /// From what made endpoints change until that was written.
-    programming: Family<FamilyLabel, Histogram, fn() -> Histogram>,
+    programming: Times,
 }
 
 /// Changes of one kind of objects.
@@ -58,15 +62,29 @@ struct Changes {
 impl Default for Syncs {
     fn default() -> Self {
         Self {
-            // kube-proxy's buckets: from a millisecond to 16 seconds.
-            durations: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
-            last: Real::default(),
-            queued: Real::default(),
+            durations: Family::new_with_constructor(sync_times),
+            last: Family::default(),
+            queued: Family::default(),
             services: Changes::default(),
             endpoints: Changes::default(),
             programming: Family::new_with_constructor(programming_times),
         }
     }
+}
+
+/// A family as kube-proxy labels it.
+fn label(family: object::Family) -> FamilyLabel {
+    [("ip_family", family.label())]
+}
+
+/// Both families as labels.
+fn labels() -> [FamilyLabel; 2] {
+    [object::Family::V4, object::Family::V6].map(label)
+}
+
+/// kube-proxy's buckets: from a millisecond to 16 seconds.
+fn sync_times() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 15))
 }
 
 /// kube-proxy's buckets: they get wider up to five minutes, so that queries over nodes of both fit.
@@ -102,21 +120,29 @@ impl Syncs {
 
     /// Notes that there is something to be written.
     pub fn queued(&self) {
-        self.queued.set(now());
+        let now = now();
+        for family in labels() {
+            self.queued.get_or_create(&family).set(now);
+        }
     }
 
     /// Notes that it was tried to write all that was to be, and for how many services that failed.
     pub fn done(&self, took: Duration, failed: usize) {
-        self.durations.observe(took.as_secs_f64());
         self.nothing_pends(failed);
-        if failed == 0 {
-            self.last.set(now());
+        let now = now();
+        for family in labels() {
+            let durations = self.durations.get_or_create(&family);
+            durations.observe(took.as_secs_f64());
+            if failed == 0 {
+                self.last.get_or_create(&family).set(now);
+            }
         }
     }
 
     /// When all that had changed was written last, if ever.
     pub fn written(&self) -> Option<jiff::Timestamp> {
-        let last = Duration::try_from_secs_f64(self.last.get()).ok()?;
+        let last = self.last.get(&label(object::Family::V4))?.get();
+        let last = Duration::try_from_secs_f64(last).ok()?;
         let last = jiff::Timestamp::new(i64::try_from(last.as_secs()).ok()?, 0).ok()?;
         (last > jiff::Timestamp::UNIX_EPOCH).then_some(last)
     }
@@ -133,9 +159,7 @@ impl Syncs {
     pub fn programmed(&self, family: object::Family, began: Duration) {
         // Whoever wrote down when may have a clock that is ahead.
         let took = (now() - began.as_secs_f64()).max(0.0);
-        let programming = self
-            .programming
-            .get_or_create(&[("ip_family", family.label())]);
+        let programming = self.programming.get_or_create(&label(family));
         programming.observe(took);
     }
 

@@ -186,12 +186,16 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
     }
     let used = metric(&text, "process_resident_memory_bytes")?;
     assert!((1e6..1e10).contains(&used), "{used}");
-    let syncs = "kubeproxy_sync_proxy_rules_duration_seconds_count";
-    assert!(metric(&text, syncs)? >= 1.0, "{text}");
-    let last = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
-    assert!(metric(&text, last)? > 1.7e9, "{text}");
-    let queued = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds";
-    assert!(metric(&text, queued)? <= metric(&text, last)?, "{text}");
+    for family in ["IPv4", "IPv6"] {
+        let of = |name: &str| {
+            let name = format!("kubeproxy_sync_proxy_rules_{name}{{ip_family=\"{family}\"}}");
+            metric(&text, &name)
+        };
+        assert!(of("duration_seconds_count")? >= 1.0, "{text}");
+        let last = of("last_timestamp_seconds")?;
+        assert!(last > 1.7e9, "{text}");
+        assert!(of("last_queued_timestamp_seconds")? <= last, "{text}");
+    }
     assert_eq!(get(&node.host, "http://127.0.0.1:10249/none")?.0, 404);
 
     let url = |path: &str| format!("http://{}:10256/{path}", node.host.ip4);
