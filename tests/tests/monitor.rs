@@ -226,6 +226,53 @@ fn metrics_and_health_are_where_kube_proxys_are() -> Result<()> {
 }
 
 #[test]
+fn kube_proxys_configuration_file_says_what_no_flag_does() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let node = &scene.nodes[0];
+    let config = json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": "iptables",
+        "clusterCIDR": "10.244.0.0/16",
+        "healthzBindAddress": "0.0.0.0:10300",
+        "metricsBindAddress": "127.0.0.1:10301",
+        "conntrack": { "tcpEstablishedTimeout": "2h0m0s" },
+    });
+    let file = node.manifests.with_file_name("kube-proxy.conf");
+    std::fs::write(&file, config.to_string())?;
+    let file = file.to_str().context("a folder's name is no text")?;
+    let flags = [
+        "--config",
+        file,
+        "--metrics-bind-address",
+        "127.0.0.1:10302",
+    ];
+    let agent = scene.agent(&flags)?;
+    let url = format!("http://{}:10300/healthz", node.host.ip4);
+    eventually("health is where the file says", || {
+        ensure!(get(&scene.nodes[1].host, &url)?.0 == 200);
+        Ok(())
+    })?;
+    let metrics = |port: u16| get(&node.host, &format!("http://127.0.0.1:{port}/metrics"));
+    eventually("metrics are where the flag says", || {
+        ensure!(metrics(10_302)?.0 == 200);
+        Ok(())
+    })?;
+    assert!(metrics(10_301).is_err());
+    assert_eq!(agent.status()?["lifetimes"]["tcp_established_secs"], 7_200);
+    let log = agent.log();
+    assert!(
+        log.contains("what has no effect here: clusterCIDR, mode iptables"),
+        "{log}"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_change_of_endpoints_is_timed_from_what_made_it() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());

@@ -1,6 +1,7 @@
 //! The operator's command line.
 
 mod cleanup;
+mod config;
 mod conntrack;
 mod duration;
 mod pinned;
@@ -8,13 +9,17 @@ mod pod_network;
 mod show;
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
+    parser::ValueSource,
+};
 use glob::Pattern;
 use ipnetwork::IpNetwork;
 use penstock_common::limits;
@@ -66,8 +71,32 @@ enum Command {
     Cleanup(CleanupArgs),
 }
 
+impl Cli {
+    /// The command line of this process; ends it where that is none.
+    pub fn read() -> Self {
+        Self::from_matches(&Self::command().get_matches()).unwrap_or_else(|error| error.exit())
+    }
+
+    fn from_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut cli = Self::from_arg_matches(matches)?;
+        if let (Command::Agent(args), Some((_, matches))) = (&mut cli.command, matches.subcommand())
+        {
+            let ids = matches.ids().map(clap::Id::as_str);
+            let is_said = |id: &&str| matches.value_source(id) != Some(ValueSource::DefaultValue);
+            args.said = ids.filter(is_said).map(str::to_owned).collect();
+        }
+        Ok(cli)
+    }
+}
+
 #[derive(Debug, Args)]
 struct AgentArgs {
+    /// kube-proxy's configuration file, for what no flag says.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The flags that somebody gave, by their fields' names.
+    #[arg(skip)]
+    said: BTreeSet<String>,
     /// Kubernetes credentials; inside a pod the service account is used.
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     kubeconfig: Option<PathBuf>,
@@ -84,8 +113,8 @@ struct AgentArgs {
     )]
     api_servers: Vec<http::Uri>,
     /// This node's name in the cluster.
-    #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
-    node_name: String,
+    #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name, required_unless_present = "config")]
+    node_name: Option<String>,
     /// The cgroup whose sockets are translated [default: the cgroup2 root].
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
@@ -454,13 +483,17 @@ pub async fn run(cli: Cli) -> Result<ExitCode> {
     .map(|()| ExitCode::SUCCESS)
 }
 
-async fn run_agent(args: AgentArgs) -> Result<()> {
+async fn run_agent(mut args: AgentArgs) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(args.log_level.filter()))
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
+    args.configure()?;
+    let node_name = args.node_name.context(
+        "--config has no hostnameOverride; pass --node-name or set NODE_NAME to this node's name",
+    )?;
     let source = match args.manifests {
         Some(directory) => {
             anyhow::ensure!(
@@ -480,7 +513,7 @@ async fn run_agent(args: AgentArgs) -> Result<()> {
     let ending = agent::run(Options {
         network,
         source,
-        node_name: args.node_name,
+        node_name,
         cgroup,
         bpffs: args.place.bpffs,
         run_dir: args.place.run_dir,
