@@ -1,7 +1,12 @@
 //! What load balancers ask a node about a service.
 
+use std::{os::fd::AsFd, time::Instant};
+
 use anyhow::{Result, ensure};
-use penstock_testbed::{Host, Pod, Service, Slice, eventually, list, require_kernel};
+use penstock_agent::{dataplane::pins::Pins, health::HEALTH_TIMEOUT};
+use penstock_testbed::{
+    Host, Pod, Service, Slice, eventually, freeze, list, patiently, require_kernel,
+};
 use serde_json::json;
 
 use crate::stage::{BALANCER, Pods, Stage, ask};
@@ -180,4 +185,64 @@ fn a_health_check_whose_port_is_taken_is_a_problem_until_it_is_free() -> Result<
         ensure!(agent.status()?["problems"] == json!([]));
         Ok(())
     })
+}
+
+#[test]
+fn a_node_whose_kernel_refuses_changes_for_a_minute_is_left_out() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::new(Pods::Routed)?;
+    let [here, there] = &stage.servers;
+    let (agent, node) = (&stage.agents[0], &stage.nodes[0].host);
+    stage.web(&[here], checked)?;
+    let urls = ["32123/", "10256/healthz", "10256/livez"];
+    let urls = urls.map(|rest| format!("http://{}:{rest}", node.ip4));
+    let say = |code: &str| -> Result<()> {
+        for url in &urls {
+            let (line, _, body) = check(&stage.client, url)?;
+            ensure!(line.contains(code), "{url}: {line}, {body}");
+        }
+        Ok(())
+    };
+    eventually("the node is good", || say("200"))?;
+    freeze(
+        Pins::at(&stage.nodes[0].bpffs)
+            .map("FRONTENDS4")?
+            .fd()
+            .as_fd(),
+    )?;
+    let began = Instant::now();
+    let mut items = vec![Service::new("new", 12).port("tcp", 80, "TCP").json()];
+    items.extend(Slice::both("new", 8080, &[here, there]));
+    stage.nodes[0].manifest("new.json", &list(&items))?;
+    eventually("the service can't be written", || {
+        let errors = agent.status()?.to_string();
+        ensure!(errors.contains("FRONTENDS4"), "{errors}");
+        Ok(())
+    })?;
+    // Until then it may be a moment's trouble.
+    loop {
+        let said = say("200");
+        if began.elapsed() >= HEALTH_TIMEOUT {
+            break;
+        }
+        said?;
+        std::thread::sleep(HEALTH_TIMEOUT / 60);
+    }
+    patiently("the node is left out", || say("503"))?;
+    let (_, _, body) = check(&stage.client, &urls[0])?;
+    assert_eq!(
+        (&body["serviceProxyHealthy"], &body["localEndpoints"]),
+        (&json!(false), &json!(1))
+    );
+    let problems = agent.status()?["problems"].to_string();
+    ensure!(
+        problems.contains("the kernel has refused changes"),
+        "{problems}"
+    );
+    // What is served is served on.
+    let answer = ask(&stage.client, "tcp", (node.ip4, 30_080).into())?;
+    assert_eq!(answer.server, here.host.name);
+    Ok(())
 }
