@@ -140,6 +140,12 @@ impl Default for NodePorts {
 }
 
 impl NodePorts {
+    /// The loopback addresses that ports of this node may be at.
+    pub fn loopback_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let both = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        both.into_iter().take(if self.loopback { 2 } else { 0 })
+    }
+
     /// The addresses, of all that the node has in the order in which they stand for it.
     pub fn addresses(&self, all: &[IpAddr]) -> BTreeSet<IpAddr> {
         let families = [
@@ -224,6 +230,13 @@ mod tests {
     fn loopback_addresses_are_named_or_in_a_range() {
         assert_eq!(at("localhost", true), ["127.0.0.1", "::1"]);
         assert!(at("localhost", false).is_empty());
+        // Host ports are there whatever node ports were restricted to.
+        let which: Which = "10.0.0.0/8,fd00::/64".parse().unwrap();
+        for (loopback, count) in [(true, 2), (false, 0)] {
+            let which = which.clone();
+            let node_ports = NodePorts { which, loopback };
+            assert_eq!(node_ports.loopback_addresses().count(), count);
+        }
         assert_eq!(at("127.0.0.0/8,::1/128", true), ["127.0.0.1", "::1"]);
         assert_eq!(
             at("127.0.0.2/32,fd00:1::/64", true),

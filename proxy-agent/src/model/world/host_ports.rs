@@ -262,11 +262,15 @@ impl World {
         };
         let ips: BTreeSet<IpAddr> = match port.ip {
             Some(ip) => BTreeSet::from([ip]),
-            None => self
-                .node_addresses
-                .union(&self.node_port_ips)
-                .copied()
-                .collect(),
+            // Also for the node's own processes, wherever node ports are.
+            None => {
+                let loopback = self.node_ports.loopback_addresses();
+                self.node_addresses
+                    .iter()
+                    .copied()
+                    .chain(loopback)
+                    .collect()
+            }
         };
         let frontend = |address: IpAddr| PortFrontend {
             address,

@@ -197,6 +197,9 @@ impl World {
 
     /// Sets at which addresses of this node its ports are services'.
     pub fn set_node_ports(&mut self, policy: NodePorts) {
+        if policy.loopback != self.node_ports.loopback {
+            self.dirty.extend(self.host_ports.names().cloned());
+        }
         self.node_ports = policy;
         self.update_node_port_ips();
     }
