@@ -119,7 +119,7 @@ counters! {
     /// Dropped: a packet of a pod that has this node's address for its source. The kernel drops these by
     /// itself where no pod is held.
     SourceForged = "source_forged", DROP;
-    /// Dropped: a packet that may go no further, to or from a backend of another node.
+    /// Dropped without an answer: a packet at the end of its life, to or from a backend of another node.
     HopLimit = "hop_limit", DROP;
     /// Dropped: the kernel refused to change the packet, or it is the first fragment of an SCTP packet,
     /// whose checksum covers all of them.

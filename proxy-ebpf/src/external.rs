@@ -243,14 +243,16 @@ pub(crate) fn way_out<F: Family, M: Maps<F>>(maps: &M, src: &F::Addr, dst: &F::A
 #[inline(always)]
 fn by_kernel<F: Family>(packet: &mut impl Packet, maps: &impl Maps<F>) -> Result<Verdict, Counter> {
     let overlay = maps.overlay();
-    if !F::may_be_split(packet, ETHERNET) && !packet.fits(overlay.ifindex, overlay.mtu) {
+    let fits = F::may_be_split(packet, ETHERNET) || packet.fits(overlay.ifindex, overlay.mtu);
+    if !fits || forward::hops::<F>(packet).is_none() {
         return Ok(Verdict::TooLong);
     }
     forward::frame(packet, OVERLAY_MAC, OVERLAY_PEER_MAC).map_err(forward::refused)?;
     Ok(Verdict::In(overlay.ifindex))
 }
 
-/// Tells the sender of a packet that does not fit its way, which was translated already, what does.
+/// Tells the sender of a packet that was translated already, and goes no further, why: it is at the end of its
+/// life, or does not fit its way, of which is said what does.
 #[inline(always)]
 pub fn shorten<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -267,11 +269,16 @@ pub fn shorten<F: Family, M: Maps<F>>(
     if tunnel_to::<F, M>(maps, &segment.dst).is_none() {
         mtu = maps.way_mtu(packet.ifindex(), &segment.src, &segment.dst);
     }
+    let is_expired = forward::hops::<F>(packet).is_none();
     let known = flow::find::<F, M>(maps, &key).ok_or(Counter::TooLong)?;
     let (frontend, client) = known.ends();
     rewrite::translate::<F>(packet, &segment, client, frontend)?;
     (segment.src, segment.src_port) = client;
     (segment.dst, segment.dst_port) = frontend;
-    reject::too_long::<F, M>(packet, maps, &segment, mtu)?;
+    if is_expired {
+        reject::expired::<F, M>(packet, maps, &segment)?;
+    } else {
+        reject::too_long::<F, M>(packet, maps, &segment, mtu)?;
+    }
     Ok(Verdict::TurnAround)
 }

@@ -213,6 +213,9 @@ pub trait Family: Copy + 'static {
     /// "Too long for the way": type and code.
     const TOO_LONG: [u8; 2];
 
+    /// "Time exceeded in transit": type and code.
+    const EXPIRED: [u8; 2];
+
     /// Whether routers may split the packet whose header is at `at`.
     fn may_be_split(packet: &impl Packet, at: usize) -> bool;
 
@@ -272,6 +275,7 @@ impl Family for V4 {
     type Header = [u32; 5];
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
     const TOO_LONG: [u8; 2] = [3, 4];
+    const EXPIRED: [u8; 2] = [11, 0];
 
     #[inline(always)]
     fn may_be_split(packet: &impl Packet, at: usize) -> bool {
@@ -410,6 +414,7 @@ impl Family for V6 {
     type Header = [u32; 10];
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
     const TOO_LONG: [u8; 2] = [2, 0];
+    const EXPIRED: [u8; 2] = [3, 0];
 
     #[inline(always)]
     fn may_be_split(_: &impl Packet, _: usize) -> bool {

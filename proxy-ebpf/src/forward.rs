@@ -347,7 +347,11 @@ pub fn leave<F: Family, M: Maps<F>>(
         return Ok(Verdict::Pass);
     }
     let Some(hops) = hops::<F>(packet) else {
-        return Ok(Verdict::Pass);
+        return Ok(if maps.is(&ends.0, AddressKind::NODE) {
+            Verdict::TooLong
+        } else {
+            Verdict::Pass
+        });
     };
     take_hop::<F>(packet, hops).map_err(refused)?;
     Ok(Verdict::Routed(ifindex))

@@ -129,7 +129,9 @@ pub fn hand_over<F: Family, M: Maps<F>>(
     };
     let (_, backend) = known.ends();
     let route = overlay_route(maps, &backend.0).ok_or(Counter::OverlayNoRoute)?;
-    let hops = forward::hops::<F>(packet).ok_or(Counter::HopLimit)?;
+    let Some(hops) = forward::hops::<F>(packet) else {
+        return Ok(Verdict::TooLongAsItCame);
+    };
     let overlay = maps.overlay();
     if !packet.fits(overlay.ifindex, overlay.mtu) {
         return if is_error {
@@ -219,7 +221,8 @@ pub fn rejoin<F: Family, M: Maps<F>>(
     Ok(Verdict::Tunnel(route))
 }
 
-/// Tells the sender of a packet that does not fit the overlay, and was not touched yet, what does.
+/// Tells the sender of a packet that was not touched yet, and goes no further, why: it is at the end of its life,
+/// or does not fit the overlay, of which is said what does.
 #[inline(always)]
 pub fn shorten<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
@@ -227,7 +230,11 @@ pub fn shorten<F: Family, M: Maps<F>>(
 ) -> Result<Verdict, Counter> {
     let (header, addrs) = headers::<F>(packet)?;
     let segment = parse::segment::<F>(packet, maps, ETHERNET, &header, addrs)?;
-    reject::too_long::<F, M>(packet, maps, &segment, maps.overlay().mtu)?;
+    if forward::hops::<F>(packet).is_none() {
+        reject::expired::<F, M>(packet, maps, &segment)?;
+    } else {
+        reject::too_long::<F, M>(packet, maps, &segment, maps.overlay().mtu)?;
+    }
     Ok(Verdict::TurnAround)
 }
 

@@ -86,7 +86,8 @@ pub enum Verdict {
     Seek(FlowId, bool),
     /// It came in by this interface.
     In(u32),
-    /// It is too long, and its sender has to hear of it: `external::shorten`.
+    /// It goes no further, being too long or at the end of its life, and its sender has to hear of it:
+    /// `external::shorten`.
     TooLong,
     /// The same, but it was not translated: `handover::shorten`.
     TooLongAsItCame,

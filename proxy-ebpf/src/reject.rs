@@ -107,6 +107,20 @@ pub fn too_long<F: Family, M: Maps<F>>(
     turn_around(packet)
 }
 
+/// Replaces `packet` by the answer that it was at the end of its life here (RFC 1812, 5.3.1; RFC 4443, 3.3).
+#[inline(always)]
+pub fn expired<F: Family, M: Maps<F>>(
+    packet: &mut impl Packet,
+    maps: &M,
+    segment: &Segment<F::Addr>,
+) -> Result<(), Counter> {
+    if !segment.has_transport || !maps.may_send_error() {
+        return Err(Counter::HopLimit);
+    }
+    error::<F, QUOTED>(packet, segment, F::EXPIRED, 0).map_err(|Refused| Counter::RewriteFailed)?;
+    turn_around(packet)
+}
+
 /// RFC 792 and RFC 4443, 2.4: an error of a type and code, with what stands in its second word.
 #[inline(always)]
 fn error<F: Family, const QUOTED: usize>(

@@ -15,6 +15,7 @@ mod forwarding;
 mod health;
 mod inside;
 mod joined;
+mod last_hop;
 mod live;
 mod narrow;
 mod outside;
