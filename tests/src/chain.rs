@@ -1,6 +1,6 @@
 //! A network's plugins one after the other, as a runtime runs them.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
@@ -20,13 +20,7 @@ impl Node {
     /// The list that the agent has installed, in the version for runtimes that know no others. Plugins that
     /// are not Penstock's are Debian's.
     pub fn chain(&self) -> Result<Chain> {
-        let path = self
-            .configuration()?
-            .with_context(|| format!("no configuration in {}", self.cni_conf_dir().display()))?;
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let list: Value = serde_json::from_str(&text)
-            .with_context(|| format!("{} is no JSON", path.display()))?;
+        let (_, list) = self.plugins()?;
         let plugins = list.get("plugins").and_then(Value::as_array);
         let plugins = plugins.context("a list without plugins")?;
         let of_list = |name: &str| Some((name.to_owned(), list.get(name)?.clone()));

@@ -40,7 +40,7 @@ pub use cluster::Cluster;
 pub use containerd::Cni;
 pub use freeze::freeze;
 pub use host::Host;
-pub use kube_proxy::{KubeProxy, ProxyMode};
+pub use kube_proxy::{KubeProxy, ProxyMode, ProxyProgram};
 pub use kubernetes::KubernetesNode;
 pub use lease::Lease;
 pub use manifest::{PodObject, Service, Slice};

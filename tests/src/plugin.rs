@@ -81,15 +81,21 @@ impl Node {
         Ok(paths?.into_iter().filter(is_list).min())
     }
 
-    /// Its plugin, as the agent has configured and installed it.
-    pub fn plugin(&self) -> Result<Plugin> {
+    /// The list of plugins that the agent has installed, and its file.
+    pub(crate) fn plugins(&self) -> Result<(PathBuf, Value)> {
         let path = self
             .configuration()?
             .with_context(|| format!("no configuration in {}", self.cni_conf_dir().display()))?;
         let text =
             fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let list: Value = serde_json::from_str(&text)
+        let list = serde_json::from_str(&text)
             .with_context(|| format!("{} is no JSON", path.display()))?;
+        Ok((path, list))
+    }
+
+    /// Its plugin, as the agent has configured and installed it.
+    pub fn plugin(&self) -> Result<Plugin> {
+        let (path, list) = self.plugins()?;
         let mut network = list
             .pointer("/plugins/0")
             .and_then(Value::as_object)

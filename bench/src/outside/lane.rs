@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use penstock_common::Forwarding;
-use penstock_testbed::{Agent, Host, Node, Pod, Process, Source, Testbed, eventually};
+use penstock_testbed::{Agent, Host, Node, Pod, Process, ProxyMode, Source, Testbed, eventually};
 use serde_json::Value;
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
         kube_proxy::{self, KubeProxy},
         nftables,
         objects::{self, Kind, Services},
-        program::{Mode, Program},
+        program::Program,
     },
 };
 
@@ -220,14 +220,14 @@ impl Lane {
             }
             Way::Overlay | Way::Tunnel | Way::Dsr => self.program_agents(&services)?,
             Way::XdpOverlay | Way::XdpTunnel | Way::XdpDsr => self.program_agents(&services)?,
-            Way::Nftables if !kube_proxy.is_some_and(Program::has_nftables) => {
+            Way::Nftables if !kube_proxy.is_some_and(|program| program.proxy.has_nftables()) => {
                 nftables::load(&services, &self.node, testbed.folder())?;
             }
             Way::Iptables | Way::Ipvs | Way::Nftables => {
                 let mode = match self.way {
-                    Way::Ipvs => Mode::Ipvs,
-                    Way::Nftables => Mode::Nftables,
-                    _ => Mode::Iptables,
+                    Way::Ipvs => ProxyMode::Ipvs,
+                    Way::Nftables => ProxyMode::Nftables,
+                    _ => ProxyMode::Iptables,
                 };
                 let program = kube_proxy.context("there is no kube-proxy")?;
                 let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;

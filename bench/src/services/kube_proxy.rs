@@ -3,12 +3,12 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Context, Result};
-use penstock_testbed::{ApiServer, Host, Node, Testbed, patiently};
+use penstock_testbed::{ApiServer, Host, Node, ProxyMode, Testbed, patiently};
 
 use super::{
     Places, ipvs, nftables,
     objects::{self, Kind, SERVICE_PORT, Services},
-    program::{Mode, Program, Running},
+    program::Program,
 };
 use crate::{
     contender::{Counts, Witness},
@@ -18,7 +18,7 @@ use crate::{
 /// A node's kube-proxy, and who tells it of services.
 pub struct KubeProxy {
     // Dropped from top to bottom.
-    process: Running,
+    process: penstock_testbed::KubeProxy,
     _api: ApiServer,
     kind: Kind,
     family: Family,
@@ -35,7 +35,7 @@ impl KubeProxy {
         program: &Program,
         node: &Node,
         services: &Services,
-        mode: Mode,
+        mode: ProxyMode,
     ) -> Result<Self> {
         let host = testbed.client()?;
         // Each has an API server of its own, as each lane's services have endpoints of their own.
@@ -45,7 +45,7 @@ impl KubeProxy {
             api.create(&list?)?;
         }
         let mut proxy = Self {
-            process: program.start(node, &api, mode)?,
+            process: program.proxy.start(node, &api, mode)?,
             _api: api,
             kind: services.kind,
             family: services.family,
@@ -56,12 +56,12 @@ impl KubeProxy {
         Ok(proxy)
     }
 
-    fn wait(&mut self, node: &Node, services: &Services, mode: Mode) -> Result<()> {
+    fn wait(&mut self, node: &Node, services: &Services, mode: ProxyMode) -> Result<()> {
         let (expected, family) = (services.ports(), self.family);
         let mut before = Vec::new();
         patiently("kube-proxy serves all ports", || {
             let served = match mode {
-                Mode::Iptables => {
+                ProxyMode::Iptables => {
                     let rules = self.rules()?;
                     let ports = ports(&rules, self.kind);
                     let found = ports.len();
@@ -74,11 +74,11 @@ impl KubeProxy {
                     }
                     found
                 }
-                Mode::Ipvs => {
+                ProxyMode::Ipvs => {
                     let list = ["/proc/thread-self/net/ip_vs"];
                     ipvs::served(&self.process.ask("cat", &list)?)
                 }
-                Mode::Nftables => nftables::served(&node.host, family)?,
+                ProxyMode::Nftables => nftables::served(&node.host, family)?,
             };
             anyhow::ensure!(
                 served >= expected,
@@ -86,7 +86,7 @@ impl KubeProxy {
             );
             Ok(())
         })?;
-        if mode == Mode::Nftables {
+        if mode == ProxyMode::Nftables {
             nftables::watch(&node.host, family)?;
         }
         Ok(())

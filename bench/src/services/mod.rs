@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use penstock_testbed::{Agent, Host, Node, Pod, Process, Source, Testbed, patiently};
+use penstock_testbed::{Agent, Host, Node, Pod, Process, ProxyMode, Source, Testbed, patiently};
 
 use crate::{
     contender::{Contender, Counts, PORT, Witness, serve},
@@ -28,7 +28,7 @@ use crate::{
 };
 use kube_proxy::KubeProxy;
 use objects::{Kind, SERVICE_PORT, Services};
-use program::{Mode, Program};
+use program::Program;
 
 /// What is measured over TCP.
 const TCP: [Trial; 8] = [
@@ -190,12 +190,12 @@ impl Lane {
                 self.agent = Some(Rc::new(agent));
                 return Ok(());
             }
-            Way::Nftables if !kube_proxy.is_some_and(Program::has_nftables) => {
+            Way::Nftables if !kube_proxy.is_some_and(|program| program.proxy.has_nftables()) => {
                 return nftables::load(&services, &self.node, testbed.folder());
             }
-            Way::Iptables => Mode::Iptables,
-            Way::Ipvs => Mode::Ipvs,
-            Way::Nftables => Mode::Nftables,
+            Way::Iptables => ProxyMode::Iptables,
+            Way::Ipvs => ProxyMode::Ipvs,
+            Way::Nftables => ProxyMode::Nftables,
         };
         let program = kube_proxy.context("there is no kube-proxy")?;
         let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;

@@ -4,8 +4,8 @@ use std::{fs, net::IpAddr, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use penstock_testbed::{
-    Agent, ApiServer, Host, KubeProxy, Node, Pod, Process, ProxyMode, Source, Testbed, list,
-    patiently,
+    Agent, ApiServer, Host, KubeProxy, Node, Pod, Process, ProxyMode, ProxyProgram, Source,
+    Testbed, list, patiently,
 };
 use serde_json::Value;
 
@@ -56,7 +56,8 @@ impl Stage {
         create(&api, &sides, &objects())?;
         let routes: String = objects().iter().map(routes).collect();
         ip(&sides[0].outside, testbed.folder(), &routes)?;
-        let kube_proxy = KubeProxy::start(assets, &sides[1].node, &api, ProxyMode::Iptables)?;
+        let kube_proxy = ProxyProgram::at(assets.join("kube-proxy"))?;
+        let kube_proxy = kube_proxy.start(&sides[1].node, &api, ProxyMode::Iptables)?;
         let source = Source::Kubeconfig(api.kubeconfig());
         let agent = Agent::start(&sides[0].node, &source, &["--log-level", "info"])?;
         let mut stage = Self {
