@@ -132,6 +132,15 @@ pub fn measure(effort: &Effort, flows: usize) -> Result<Value> {
         ensure!(log.contains("hooks are on interface eth0"), "{log}");
         Ok(())
     })?;
+    eventually("the agent has said which records are free", || {
+        // It counts flows once that is done. Without, programs take records of flows that nobody answered.
+        let status = agent.status()?;
+        let tables = status.get("tables").and_then(Value::as_array);
+        let mut tables = tables.into_iter().flatten();
+        let is_counted = tables.any(|table| table.get("table") == Some(&json!("IPv6 flows")));
+        ensure!(is_counted, "{status}");
+        Ok(())
+    })?;
     // The kernel goes on without, and nobody else is at work.
     agent.kill();
     let lines = thread::scope(|scope| {
