@@ -110,11 +110,7 @@ fn ask<A: Routable>(
 /// The interface that the kernel would forward a packet by.
 #[inline(always)]
 pub(crate) fn egress<A: Routable>(hook: &impl Hook, ingress: u32, src: A, dst: A) -> Option<u32> {
-    let (result, way) = ask(hook, ingress, src, dst)?;
-    // A neighbour that is not known yet is found by whoever sends.
-    let is_found = result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH;
-    // SAFETY: as in `ask`.
-    is_found.then(|| unsafe { addr_of!((*way).ifindex).read() })
+    interface(ask(hook, ingress, src, dst)?, false)
 }
 
 /// The same for a packet that may be too long for its way, which somebody will be told of.
@@ -125,11 +121,17 @@ pub(crate) fn egress_anyway<A: Routable>(
     src: A,
     dst: A,
 ) -> Option<u32> {
-    let (result, way) = ask(hook, ingress, src, dst)?;
+    // Where it was told the length, the kernel ends before it says which interface.
+    interface(ask(hook, ingress, src, dst)?, hook.length() == 0)
+}
+
+/// The interface that an answer names, also if that says, and may say, that the packet is too long for it.
+#[inline(always)]
+fn interface((result, way): (i64, *const FibLookup), may_be_long: bool) -> Option<u32> {
     let is_found = match result {
+        // A neighbour that is not known yet is found by whoever sends.
         BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => true,
-        // Where it was told the length, the kernel ends before it says which interface.
-        BPF_FIB_LKUP_RET_FRAG_NEEDED => hook.length() == 0,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => may_be_long,
         _ => false,
     };
     // SAFETY: as in `ask`.
