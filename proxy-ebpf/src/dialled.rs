@@ -4,8 +4,8 @@
 //! who dialled it keeps its own, and goes back by the way that the question came: past the kernel's stack,
 //! or through it where somebody else's rules led the question to the pod and will undo that in the answer.
 //! UDP does not say of a packet whether it begins something, and of a segment that does not begin a
-//! connection nobody else knows which of both it is; so whoever is outside of the cluster and sends
-//! something to a pod is remembered for as long as a stream of UDP would be.
+//! connection nobody else knows which way its question came; so whoever is outside of the cluster and sends
+//! something to a pod is remembered, by UDP for as long as a stream of it would be.
 
 use penstock_common::{AddressKind, Counter, Dialled, FlowKey, NetworkFlags, Proto, ShortcutKind};
 

@@ -307,8 +307,12 @@ pub fn masquerade<F: Family, M: Maps<F>>(
     } else {
         dialled::way_back::<F, M>(maps, &segment)
     };
-    let begins = segment.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-    if segment.proto.has_connections() && !begins || way_back.is_some() {
+    let is_answer = if segment.proto.has_connections() {
+        segment.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN
+    } else {
+        way_back.is_some()
+    };
+    if is_answer {
         let (header, ends) = pod::headers::<F>(packet)?;
         parse::remember_ports::<F>(maps, &header, &segment);
         return match way_back {
