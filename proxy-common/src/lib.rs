@@ -129,8 +129,6 @@ pub mod limits {
         keys.saturating_sub(SPARE_KEYS) / 2
     }
 
-    /// Elements that flows' keys are spread over which XDP has met, two to each.
-    pub const HINTS: u32 = 65_536;
     /// Elements that destinations' source ports are spread over; more only save looking for free ports
     /// in vain.
     pub const PORT_CHUNKS: u32 = 65_536;

@@ -20,6 +20,9 @@ const BY_FLOW: [&str; 8] = [
 /// Maps of flows' keys.
 const BY_KEY: [&str; 2] = ["FLOW_INDEX4", "FLOW_INDEX6"];
 
+/// Maps of hints where records are, which last no longer than the programs.
+const HINTS: [&str; 2] = ["HINTS4", "HINTS6"];
+
 /// How many entries a map of the flow table has with so many flows of each family; nothing for other
 /// maps.
 pub(super) fn entries(map: &str, flows: u32) -> Option<u32> {
@@ -67,6 +70,9 @@ impl Sizes {
             if let Some(entries) = entries(map, self.flows) {
                 loader.map_max_entries(map, entries);
             }
+        }
+        for map in HINTS {
+            loader.map_max_entries(map, Hints::elements(self.flows));
         }
         loader.override_global("RECORDS", &self.flows, true);
         loader.override_global("IDS", &self.ids, true);

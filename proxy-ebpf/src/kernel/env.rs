@@ -634,7 +634,8 @@ macro_rules! family {
             #[inline(always)]
             fn set_hints(&self, place: HintPlace, hints: Hints) {
                 if let Some(element) = $hints.get_ptr_mut(place.index) {
-                    // SAFETY: a mapped array element (see `copy`); an aligned word is written whole.
+                    // SAFETY: a mapped array element (see `copy`); of one that two write at once each
+                    // hint is one of theirs, or is found to lead to another flow's record.
                     unsafe { element.write_volatile(hints) };
                 }
             }

@@ -71,7 +71,8 @@ macro_rules! family_maps {
             PerCpuArray::with_max_entries(limits::SHORTCUTS, 0);
         /// The flows that XDP met.
         #[map]
-        pub(crate) static $hints: Array<Hints> = Array::with_max_entries(limits::HINTS, 0);
+        pub(crate) static $hints: Array<Hints> =
+            Array::with_max_entries(Hints::elements(limits::FLOWS), 0);
         /// The flow that a packet begins, between two stages.
         #[map]
         pub(crate) static $openings: PerCpuArray<Flow<$family>> =
