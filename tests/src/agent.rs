@@ -1,6 +1,9 @@
 //! The agent as a process on a node.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -9,6 +12,7 @@ use crate::{
     eventually,
     process::{self, Place, Process},
     testbed::{Node, Pod},
+    wait::slack,
 };
 
 /// Where an agent gets its objects.
@@ -297,7 +301,14 @@ impl Node {
 
 /// `penstock COMMAND -o json` on a node, whether its agent runs or not.
 pub(crate) fn show(node: &Node, command: &str) -> Result<Value> {
-    let said = node.penstock(command, &["-o", "json"])?;
+    let asked = Instant::now();
+    let said = loop {
+        let said = node.penstock(command, &["-o", "json"])?;
+        // Which it says after five seconds, on any machine.
+        if !said.errors.contains("does not answer within") || asked.elapsed() > slack() {
+            break said;
+        }
+    };
     // `status` says with its code what it says in its JSON.
     anyhow::ensure!(said.code == 0 || command == "status", "{said:?}");
     serde_json::from_str(&said.output).with_context(|| format!("{said:?} has no JSON"))

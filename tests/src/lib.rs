@@ -54,4 +54,4 @@ pub use scene::{PROTOCOLS, Scene, all_answer, frontends, list, text};
 pub use sctp::{Checksum, SctpEnd, SctpPacket, chunk};
 pub use survey::{Answer, Findings, Question};
 pub use testbed::{Node, Pod, Testbed, remove_leftovers};
-pub use wait::{eventually, patiently};
+pub use wait::{at_once, eventually, patiently};

@@ -14,6 +14,16 @@ pub(crate) fn long() -> Duration {
     patience() * 6
 }
 
+/// How long what is there at once may take: a second, and longer on slow machines.
+pub fn at_once() -> Duration {
+    patience() / 10
+}
+
+/// How much longer than on other machines one may have to wait for the agent.
+pub(crate) fn slack() -> Duration {
+    patience().saturating_sub(Duration::from_secs(10))
+}
+
 /// Asks until the answer is yes, for [`patience`] at most; the last reason is the error.
 pub fn eventually<T>(what: &str, ask: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
     within(patience(), Duration::from_millis(5), what, ask)

@@ -10,13 +10,13 @@
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Result;
 use penstock_testbed::{
-    Agent, ApiServer, PROTOCOLS, Pod, Scene, Service, Slice, Source, eventually, frontends, list,
-    require_api_server, require_kernel, text,
+    Agent, ApiServer, PROTOCOLS, Pod, Scene, Service, Slice, Source, at_once, eventually,
+    frontends, list, require_api_server, require_kernel, text,
 };
 use serde_json::Value;
 
@@ -70,7 +70,7 @@ fn udp_leaves_a_backend_that_is_removed() -> Result<()> {
                         break;
                     }
                     assert!(
-                        changed.elapsed() < Duration::from_secs(1),
+                        changed.elapsed() < at_once(),
                         "{protocol} {service} from {} sticks to a dead backend: {answer}\n{}",
                         host.name,
                         agent.log()

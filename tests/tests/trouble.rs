@@ -11,13 +11,13 @@
 use std::{
     collections::BTreeSet,
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Result;
 use penstock_testbed::{
-    Agent, Scene, Service, Slice, Source, all_answer, eventually, frontends, list, require_kernel,
-    text,
+    Agent, Scene, Service, Slice, Source, all_answer, at_once, eventually, frontends, list,
+    require_kernel, text,
 };
 use serde_json::{Value, json};
 
@@ -49,10 +49,7 @@ fn what_nobody_serves_is_refused_at_once_or_dropped() -> Result<()> {
                         "{protocol} {service} from {}",
                         host.name
                     );
-                    assert!(
-                        started.elapsed() < Duration::from_secs(1),
-                        "{protocol} {service}"
-                    );
+                    assert!(started.elapsed() < at_once(), "{protocol} {service}");
                     assert!(agent.count(reason)? > before, "{reason} is counted");
                 }
             }
