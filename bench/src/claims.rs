@@ -5,8 +5,9 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use crate::{
+    family::Family,
     figures::Median,
-    flat, plot,
+    flat, packets, plot,
     results::Results,
     turns::{Metric, Outcome, Turns},
 };
@@ -20,11 +21,11 @@ enum Bound {
 }
 
 impl Bound {
-    fn shown(self, unit: &str) -> String {
+    fn shown(self) -> String {
         match self {
-            Self::AtLeast(bound) => format!("{bound}{unit} at least"),
-            Self::AtMost(bound) => format!("{bound}{unit} at most"),
-            Self::Below(bound) => format!("below {bound}{unit}"),
+            Self::AtLeast(bound) => format!("at least {bound}"),
+            Self::AtMost(bound) => format!("at most {bound}"),
+            Self::Below(bound) => format!("below {bound}"),
         }
     }
 
@@ -47,21 +48,37 @@ impl Bound {
     }
 }
 
-/// Adds the table of promises of which something was measured.
+/// Adds the table of promises: of each that what was measured says something of, and of those that it should have said
+/// something of.
 pub fn table(text: &mut String, results: &Results) {
     let mut rows = String::new();
+    let version = results.machine.version("penstock").unwrap_or("unknown");
+    let by = |command: &str| format!("`cargo xtask bench -- {command}`, {version}");
     let mut row = |claim: &str, bound: Bound, unit: &str, median: Median, command: &str| {
-        let Median { value, low, high } = median;
         let digits = if unit.is_empty() { 3 } else { 0 };
-        let measured = format!("{value:.digits$}{unit} ({low:.digits$} to {high:.digits$})");
         // Writing to a string can't fail.
         let _ = writeln!(
             rows,
-            "| {claim} | {} | {measured} | {} | `cargo xtask bench -- {command}` |",
-            bound.shown(unit),
+            "| {claim} | {}{unit} | {} | {} | {} |",
+            bound.shown(),
+            median
+                .within(digits)
+                .replacen(" (", &format!("{unit} ("), 1),
             bound.verdict(median),
+            by(command),
         );
     };
+    let mut unmeasured = Vec::new();
+    for promise in beside_kube_proxy() {
+        let measured = promise.measured(results);
+        if measured.is_empty() {
+            unmeasured.push(promise);
+            continue;
+        }
+        for (claim, ratio, command) in measured {
+            row(&claim, promise.bound, "", ratio, command);
+        }
+    }
     for outcome in &results.outcomes {
         for (claim, bound, median) in promised(outcome) {
             row(&claim, bound, "", median, &outcome.command);
@@ -72,8 +89,6 @@ pub fn table(text: &mut String, results: &Results) {
         .iter()
         .filter(|calls| calls.what.starts_with("ADD"))
     {
-        let (p50, p99) = calls.p50_and_p99();
-        let ratio = p99 as f64 / p50 as f64;
         let command = results
             .outcomes
             .iter()
@@ -85,25 +100,90 @@ pub fn table(text: &mut String, results: &Results) {
             calls.nanos.len(),
             calls.contender
         );
-        // One number of all calls, which has no interval.
-        let one = Median {
-            value: ratio,
-            low: ratio,
-            high: ratio,
-        };
         if calls.contender.starts_with("Penstock") {
-            row(&claim, Bound::Below(2.0), "", one, command);
+            row(&claim, Bound::Below(2.0), "", calls.tail(), command);
         }
     }
     for (claim, median, command) in per_packet(results) {
         row(&claim, Bound::Below(120.0), " ns", median, &command);
     }
-    if rows.is_empty() {
-        return;
+    for promise in unmeasured {
+        let _ = writeln!(
+            rows,
+            "| {} | {} | | not measured | {} |",
+            promise.claim(),
+            promise.bound.shown(),
+            by(&promise.command),
+        );
     }
     text.push_str("\n## What is promised\n\n| promise | bound | measured | | measured by |\n");
     text.push_str("| --- | --- | --- | --- | --- |\n");
     text.push_str(&rows);
+}
+
+/// How much more Penstock does than kube-proxy.
+struct Promise {
+    /// What the comparison's title begins with.
+    title: String,
+    /// What begins the name of what was measured.
+    what: &'static str,
+    ours: &'static str,
+    metric: Metric,
+    bound: Bound,
+    /// What measures it.
+    command: String,
+}
+
+/// kube-proxy in the mode that it has had for longest, the real one.
+const IPTABLES: &str = "kube-proxy, iptables";
+
+/// All of these.
+fn beside_kube_proxy() -> Vec<Promise> {
+    let places = [
+        (1, "1 service", 1.05),
+        (5_000, "5000 services, the first", 1.3),
+        (5_000, "5000 services, the last", 1.3),
+    ];
+    let connecting = places.map(|(count, title, bound)| Promise {
+        title: title.to_owned(),
+        what: plot::GROWING,
+        ours: "Penstock, at the socket",
+        metric: Metric::Rate,
+        bound: Bound::AtLeast(bound),
+        command: format!("services --services {count} --only '={}'", plot::GROWING),
+    });
+    let forwarding = Family::ALL.into_iter().flat_map(|family| {
+        ["UDP packets", "TCP packets"].map(|what| Promise {
+            title: packets::title(1, family),
+            what,
+            ours: "Penstock, XDP",
+            metric: Metric::Packets,
+            bound: Bound::AtLeast(3.0),
+            command: format!("packets --family {family} --only '{what}'"),
+        })
+    });
+    connecting.into_iter().chain(forwarding).collect()
+}
+
+impl Promise {
+    fn claim(&self) -> String {
+        let (title, what, metric, ours) = (&self.title, self.what, self.metric.name(), self.ours);
+        format!("{title}: {what}, {metric}: {ours}, to {IPTABLES}")
+    }
+
+    /// What was measured of it, and by what.
+    fn measured<'a>(&self, results: &'a Results) -> Vec<(String, Median, &'a str)> {
+        let outcomes = results.outcomes.iter();
+        let measured = outcomes
+            .filter(|outcome| outcome.title == self.title && outcome.what.starts_with(self.what));
+        measured
+            .filter_map(|outcome| {
+                let of = |name| outcome.turns.iter().find(|turns| turns.contender == name);
+                let ratio = of(self.ours)?.ratio(of(IPTABLES)?, self.metric);
+                Some((self.claim(), ratio, outcome.command.as_str()))
+            })
+            .collect()
+    }
 }
 
 /// What of a trial is promised: the ratio, and its bound.
@@ -236,7 +316,10 @@ mod tests {
             outcomes: vec![outcome("1 service", plot::GROWING, &turns)],
             ..results()
         });
-        let lines: Vec<&str> = text.lines().filter(|line| line.contains("0.97")).collect();
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| line.contains("at least 0.97"))
+            .collect();
         let [bare, bare_time, ours, _] = lines.as_slice() else {
             panic!("{text}")
         };
@@ -278,8 +361,8 @@ mod tests {
             line("xdp_uplink", "a reply", 500.0),
             line("from_pod", "a known flow's packet", 500.0),
         ];
-        let mut nanos = vec![10; 98];
-        nanos.extend([30, 30]);
+        let mut nanos = vec![10; 980];
+        nanos.extend([30; 20]);
         let text = told(Results {
             outcomes: vec![
                 outcome(&flat, "connect", &counts),
@@ -293,7 +376,11 @@ mod tests {
             programs: Some(json!({ "command": "programs", "programs": lines })),
             ..results()
         });
-        let rows: Vec<&str> = text.lines().skip(5).collect();
+        let rows: Vec<&str> = text
+            .lines()
+            .skip(5)
+            .filter(|row| !row.contains("| not measured |"))
+            .collect();
         let expected = [
             ("1.030", "| not met |"),
             ("0.800", "| met |"),
@@ -304,6 +391,76 @@ mod tests {
         assert_eq!(rows.len(), expected.len(), "{text}");
         for (row, (value, verdict)) in rows.iter().zip(expected) {
             assert!(row.contains(value) && row.contains(verdict), "{row}");
+        }
+    }
+
+    #[test]
+    fn connecting_and_forwarding_are_compared_with_kube_proxy() {
+        let connecting = |ours, theirs| {
+            [
+                ("no service, the pod's address", 1),
+                ("Penstock, at the socket", ours),
+                ("kube-proxy, iptables", theirs),
+            ]
+        };
+        let forwarding = [("Penstock, XDP", 290), ("kube-proxy, iptables", 100)];
+        let results = Results {
+            outcomes: vec![
+                outcome("1 service", plot::GROWING, &connecting(106, 100)),
+                outcome(
+                    "5000 services, the first",
+                    plot::GROWING,
+                    &connecting(129, 100),
+                ),
+                // Of others nothing is promised.
+                outcome(
+                    "1000 services, the last",
+                    plot::GROWING,
+                    &connecting(99, 100),
+                ),
+                outcome(
+                    &packets::title(1, Family::V6),
+                    "UDP packets of 64 flows, one processor for all",
+                    &forwarding,
+                ),
+            ],
+            ..results()
+        };
+        let text = told(results);
+        let rows: Vec<&str> = text
+            .lines()
+            .filter(|line| line.contains("to kube-proxy, iptables"))
+            .collect();
+        let verdicts = [
+            (
+                "1 service: ",
+                "| at least 1.05 | 1.060 (1.060 to 1.060) | met |",
+            ),
+            (
+                "the first: ",
+                "| at least 1.3 | 1.290 (1.290 to 1.290) | not met |",
+            ),
+            (
+                "over IPv6, the backend on another node: UDP",
+                "| 2.900 (2.900 to 2.900) | not met |",
+            ),
+            (
+                "the last: ",
+                "| at least 1.3 | | not measured | `cargo xtask bench -- services --services 5000",
+            ),
+            (
+                "of 1, the backend on another node: UDP",
+                "| at least 3 | | not measured |",
+            ),
+            ("of 1, the backend on another node: TCP", "| not measured |"),
+            (
+                "over IPv6, the backend on another node: TCP",
+                "| not measured |",
+            ),
+        ];
+        assert_eq!(rows.len(), verdicts.len(), "{text}");
+        for (row, (claim, verdict)) in rows.iter().zip(verdicts) {
+            assert!(row.contains(claim) && row.contains(verdict), "{row}");
         }
     }
 

@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    bridge, figures,
+    bridge,
+    figures::{self, Median},
     load::Summary,
     machine::{self, Watch},
     results::Keeper,
@@ -27,6 +28,9 @@ use crate::{
 const MTU: u32 = 1_430;
 /// A file system in memory.
 const MEMORY: &str = "/dev/shm";
+/// Programs that are measured: Penstock's plugin asks its agent. The plugins' own time is this program's, once they
+/// have ended.
+const MEASURED: &[&str] = &["penstock"];
 /// Pods that are there meanwhile, as on a busy node, of each contender.
 const RESIDENTS: usize = 50;
 
@@ -66,7 +70,7 @@ pub enum State {
 
 impl State {
     /// Both of them.
-    const ALL: [Self; 2] = [Self::Memory, Self::Disk];
+    pub const ALL: [Self; 2] = [Self::Memory, Self::Disk];
 
     fn folder(self) -> Result<PathBuf> {
         if self == Self::Memory {
@@ -78,16 +82,20 @@ impl State {
         Ok(folder)
     }
 
-    /// In words, with the file system's kind.
-    fn said(self) -> Result<String> {
+    /// In words, which are the same on each machine.
+    const fn said(self) -> &'static str {
+        match self {
+            Self::Memory => "state in memory",
+            Self::Disk => "state beside the program",
+        }
+    }
+
+    /// The kind of file system that this is on this machine.
+    fn file_system(self) -> Result<String> {
         let folder = self.folder()?;
         let folder = folder.to_str().context("a folder's name is no text")?;
         let kind = machine::said("findmnt", &["-no", "FSTYPE", "-T", folder]);
-        let kind = kind.as_deref().unwrap_or("a file system of unknown kind");
-        Ok(match self {
-            Self::Memory => format!("state in memory ({kind})"),
-            Self::Disk => format!("state on {kind}"),
-        })
+        Ok(kind.unwrap_or_else(|| "a file system of unknown kind".to_owned()))
     }
 }
 
@@ -122,6 +130,11 @@ impl Calls {
         let at = |percent| figures::percentile(&self.nanos, percent);
         (at(50), at(99))
     }
+
+    /// How much longer one of a hundred takes than the median, with an interval that holds the true ratio.
+    pub fn tail(&self) -> Median {
+        figures::tail(&self.nanos)
+    }
 }
 
 /// A plugin and the namespaces that it is called with.
@@ -139,20 +152,34 @@ struct Times {
 }
 
 /// What trials are called, command first.
-fn name(command: &str, families: Families, state: &str) -> String {
-    format!(
-        "{command} beside {RESIDENTS} pods, {}, {state}",
-        families.name()
-    )
+fn name(command: &str, families: Families, state: State) -> String {
+    let (families, state) = (families.name(), state.said());
+    format!("{command} beside {RESIDENTS} pods, {families}, {state}")
+}
+
+const BRIDGE: &str = "bridge with host-local";
+const PENSTOCK: &str = "Penstock";
+
+/// All contenders.
+pub fn contenders() -> Vec<String> {
+    [BRIDGE, PENSTOCK].map(str::to_owned).to_vec()
+}
+
+/// What measures this alone.
+pub fn command(calls: usize, state: State) -> String {
+    format!("cni --calls {calls} --state {state}")
 }
 
 /// The names of all trials here.
-pub fn names() -> Vec<String> {
+pub fn names(states: &[State]) -> Vec<String> {
     let mut names = Vec::new();
-    for state in State::ALL {
-        let said = state.said().unwrap_or_else(|_| state.to_string());
+    for state in if states.is_empty() {
+        &State::ALL
+    } else {
+        states
+    } {
         for families in [Families::V4, Families::Both] {
-            names.extend(["ADD", "DEL"].map(|command| name(command, families, &said)));
+            names.extend(["ADD", "DEL"].map(|command| name(command, families, *state)));
         }
     }
     names
@@ -171,13 +198,14 @@ pub fn measure(effort: &Effort, calls: usize, states: &[State], keeper: &mut Kee
         &[Families::V4, Families::Both]
     };
     for state in states {
-        let said = state.said()?;
+        let place = format!("CNI plugins' {}", state.said());
+        keeper.results.machine.found(&place, state.file_system()?);
         for families in families {
             let is_wanted = ["ADD", "DEL"]
                 .iter()
-                .any(|command| effort.wants(&name(command, *families, &said)));
+                .any(|command| effort.wants(&name(command, *families, *state)));
             if is_wanted {
-                let effort = effort.of(format!("cni --calls {calls} --state {state}"));
+                let effort = effort.of(command(calls, *state));
                 with(*families, *state, &effort, calls, keeper)?;
             }
         }
@@ -208,10 +236,11 @@ fn with(
     let _agent = Agent::start_network(&ours, &Source::Manifests, &["--log-level", "info"])?;
 
     let mut contenders = Vec::new();
-    for (name, node, plugin) in [
-        ("bridge with host-local", &bridged, bridge),
-        ("Penstock", &ours, ours.plugin()?),
-    ] {
+    let all = [
+        (BRIDGE, &bridged, bridge),
+        (PENSTOCK, &ours, ours.plugin()?),
+    ];
+    for (name, node, plugin) in all.into_iter().filter(|(name, ..)| effort.names(name)) {
         for _ in 0..RESIDENTS {
             plugin.add(&testbed.container_on(node)?)?;
         }
@@ -225,7 +254,7 @@ fn with(
         });
     }
 
-    let watch = Watch::begin();
+    let watch = Watch::begin(MEASURED);
     let add = |plugin: &Plugin, container: &Container| plugin.add(container).map(drop);
     // Programs are in memory and neighbours' caches are as they will be, before anything counts.
     for contender in &contenders {
@@ -244,9 +273,8 @@ fn with(
         .into_iter()
         .map(|times| (times.add, times.del))
         .unzip();
-    let said = state.said()?;
     for (command, times) in [("ADD", add), ("DEL", del)] {
-        let what = name(command, families, &said);
+        let what = name(command, families, state);
         if !effort.wants(&what) {
             continue;
         }
@@ -258,10 +286,11 @@ fn with(
                 nanos: turns.concat(),
             })
             .collect();
+        let turns = turns(&contenders, times);
         keeper.keep(Outcome {
             title: "CNI plugins".to_owned(),
-            metrics: vec![Metric::P50, Metric::P99],
-            turns: turns(&contenders, times),
+            metrics: Metric::known(&[Metric::P50, Metric::P99], &turns),
+            turns,
             command: effort.to_repeat(Some(&what)),
             quiet: Some(quiet),
             what,
@@ -269,12 +298,12 @@ fn with(
         for calls in pooled {
             let (p50, p99) = calls.p50_and_p99();
             println!(
-                "  all {:5} {:40} p50 {:.2} ms, p99 {:.2} ms, p99 / p50 {:.2}",
+                "  all {:5} {:40} p50 {:.2} ms, p99 {:.2} ms, p99 / p50 {}",
                 calls.nanos.len(),
                 calls.contender,
                 p50 as f64 / 1e6,
                 p99 as f64 / 1e6,
-                p99 as f64 / p50 as f64,
+                calls.tail().within(2),
             );
             keeper.results.plugins.push(calls);
         }
@@ -337,9 +366,13 @@ mod tests {
     }
 
     #[test]
-    fn where_state_is_kept_is_said() -> Result<()> {
-        assert!(State::Memory.said()?.contains("tmpfs"));
-        assert!(State::Disk.said()?.starts_with("state on "));
+    fn file_systems_are_the_machines_and_not_in_names() -> Result<()> {
+        let kinds = [State::Memory.file_system()?, State::Disk.file_system()?];
+        assert_eq!(kinds[0], "tmpfs");
+        for name in names(&[]) {
+            let is_named = kinds.iter().any(|kind| name.contains(kind.as_str()));
+            assert!(!is_named, "{name} is not the same on each machine");
+        }
         Ok(())
     }
 }

@@ -10,9 +10,12 @@ use crate::{
     family::Family,
     flat, load, outside, packets, pods, programs,
     results::Keeper,
-    services,
+    services::{self, program::Program},
     turns::{Effort, Trial},
 };
+
+/// Calls of a CNI plugin in a turn: enough for six turns to tell what one of a hundred takes.
+const CALLS: usize = 62;
 
 /// What is compared.
 #[derive(Subcommand)]
@@ -31,7 +34,7 @@ pub enum Command {
     Pods,
     /// What CNI plugins take to give a pod its network, and to take it away.
     Cni {
-        /// Calls in a turn [default: 50, 20 if no comparison is named, 200 with --full].
+        /// Calls in a turn [default: 62, 200 with --full].
         #[arg(long)]
         calls: Option<usize>,
         /// Where plugins keep what they gave to whom [default: all].
@@ -86,7 +89,7 @@ pub enum Command {
         #[arg(long, value_delimiter = ',', default_values_t = packets::WAYS)]
         ways: Vec<outside::Way>,
     },
-    /// The names of all trials, for --only.
+    /// The names of all trials and contenders, for --only and --contender.
     List,
     /// Writes the report and the pictures of earlier runs anew, as if they had been one.
     Report {
@@ -133,6 +136,58 @@ impl Command {
         ]
     }
 
+    /// Its name on the command line.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Control { .. } => "control",
+            Self::Pods => "pods",
+            Self::Cni { .. } => "cni",
+            Self::Programs { .. } => "programs",
+            Self::Services { .. } => "services",
+            Self::Flat { .. } => "flat",
+            Self::Outside { .. } => "outside",
+            Self::Packets { .. } => "packets",
+            Self::List => "list",
+            Self::Report { .. } => "report",
+            Self::Load(_) => "load",
+        }
+    }
+
+    /// The names of all trials.
+    pub fn trials(&self) -> Vec<String> {
+        let trials = |trials: &[Trial]| trials.iter().map(Trial::name).collect();
+        match self {
+            Self::Pods => trials(&pods::TRIALS),
+            Self::Services { .. } => services::names(),
+            Self::Flat { .. } => flat::names(),
+            Self::Outside { .. } => trials(&outside::TRIALS),
+            Self::Packets { flows, .. } => packets::names(*flows),
+            Self::Cni { state, .. } => cni::names(state),
+            Self::Control { .. } | Self::Programs { .. } => Vec::new(),
+            Self::List | Self::Report { .. } | Self::Load(_) => Vec::new(),
+        }
+    }
+
+    /// The names of all contenders, with this kube-proxy.
+    pub fn contenders(&self, kube_proxy: Option<&Program>) -> Vec<String> {
+        let outside = |ways: &[outside::Way]| {
+            let names = ways.iter().map(|way| way.name(kube_proxy).to_owned());
+            names.collect()
+        };
+        match self {
+            Self::Pods => pods::contenders(),
+            Self::Services { ways, .. } => {
+                let names = ways.iter().map(|way| way.name(kube_proxy).to_owned());
+                names.collect()
+            }
+            Self::Flat { services } => flat::contenders(services),
+            Self::Outside { ways, .. } | Self::Packets { ways, .. } => outside(ways),
+            Self::Cni { .. } => cni::contenders(),
+            Self::Control { .. } | Self::Programs { .. } => Vec::new(),
+            Self::List | Self::Report { .. } | Self::Load(_) => Vec::new(),
+        }
+    }
+
     /// Measures.
     pub fn measure(&self, effort: &Effort, is_full: bool, keeper: &mut Keeper) -> Result<()> {
         let brief_or = |brief, other| if effort.is_brief { brief } else { other };
@@ -148,7 +203,7 @@ impl Command {
                 Ok(())
             }
             Self::Cni { calls, state } => {
-                let calls = calls.unwrap_or(if is_full { 200 } else { brief_or(20, 50) });
+                let calls = calls.unwrap_or(if is_full { 200 } else { CALLS });
                 cni::measure(effort, calls, state, keeper)
             }
             Self::Services { services, ways } => {
@@ -200,21 +255,50 @@ impl Command {
     }
 }
 
-/// Prints the names of all trials.
+/// Prints the names of all trials and of all contenders.
 pub fn list() {
-    let trials = |trials: &[Trial]| trials.iter().map(Trial::name).collect::<Vec<_>>();
-    let all = [
-        ("pods", trials(&pods::TRIALS)),
-        ("services", services::names()),
-        ("flat", flat::names()),
-        ("outside", trials(&outside::TRIALS)),
-        ("packets", packets::names(4_096)),
-        ("cni", cni::names()),
-    ];
-    for (comparison, names) in all {
-        println!("{comparison}:");
-        for name in names {
+    let kube_proxy = services::program::found();
+    for comparison in Command::all() {
+        let (trials, contenders) = (
+            comparison.trials(),
+            comparison.contenders(kube_proxy.as_ref()),
+        );
+        if trials.is_empty() {
+            continue;
+        }
+        println!("{}:", comparison.name());
+        for name in trials {
             println!("  {name}");
+        }
+        println!("  between");
+        for name in contenders {
+            println!("    {name}");
+        }
+    }
+}
+
+#[cfg(test)]
+impl Command {
+    /// What the report prints of it, without how much of it and which trial: of more and of less than all ways.
+    pub fn printed(&self) -> Vec<String> {
+        let families = Family::ALL.into_iter();
+        match self {
+            Self::Pods => vec![pods::command()],
+            Self::Services { ways, .. } => {
+                vec![services::command(1_000, ways), services::command(1, ways)]
+            }
+            Self::Flat { services } => vec![flat::command(services)],
+            Self::Outside { ways, .. } => families
+                .map(|family| outside::command(1, family, ways))
+                .collect(),
+            Self::Packets { flows, ways, .. } => families
+                .map(|family| packets::command(1, *flows, family, ways))
+                .collect(),
+            Self::Cni { .. } => cni::State::ALL
+                .map(|state| cni::command(CALLS, state))
+                .to_vec(),
+            Self::Control { .. } | Self::Programs { .. } => Vec::new(),
+            Self::List | Self::Report { .. } | Self::Load(_) => Vec::new(),
         }
     }
 }

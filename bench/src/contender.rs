@@ -1,13 +1,13 @@
 //! Who is compared: a client, a server, and a way between them that can be told from others.
 
-use std::{net::SocketAddr, rc::Rc};
+use std::{net::SocketAddr, ops::RangeInclusive, rc::Rc};
 
 use anyhow::{Context, Result};
 use penstock_testbed::{Agent, Host, Process};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    load::{IPERF_PORT, Summary, Workload},
+    load::{IPERF_PORT, Sent, Summary, Workload},
     turns::{Effort, Processors, Trial},
 };
 
@@ -18,7 +18,22 @@ const SERVER: &str = "1";
 /// Where servers serve.
 pub const PORT: u16 = 8080;
 /// The longest packet that leaves a socket, in octets: what segmentation offload makes at most.
-const LARGEST: f64 = 65_536.0;
+const LARGEST: u64 = 65_536;
+/// The longest where nothing is offloaded: what [`crate::pods`]' MTU leaves beside the headers of IPv4 and TCP.
+const FRAME: u64 = 1_390;
+/// A receiver acknowledges no less often than this, in octets: every other segment, and those of segmentation
+/// offload are 64 KiB; with room for what is read at once.
+const UNACKNOWLEDGED: u64 = 1 << 20;
+/// Packets of a TCP connection that carries one request, each way, at least: SYN, ACK, request and FIN; SYN, answer,
+/// FIN and the FIN's ACK. Acknowledgements of their own may come with the others.
+const OF_CONNECTION: u64 = 4;
+/// And at most: with those of their own.
+const OF_CONNECTION_AT_MOST: u64 = 6;
+/// Of a hundred that have to come by, so many have to be counted at least; one in as many as are left may be lost, or
+/// be the kernel's to see.
+const OF_HUNDRED: u64 = 95;
+/// Packets that are nobody's traffic: a neighbour or a multicast group is asked for now and then.
+const STRAYS: u64 = 64;
 
 /// What a counter counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,13 +43,17 @@ pub enum Counts {
     /// Each connection, or each UDP socket as a rule: what a connection tracker takes for new.
     Flows,
     /// Each packet from client to server.
-    Packets,
-    /// Nine of ten packets from client to server, or more.
-    MostPackets,
-    /// Each answer of the server's, or one for a connection that only takes.
-    Answers,
-    /// What hardly happens on this way.
-    Nothing,
+    Requests,
+    /// Each packet from server to client.
+    Replies,
+    /// Both.
+    BothWays,
+    /// Each packet from client to server, and none of those that come back.
+    OneWay,
+    /// What hardly happens on this way: strays.
+    Strays,
+    /// What never happens on this way.
+    Never,
 }
 
 /// A counter that tells whether traffic took the way that it is said to take.
@@ -67,17 +86,13 @@ impl Witness {
         self
     }
 
-    /// The packets that an interface of a host sent.
-    pub fn interface(host: &Host, interface: &str) -> Self {
-        Self::interface_counts(host, interface, Counts::Packets)
+    /// What it counts.
+    pub const fn counts(&self) -> Counts {
+        self.counts
     }
 
-    /// That an interface of a host sends nothing.
-    pub fn unused(host: &Host, interface: &str) -> Self {
-        Self::interface_counts(host, interface, Counts::Nothing)
-    }
-
-    fn interface_counts(host: &Host, interface: &str, counts: Counts) -> Self {
+    /// The packets that an interface of a host sends.
+    pub fn interface(host: &Host, interface: &str, counts: Counts) -> Self {
         let what = format!("packets sent by {interface}");
         let (host, interface) = (host.clone(), interface.to_owned());
         Self::new(&what, counts, move || {
@@ -106,6 +121,9 @@ pub struct Evidence {
     pub grew: u64,
     /// By how much it had to grow at least.
     pub at_least: u64,
+    /// By how much it had to grow at most, where it had to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_most: Option<u64>,
 }
 
 /// One of those that are compared.
@@ -115,6 +133,8 @@ pub struct Contender {
     client: Host,
     target: SocketAddr,
     witnesses: Vec<Witness>,
+    /// The longest packet on its way.
+    largest: u64,
     _server: Rc<Process>,
 }
 
@@ -168,24 +188,23 @@ pub fn testimony(
         let grew = after
             .checked_sub(*before)
             .with_context(|| format!("{} went back from {before} to {after}", witness.what))?;
-        let range = match witness.counts {
-            Counts::Connections => expected.connections..=u64::MAX,
-            Counts::Flows => expected.flows..=u64::MAX,
-            Counts::Packets => expected.packets..=u64::MAX,
-            Counts::MostPackets => expected.packets / 10 * 9..=u64::MAX,
-            Counts::Answers => expected.answers..=u64::MAX,
-            // A neighbour or a multicast group may be asked for now and then.
-            Counts::Nothing => 0..=1 + expected.packets / 100,
-        };
-        let (what, least, most) = (&witness.what, *range.start(), *range.end());
+        let what = &witness.what;
+        let range = expected.range(witness.counts);
+        let (least, most) = (*range.start(), *range.end());
+        let at_most = (most < u64::MAX).then_some(most);
+        let bounds = at_most.map_or_else(
+            || format!("{least} at least"),
+            |most| format!("{least} to {most}"),
+        );
         anyhow::ensure!(
             range.contains(&grew),
-            "{what} grew by {grew}, not by {least} to {most}: the traffic took another way"
+            "{what} grew by {grew}, not by {bounds}: the traffic took another way"
         );
         all.push(Evidence {
             what: what.clone(),
             grew,
             at_least: least,
+            at_most,
         });
     }
     Ok(all)
@@ -205,8 +224,16 @@ impl Contender {
             client: client.clone(),
             target,
             witnesses,
+            largest: LARGEST,
             _server: server.clone(),
         }
+    }
+
+    /// The same, whose packets are no longer than frames: no segmentation is offloaded on its way.
+    #[must_use]
+    pub const fn in_frames(mut self) -> Self {
+        self.largest = FRAME;
+        self
     }
 
     /// Its counters, now.
@@ -221,7 +248,7 @@ impl Contender {
         workload: Workload,
         turns: &[Summary],
     ) -> Result<Vec<Evidence>> {
-        let expected = Expected::of(workload, turns);
+        let expected = Expected::of(workload, turns, self.largest);
         testimony(&self.witnesses, before, &expected).with_context(|| self.name.clone())
     }
 
@@ -269,65 +296,82 @@ impl Contender {
     }
 }
 
-/// The least that so much traffic makes.
+/// What so much traffic makes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
     /// Connections, and datagrams of sockets that are not connected.
     pub connections: u64,
     /// Connections, and half of all UDP sockets: one may get the port of another that a tracker still knows, and
     /// is no new flow then.
     pub flows: u64,
-    /// Packets from client to server.
-    pub packets: u64,
-    /// Packets from server to client.
-    pub answers: u64,
+    /// Packets from client to server, at least.
+    pub requests: u64,
+    /// The same, at most.
+    pub most_requests: u64,
+    /// Packets from server to client, at least.
+    pub replies: u64,
 }
 
 impl Expected {
-    fn of(workload: Workload, turns: &[Summary]) -> Self {
-        let count: u64 = turns.iter().map(|turn| turn.count).sum();
+    /// What these turns have sent, what came before they were measured included. Of streams no packet on their way
+    /// is longer than `largest`.
+    fn of(workload: Workload, turns: &[Summary], largest: u64) -> Self {
+        let sum = |number: fn(&Sent) -> u64| turns.iter().map(|turn| number(&turn.sent)).sum();
+        let (connections, requests): (u64, u64) =
+            (sum(|sent| sent.connections), sum(|sent| sent.requests));
+        let (answers, octets): (u64, u64) = (sum(|sent| sent.answers), sum(|sent| sent.octets));
         let sockets = (turns.len() as u64).div_ceil(2);
-        let octets: f64 = turns
-            .iter()
-            .map(|turn| turn.bits_per_second * turn.seconds / 8.0)
-            .sum();
+        let messages = Self {
+            connections,
+            flows: connections,
+            requests,
+            most_requests: requests,
+            replies: answers,
+        };
         match workload {
             Workload::Connect | Workload::Wrk => Self {
-                connections: count,
-                flows: count,
-                packets: count,
-                answers: count,
+                requests: OF_CONNECTION * connections,
+                most_requests: OF_CONNECTION_AT_MOST * connections,
+                replies: OF_CONNECTION * connections,
+                ..messages
             },
             Workload::UdpSendto => Self {
-                connections: count,
+                connections: requests,
                 flows: sockets,
-                packets: count,
-                answers: count,
+                ..messages
             },
             Workload::TcpRr => Self {
-                connections: turns.len() as u64,
-                flows: turns.len() as u64,
-                packets: count,
-                answers: count,
+                most_requests: requests + OF_CONNECTION_AT_MOST * connections,
+                ..messages
             },
-            Workload::UdpRr => Self {
-                connections: turns.len() as u64,
+            Workload::UdpRr | Workload::UdpPackets => Self {
                 flows: sockets,
-                packets: count,
-                answers: count,
-            },
-            // One of many asks for an answer.
-            Workload::UdpPackets => Self {
-                connections: turns.len() as u64,
-                flows: sockets,
-                packets: count,
-                answers: turns.len() as u64,
+                ..messages
             },
             Workload::Stream | Workload::Iperf => Self {
-                connections: count,
-                flows: count,
-                packets: (octets / LARGEST) as u64,
-                answers: count,
+                requests: octets / largest,
+                most_requests: u64::MAX,
+                replies: octets / UNACKNOWLEDGED,
+                ..messages
             },
+        }
+    }
+
+    /// By how much a counter of this kind has to grow.
+    fn range(&self, counts: Counts) -> RangeInclusive<u64> {
+        let most_of = |all: u64| all / 100 * OF_HUNDRED + all % 100 * OF_HUNDRED / 100;
+        match counts {
+            Counts::Connections => most_of(self.connections)..=u64::MAX,
+            Counts::Flows => most_of(self.flows)..=u64::MAX,
+            Counts::Requests => most_of(self.requests)..=u64::MAX,
+            Counts::Replies => most_of(self.replies)..=u64::MAX,
+            Counts::BothWays => most_of(self.requests + self.replies)..=u64::MAX,
+            Counts::OneWay => {
+                let most = self.most_requests.saturating_add(self.most_requests / 100);
+                most_of(self.requests)..=most.saturating_add(STRAYS)
+            }
+            Counts::Strays => 0..=STRAYS,
+            Counts::Never => 0..=0,
         }
     }
 }
@@ -336,24 +380,136 @@ impl Expected {
 mod tests {
     use super::*;
 
+    /// What clients of seven turns say who have sent so much each.
+    fn turns(sent: Sent) -> Vec<Summary> {
+        vec![Summary::default().with(sent); 7]
+    }
+
+    fn expected(workload: Workload) -> Expected {
+        let sent = match workload {
+            Workload::Connect | Workload::Wrk => (100, 100, 100, 0),
+            Workload::TcpRr | Workload::UdpRr | Workload::UdpSendto => (1, 1_000, 1_000, 0),
+            Workload::UdpPackets => (1, 3_200, 100, 0),
+            Workload::Stream | Workload::Iperf => (2, 0, 0, 600_000_000),
+        };
+        let (connections, requests, answers, octets) = sent;
+        let turns = turns(Sent {
+            connections,
+            requests,
+            answers,
+            octets,
+        });
+        Expected::of(workload, &turns, LARGEST)
+    }
+
+    /// Whether a counter may have grown by so much.
+    fn may(workload: Workload, counts: Counts, grew: u64) -> bool {
+        expected(workload).range(counts).contains(&grew)
+    }
+
     #[test]
     fn a_udp_socket_with_an_earlier_ones_port_is_no_new_flow() {
-        let turns = vec![
-            Summary {
-                count: 100,
-                ..Summary::default()
-            };
-            7
-        ];
-        let flows = |workload| Expected::of(workload, &turns).flows;
+        let flows = |workload| expected(workload).flows;
         assert_eq!(flows(Workload::TcpRr), 7);
         assert_eq!(flows(Workload::Connect), 700);
         for workload in [Workload::UdpRr, Workload::UdpSendto, Workload::UdpPackets] {
             assert_eq!(flows(workload), 4);
-            assert_eq!(Expected::of(workload, &turns).packets, 700);
         }
         // No flow at all is another way, whatever is sent.
-        assert_eq!(Expected::of(Workload::UdpRr, &turns[..1]).flows, 1);
+        let one = Expected::of(Workload::UdpRr, &turns(Sent::default())[..1], LARGEST);
+        assert_eq!(one.flows, 1);
+    }
+
+    #[test]
+    fn a_connection_has_more_packets_than_one() {
+        use Workload::{Connect, Wrk};
+        for workload in [Connect, Wrk] {
+            // 700 connections: one packet of each is not enough, nor is half of them on this way.
+            assert!(!may(workload, Counts::Requests, 700));
+            assert!(!may(workload, Counts::Requests, 5 * 350));
+            assert!(may(workload, Counts::Requests, 5 * 700));
+            assert!(!may(workload, Counts::Replies, 700));
+            assert!(!may(workload, Counts::Connections, 650));
+            assert!(!may(workload, Counts::Flows, 650));
+            assert!(may(workload, Counts::Flows, 700));
+        }
+    }
+
+    #[test]
+    fn requests_alone_are_no_traffic_both_ways_nor_replies_alone() {
+        use Workload::{Connect, TcpRr, UdpRr, UdpSendto};
+        for (workload, each_way) in [
+            (Connect, 3_500),
+            (TcpRr, 7_000),
+            (UdpRr, 7_000),
+            (UdpSendto, 7_000),
+        ] {
+            assert!(!may(workload, Counts::BothWays, each_way), "{workload:?}");
+            assert!(may(workload, Counts::BothWays, 2 * each_way));
+            // And what goes one way only is seen not to come back.
+            assert!(may(workload, Counts::OneWay, each_way), "{workload:?}");
+            assert!(!may(workload, Counts::OneWay, 2 * each_way));
+            assert!(!may(workload, Counts::OneWay, each_way / 2));
+        }
+    }
+
+    #[test]
+    fn nine_of_ten_are_not_all() {
+        for workload in [Workload::TcpRr, Workload::UdpRr, Workload::UdpSendto] {
+            for counts in [Counts::Requests, Counts::Replies] {
+                assert!(!may(workload, counts, 6_300), "{workload:?}");
+                assert!(may(workload, counts, 6_990), "{workload:?}");
+            }
+        }
+        assert!(!may(Workload::UdpSendto, Counts::Connections, 6_300));
+        assert!(!may(Workload::UdpPackets, Counts::Requests, 20_000));
+        assert!(!may(Workload::UdpPackets, Counts::Replies, 600));
+        assert!(may(Workload::UdpPackets, Counts::Replies, 700));
+    }
+
+    #[test]
+    fn a_stream_without_offload_has_a_packet_for_each_frame() {
+        for workload in [Workload::Stream, Workload::Iperf] {
+            let sent = turns(Sent {
+                connections: 2,
+                octets: 600_000_000,
+                ..Sent::default()
+            });
+            let [offloaded, whole] = [LARGEST, FRAME].map(|largest| {
+                let expected = Expected::of(workload, &sent, largest);
+                move |counts, grew| expected.range(counts).contains(&grew)
+            });
+            // 4.2 GB: as many packets as segmentation offload makes, and as many frames.
+            assert!(offloaded(Counts::Requests, 65_000) && !offloaded(Counts::Requests, 32_000));
+            assert!(!whole(Counts::Requests, 65_000) && whole(Counts::Requests, 3_100_000));
+            assert!(!whole(Counts::BothWays, 65_000) && whole(Counts::BothWays, 3_100_000));
+            assert!(!offloaded(Counts::Replies, 700) && offloaded(Counts::Replies, 24_000));
+        }
+    }
+
+    #[test]
+    fn what_must_stay_must_stay() {
+        for workload in [Workload::Connect, Workload::TcpRr, Workload::Stream] {
+            assert!(may(workload, Counts::Never, 0) && !may(workload, Counts::Never, 1));
+            assert!(may(workload, Counts::Strays, 9) && !may(workload, Counts::Strays, 700));
+        }
+    }
+
+    #[test]
+    fn a_counter_that_says_too_little_fails_the_trial() {
+        let witness = |counts, says| [Witness::new("packets", counts, move || Ok(says))];
+        let expected = expected(Workload::TcpRr);
+        let found = testimony(&witness(Counts::Requests, 17_000), &[10_000], &expected).unwrap();
+        assert_eq!((found[0].grew, found[0].at_most), (7_000, None));
+        let error = testimony(&witness(Counts::Requests, 13_000), &[10_000], &expected);
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("grew by 3000, not by 6650 at least"),
+            "{error}"
+        );
+        let error = testimony(&witness(Counts::Never, 10_001), &[10_000], &expected);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("grew by 1, not by 0 to 0"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the numbers are from: the machine, its programs, and whether anything else ran.
 
 use std::{
+    collections::HashSet,
     fs,
     process::Command,
     time::{Duration, Instant, SystemTime},
@@ -48,6 +49,10 @@ pub struct Machine {
 pub struct Quiet {
     /// The part of all processors that programs used which this one has not started.
     pub busy: f64,
+    /// The part that programs used which this one has started and which are neither measured nor make the load: API
+    /// servers, and agents and kube-proxies that have nothing to do.
+    #[serde(default)]
+    pub background: f64,
     /// The part of all processors that the machine's own host took away.
     #[serde(default)]
     pub stolen: f64,
@@ -58,14 +63,33 @@ pub struct Quiet {
 impl Quiet {
     /// Watches the processors for a moment.
     pub fn watch() -> Self {
-        let watch = Watch::begin();
+        let watch = Watch::begin(NOBODY);
         std::thread::sleep(WATCHED);
         watch.end()
     }
 
+    /// The part of all processors that whatever programs used beside what was measured.
+    pub fn disturbed(self) -> f64 {
+        self.busy + self.background
+    }
+
+    /// All that was not there for what was measured.
+    pub fn in_all(self) -> f64 {
+        self.disturbed() + self.stolen
+    }
+
+    /// The same without this program's own background, where that is what goes on.
+    #[must_use]
+    pub const fn of_others(self) -> Self {
+        Self {
+            background: 0.0,
+            ..self
+        }
+    }
+
     /// Whether nothing else ran.
     pub fn is_idle(self) -> bool {
-        self.busy <= IDLE && self.stolen <= IDLE
+        self.disturbed() <= IDLE && self.stolen <= IDLE
     }
 
     /// In words.
@@ -74,39 +98,52 @@ impl Quiet {
             "other programs used {:.0} % of the processors",
             self.busy * 100.0
         );
-        if self.stolen <= IDLE {
-            return busy;
+        let mut all = vec![busy];
+        if self.background >= 0.005 {
+            let background = self.background * 100.0;
+            all.push(format!(
+                "the benchmark's own in the background {background:.0} %"
+            ));
         }
-        format!(
-            "{busy}, the machine's host took {:.0} %",
-            self.stolen * 100.0
-        )
+        if self.stolen > IDLE {
+            let stolen = self.stolen * 100.0;
+            all.push(format!("the machine's host took {stolen:.0} %"));
+        }
+        all.join(", ")
     }
 }
 
 /// From when on others are watched.
 pub struct Watch {
     begun: Instant,
-    others: u64,
+    measured: &'static [&'static str],
+    used: Used,
     stolen: (f64, f64),
 }
 
+/// Where no program of its own is measured, but what the kernel does.
+pub const NOBODY: &[&str] = &[];
+
 impl Watch {
     /// From now on. From the first time on, children whose parent has ended become this process's, so that it
-    /// knows them for its own.
-    pub fn begin() -> Self {
+    /// knows them for its own. Programs of these names are measured.
+    pub fn begin(measured: &'static [&'static str]) -> Self {
         // Without it some of our own work is taken for others', which errs on the safe side.
         let _ = nix::sys::prctl::set_child_subreaper(true);
         Self {
             begun: Instant::now(),
-            others: used_by_others(),
+            measured,
+            used: used(measured),
             stolen: stolen_and_all(),
         }
     }
 
     /// What others did since.
     pub fn end(&self) -> Quiet {
-        let used = used_by_others().saturating_sub(self.others) as f64 / TICKS;
+        let used = used(self.measured);
+        let since = |now: u64, then: u64| now.saturating_sub(then) as f64 / TICKS;
+        let others = since(used.by_others, self.used.by_others);
+        let background = since(used.in_background, self.used.in_background);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let seconds = self.begun.elapsed().as_secs_f64() * processors as f64;
         let after = stolen_and_all();
@@ -114,7 +151,8 @@ impl Watch {
         let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let first = load.split(' ').next();
         Quiet {
-            busy: used / seconds,
+            busy: others / seconds,
+            background: background / seconds,
             stolen: if all > 0.0 { stolen / all } else { 0.0 },
             load: first.and_then(|one| one.parse().ok()).unwrap_or_default(),
         }
@@ -139,10 +177,11 @@ fn stolen_and_all() -> (f64, f64) {
 }
 
 /// A process, in /proc/PID/stat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     pid: u32,
     parent: u32,
+    name: String,
     is_kernels: bool,
     /// Ticks of its own, and of its children that have ended.
     ticks: u64,
@@ -154,21 +193,29 @@ const KERNEL_THREAD: u64 = 0x0020_0000;
 fn seen(stat: &str) -> Option<Seen> {
     let pid = stat.split(' ').next()?.parse().ok()?;
     // The name may hold anything, but ends with the last parenthesis; the state is next.
-    let (_, rest) = stat.rsplit_once(')')?;
+    let (begin, rest) = stat.rsplit_once(')')?;
+    let (_, name) = begin.split_once('(')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
     Some(Seen {
         pid,
         parent: number(1)? as u32,
+        name: name.to_owned(),
         is_kernels: number(6)? & KERNEL_THREAD != 0,
         ticks: number(11)? + number(12)? + number(13)? + number(14)?,
     })
 }
 
-/// Ticks that all programs have used but this one and whom it has started. Those of one that has ended are its
-/// parent's, so that the sum only grows. What the kernel does by threads of its own is left out: much of it
-/// is ours, and what isn't comes with programs that are seen.
-fn used_by_others() -> u64 {
+/// Ticks that programs have used beside the load and what is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Used {
+    by_others: u64,
+    in_background: u64,
+}
+
+/// What programs have used so far. Ticks of one that has ended are its parent's, so that sums only grow. What the
+/// kernel does by threads of its own is left out: much of it is ours, and what isn't comes with programs that are seen.
+fn used(measured: &[&str]) -> Used {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let all: Vec<Seen> = entries
         .filter(|entry| {
@@ -177,24 +224,45 @@ fn used_by_others() -> u64 {
         })
         .filter_map(|entry| seen(&fs::read_to_string(entry.path().join("stat")).ok()?))
         .collect();
-    others(&all, std::process::id())
+    used_of(&all, std::process::id(), measured)
 }
 
-fn others(all: &[Seen], own: u32) -> u64 {
-    let mut ours = std::collections::HashSet::from([own]);
+fn used_of(all: &[Seen], own: u32, measured: &[&str]) -> Used {
+    let ours = with_descendants(all, HashSet::from([own]));
+    // This program itself waits while others take turns, and its children that make the load bear its name.
+    let own_name = all.iter().find(|one| one.pid == own);
+    let is_load = |one: &&Seen| {
+        let is_ours = own_name.is_some_and(|own| own.name == one.name);
+        ours.contains(&one.pid) && (is_ours || measured.contains(&one.name.as_str()))
+    };
+    let load: HashSet<u32> = all.iter().filter(is_load).map(|one| one.pid).collect();
+    // Who makes the load may have it made by others, but this program has started everything.
+    let mut makers = with_descendants(
+        all,
+        load.iter().copied().filter(|pid| *pid != own).collect(),
+    );
+    makers.insert(own);
+    let ticks = |wanted: &dyn Fn(&Seen) -> bool| -> u64 {
+        let programs = all.iter().filter(|one| !one.is_kernels && wanted(one));
+        programs.map(|one| one.ticks).sum()
+    };
+    Used {
+        by_others: ticks(&|one| !ours.contains(&one.pid)),
+        in_background: ticks(&|one| ours.contains(&one.pid) && !makers.contains(&one.pid)),
+    }
+}
+
+/// These, and whom they have started.
+fn with_descendants(all: &[Seen], mut these: HashSet<u32>) -> HashSet<u32> {
     loop {
-        let before = ours.len();
-        let children = all.iter().filter(|one| ours.contains(&one.parent));
+        let before = these.len();
+        let children = all.iter().filter(|one| these.contains(&one.parent));
         let children: Vec<u32> = children.map(|one| one.pid).collect();
-        ours.extend(children);
-        if ours.len() == before {
-            break;
+        these.extend(children);
+        if these.len() == before {
+            return these;
         }
     }
-    let others = all
-        .iter()
-        .filter(|one| !one.is_kernels && !ours.contains(&one.pid));
-    others.map(|one| one.ticks).sum()
 }
 
 impl Machine {
@@ -226,21 +294,39 @@ impl Machine {
         }
     }
 
-    /// What results have to have in common to be one's: kernel, processor, whether it is emulated, and what
-    /// was measured.
+    /// What results have to have in common to be one's: kernel, processors, memory, whether it is emulated, what was
+    /// measured and what it was compared with.
     pub fn identity(&self) -> String {
-        let penstock = self.programs.iter().find(|(name, _)| name == "penstock");
+        let emulated = if self.emulation.is_some() {
+            ", emulated"
+        } else {
+            ""
+        };
+        let [kube_proxy, iptables] = ["kube-proxy", "iptables' backend"]
+            .map(|program| self.version(program).unwrap_or("none"));
         format!(
-            "Linux {} on {}{}, Penstock {}",
+            "Linux {} on {} x {}, {} MiB{emulated}, Penstock {}, kube-proxy {kube_proxy}, iptables {iptables}",
             self.kernel,
+            self.processors,
             self.processor,
-            if self.emulation.is_some() {
-                ", emulated"
-            } else {
-                ""
-            },
-            penstock.map_or("unknown", |(_, version)| version),
+            self.memory_mib,
+            self.version("penstock").unwrap_or("unknown"),
         )
+    }
+
+    /// A compared program's version.
+    pub fn version(&self, program: &str) -> Option<&str> {
+        let mut programs = self.programs.iter();
+        let found = programs.find(|(name, _)| name == program);
+        found.map(|(_, version)| version.as_str())
+    }
+
+    /// Notes something else that was found here.
+    pub fn found(&mut self, what: &str, is: String) {
+        let found = (what.to_owned(), is);
+        if !self.programs.contains(&found) {
+            self.programs.push(found);
+        }
     }
 
     /// Says what it is, and what is wrong with measuring on it.
@@ -271,9 +357,7 @@ impl Machine {
     pub fn reservations(&self) -> Vec<String> {
         let mut reasons = Vec::new();
         let loud = self.quiet.iter().filter(|quiet| !quiet.is_idle());
-        if let Some(loudest) =
-            loud.max_by(|a, b| (a.busy + a.stolen).total_cmp(&(b.busy + b.stolen)))
-        {
+        if let Some(loudest) = loud.max_by(|a, b| a.in_all().total_cmp(&b.in_all())) {
             reasons.push(format!(
                 "the machine was not idle: {}; these numbers are provisional",
                 loudest.shown()
@@ -386,25 +470,72 @@ fn ticks(stat: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
+    /// A program as /proc has it, which has used so much and 31 more.
+    fn program(pid: u32, parent: u32, name: &str, used: u64) -> Seen {
+        let flags = 4_194_560;
+        let stat = format!(
+            "{pid} ({name}) S {parent} 7 7 0 -1 {flags} 9 0 0 0 {used} 1 10 20 20 0 1 0 5 6 7"
+        );
+        seen(&stat).unwrap()
+    }
+
     #[test]
-    fn what_this_program_starts_is_not_others() {
-        let stat = |pid, parent, flags, used| {
-            format!(
-                "{pid} (a b) c) S {parent} 7 7 0 -1 {flags} 9 0 0 0 {used} 1 10 20 20 0 1 0 5 6 7"
-            )
-        };
-        let all = [
-            stat(1, 0, 4_194_560, 100),
-            stat(2, 0, 0x0020_8040, 5_000),
-            stat(10, 1, 4_194_560, 7_000),
+    fn who_is_neither_load_nor_measured_disturbs() {
+        let mut all = vec![
+            program(1, 0, "init", 100),
+            program(2, 0, "kthreadd", 5_000),
+            program(10, 1, "penstock-bench", 7_000),
             // A child that is listed before its parent.
-            stat(11, 12, 4_194_560, 9_000),
-            stat(12, 10, 4_194_560, 9_000),
-            stat(13, 1, 4_194_560, 40),
+            program(11, 12, "iperf3", 9_000),
+            program(12, 10, "penstock-bench", 9_000),
+            program(13, 1, "a b) c", 40),
+            program(14, 10, "kube-apiserver", 300),
+            program(15, 14, "etcd", 30),
+            program(16, 10, "penstock", 3),
         ];
-        let all: Vec<Seen> = all.iter().filter_map(|stat| seen(stat)).collect();
-        assert_eq!(all.len(), 6);
-        assert_eq!(others(&all, 10), 131 + 71);
+        all[1].is_kernels = true;
+        let used = |measured| used_of(&all, 10, measured);
+        let by_others = 131 + 71;
+        let in_background = 331 + 61;
+        assert_eq!(
+            used(NOBODY),
+            Used {
+                by_others,
+                in_background: in_background + 34
+            }
+        );
+        assert_eq!(
+            used(&["penstock"]),
+            Used {
+                by_others,
+                in_background
+            }
+        );
+    }
+
+    #[test]
+    fn own_background_makes_a_trial_provisional() {
+        let quiet = Quiet {
+            busy: 0.03,
+            background: 0.03,
+            stolen: 0.0,
+            load: 1.0,
+        };
+        assert!(!quiet.is_idle());
+        assert!(
+            quiet.shown().contains("in the background 3 %"),
+            "{}",
+            quiet.shown()
+        );
+        assert!(quiet.of_others().is_idle());
+    }
+
+    #[test]
+    fn threads_of_the_kernels_are_told_from_programs() {
+        let stat =
+            |flags: u64| format!("2 (kthreadd) S 0 7 7 0 -1 {flags} 9 0 0 0 1 1 1 2 20 0 1 0 5");
+        assert!(seen(&stat(0x0020_8040)).unwrap().is_kernels);
+        assert!(!seen(&stat(4_194_560)).unwrap().is_kernels);
     }
 
     #[test]

@@ -32,6 +32,7 @@ use clap::{Args, Parser};
 use command::Command;
 use machine::{Machine, Watch};
 use results::{Keeper, Results};
+use services::program::{self, Program};
 use turns::Effort;
 
 /// Measures Penstock beside what it replaces.
@@ -68,7 +69,7 @@ struct TurnArgs {
     /// called exactly so (`list` prints all names).
     #[arg(long, global = true, value_name = "TEXT")]
     only: Option<String>,
-    /// Only contenders that have this in their names (may be repeated).
+    /// Only contenders that have this in their names (may be repeated; `list` prints all).
     #[arg(long = "contender", global = true, value_name = "TEXT")]
     contenders: Vec<String>,
 }
@@ -130,23 +131,55 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Of these comparisons, those that something is asked for of. What is called like nothing in any of them is refused.
+fn asked_for<'a>(
+    commands: &'a [Command],
+    effort: &Effort,
+    kube_proxy: Option<&Program>,
+) -> Result<Vec<&'a Command>> {
+    let each: Vec<(&Command, Vec<String>, Vec<String>)> = commands
+        .iter()
+        .map(|command| (command, command.trials(), command.contenders(kube_proxy)))
+        .collect();
+    let trials: Vec<String> = each
+        .iter()
+        .flat_map(|(_, trials, _)| trials.clone())
+        .collect();
+    let contenders: Vec<String> = each.iter().flat_map(|(.., all)| all.clone()).collect();
+    effort.check(&trials, &contenders)?;
+    let asked = each
+        .into_iter()
+        .filter(|(_, trials, contenders)| effort.concerns(trials, contenders));
+    Ok(asked.map(|(command, ..)| command).collect())
+}
+
 fn measure(cli: &Cli, folder: &Path) -> Result<Keeper> {
     let effort = cli.turns.effort(cli.full, cli.command.is_some());
-    let machine = Machine::look();
-    machine.introduce();
-    let mut keeper = Keeper::new(Results::new(machine), folder, &cli.name);
-    keeper.results.left_out = effort.is_brief.then(|| LEFT_OUT.to_owned());
     let all = Command::all();
     let commands = match &cli.command {
         Some(command) => std::slice::from_ref(command),
         None => &all,
     };
+    let kube_proxy = program::found();
+    let commands = asked_for(commands, &effort, kube_proxy.as_ref())?;
+    let machine = Machine::look();
+    machine.introduce();
+    let mut keeper = Keeper::new(Results::new(machine), folder, &cli.name);
+    keeper.results.left_out = effort.is_brief.then(|| LEFT_OUT.to_owned());
     for command in commands {
-        let watch = Watch::begin();
+        let watch = Watch::begin(machine::NOBODY);
         command.measure(&effort, cli.full, &mut keeper)?;
-        keeper.results.machine.quiet.push(watch.end());
+        // What its own programs do between trials disturbs none.
+        keeper.results.machine.quiet.push(watch.end().of_others());
         // What is measured stays, should the next comparison fail.
         keeper.write()?;
+    }
+    if effort.only.is_some() || !effort.contenders.is_empty() {
+        anyhow::ensure!(
+            !keeper.results.outcomes.is_empty(),
+            "nothing of what was asked for could be measured: {:?}",
+            keeper.results.absent
+        );
     }
     for reason in keeper.results.reservations() {
         println!("WARNING: {reason}");
@@ -181,5 +214,77 @@ mod tests {
         assert!(!effort(&["pods"]).is_brief);
         assert!(!effort(&["--only", "wrk"]).is_brief);
         assert_eq!(effort(&["--rounds", "9"]).rounds, 9);
+    }
+
+    /// A printed command's words, as a shell takes them apart.
+    fn words(command: &str) -> Vec<String> {
+        let (mut words, mut word, mut quote) = (Vec::new(), String::new(), None);
+        for character in command.chars() {
+            match (quote, character) {
+                (Some(open), close) if open == close => quote = None,
+                (None, '\'' | '"') => quote = Some(character),
+                (None, ' ') => words.push(std::mem::take(&mut word)),
+                _ => word.push(character),
+            }
+        }
+        assert_eq!(quote, None, "{command}");
+        words.push(word);
+        words
+    }
+
+    /// What was asked for by a printed command.
+    fn parsed(command: &str) -> (Command, Effort) {
+        let words = [vec!["bench".to_owned()], words(command)].concat();
+        let cli = Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{command}: {error}"));
+        let effort = cli.turns.effort(cli.full, true);
+        (cli.command.unwrap(), effort)
+    }
+
+    /// What it selects: trials and contenders, by name.
+    fn selected(command: &str) -> (Vec<String>, Vec<String>) {
+        let (comparison, effort) = parsed(command);
+        let (mut trials, mut contenders) = (comparison.trials(), comparison.contenders(None));
+        effort.check(&trials, &contenders).unwrap();
+        trials.retain(|name| effort.wants(name));
+        contenders.retain(|name| effort.names(name));
+        (trials, contenders)
+    }
+
+    #[test]
+    fn every_printed_command_selects_its_trial_and_the_same_contenders() {
+        let mut printed = 0;
+        for part in Command::all().iter().flat_map(Command::printed) {
+            let (comparison, _) = parsed(&part);
+            let contenders = comparison.contenders(None);
+            for trial in comparison.trials() {
+                // All of them, and each of them alone.
+                let alone = contenders.iter().map(|name| vec![name.clone()]);
+                for wanted in alone.chain([Vec::new()]) {
+                    let effort = Effort {
+                        contenders: wanted,
+                        ..effort(&[])
+                    };
+                    let mut expected = contenders.clone();
+                    expected.retain(|name| effort.names(name));
+                    let command = effort.of(part.clone()).to_repeat(Some(&trial));
+                    let found = selected(&command);
+                    assert_eq!(found, (vec![trial.clone()], expected), "{command}");
+                    printed += 1;
+                }
+            }
+        }
+        assert!(printed > 500, "{printed} commands");
+    }
+
+    #[test]
+    fn comparisons_without_what_is_asked_for_are_left_out() {
+        let effort = effort(&["--only", "one processor"]);
+        let all = Command::all();
+        let asked = asked_for(&all, &effort, None).unwrap();
+        // Some comparisons have no such trial.
+        assert!(!asked.is_empty() && asked.len() < all.len());
+        let nothing = self::effort(&["--contender", "no such"]);
+        let error = asked_for(&all, &nothing, None).err().unwrap().to_string();
+        assert!(error.contains("Penstock, at the socket"), "{error}");
     }
 }

@@ -11,10 +11,10 @@ use penstock_testbed::{Host, Testbed, patiently};
 use serde_json::Value;
 
 use crate::{
-    contender::{self, Expected, PORT},
+    contender::{self, Counts, Expected, PORT, Witness},
     family::Family,
     load::Summary,
-    machine::Watch,
+    machine::{self, Watch},
     outside::{self, Backend, Lane, UPLINK, Way},
     results::Keeper,
     services::program::{self, Program},
@@ -28,7 +28,8 @@ pub const WAYS: [Way; 6] = [
     Way::Ipvs,
     Way::Tc,
     Way::Xdp,
-    Way::Direct,
+    // Nothing comes back here.
+    Way::OneWay,
 ];
 
 /// Protocols, as they are called in titles and on the command line.
@@ -80,7 +81,7 @@ impl Forwarder {
         let mut arguments = vec!["flood", protocol, "--interface", &interface];
         arguments.extend(["--to-ethernet", &self.ethernet, "--to", &to]);
         arguments.extend(["--backend", &backend]);
-        if self.lane.way != Way::Direct {
+        if !self.lane.way.is_without_service() {
             // A node translates the source, too, for backends elsewhere.
             arguments.extend(["--from", &node]);
         }
@@ -101,6 +102,18 @@ fn name(protocol: &str, flows: u32) -> String {
     format!("{protocol} packets of {flows} flows, one processor for all")
 }
 
+/// What measures so many flows alone, by some ways.
+pub fn command(services: usize, flows: u32, family: Family, ways: &[Way]) -> String {
+    let named = Effort::naming(ways, &WAYS);
+    format!("packets --services {services} --flows {flows} --family {family}{named}")
+}
+
+/// What the comparison is called with so many services.
+pub fn title(services: usize, family: Family) -> String {
+    let said = family.said();
+    format!("Packets to a node port of {services}{said}, the backend on another node")
+}
+
 /// Measures some ways with so many services, of which the first is sent to, and so many flows, a power
 /// of two.
 pub fn measure(
@@ -114,23 +127,18 @@ pub fn measure(
     for way in ways {
         anyhow::ensure!(
             way.through_overlay().is_none(),
-            "{}: frames are looked at where they come out, and not inside of tunnels",
-            way.name()
+            "{way}: frames are looked at where they come out, and not inside of tunnels"
         );
     }
-    let named = Effort::naming(ways, &WAYS);
-    let effort = effort.of(format!(
-        "packets --services {services} --flows {flows} --family {family}{named}"
-    ));
-    let kube_proxy = program::required();
-    let mut ways = outside::available(ways, kube_proxy.as_ref());
-    ways.retain(|way| effort.names(way.name()));
+    let effort = effort.of(command(services, flows, family, ways));
+    let kube_proxy = program::introduced();
+    let ways = outside::available(ways, kube_proxy.as_ref(), &effort, keeper);
     let mut testbed = Testbed::new()?;
     let forwarders: Vec<Forwarder> = ways
         .iter()
         .map(|way| {
             Forwarder::new(&mut testbed, kube_proxy.as_ref(), *way, (services, family))
-                .with_context(|| way.name())
+                .with_context(|| way.to_string())
         })
         .collect::<Result<_>>()?;
     for (protocol, argument) in PROTOCOLS {
@@ -138,13 +146,10 @@ pub fn measure(
         if !effort.wants(&what) {
             continue;
         }
-        let watch = Watch::begin();
-        let said = family.said();
+        let watch = Watch::begin(machine::NOBODY);
         let turns = trial((argument, flows), &forwarders, &effort)?;
         keeper.keep(Outcome {
-            title: format!(
-                "Packets to a node port of {services}{said}, the backend on another node"
-            ),
+            title: title(services, family),
             metrics: vec![Metric::Packets],
             turns,
             command: effort.to_repeat(Some(&what)),
@@ -164,15 +169,19 @@ fn trial(
         .iter()
         .map(|forwarder| forwarder.lane.witnesses())
         .collect();
-    let before: Vec<Vec<u64>> = witnesses
-        .iter()
-        .map(|witnesses| contender::read(witnesses))
-        .collect::<Result<_>>()?;
+    let read = || -> Result<Vec<Vec<u64>>> {
+        let witnesses = witnesses.iter();
+        witnesses
+            .map(|witnesses| contender::read(witnesses))
+            .collect()
+    };
+    let before = read()?;
     for forwarder in forwarders {
         patiently("the node forwards", || {
             forwarder.turn(protocol, flows, 1).map(drop)
         })?;
     }
+    let known = read()?;
     let mut summaries: Vec<Vec<Summary>> = vec![Vec::new(); forwarders.len()];
     for round in 0..effort.rounds {
         for (forwarder, summaries) in order(forwarders, &mut summaries, round) {
@@ -184,22 +193,77 @@ fn trial(
         .iter()
         .zip(summaries)
         .zip(&witnesses)
-        .zip(&before);
-    for (((forwarder, summaries), witnesses), before) in all {
+        .zip(before.iter().zip(&known));
+    for (((forwarder, summaries), witnesses), (before, known)) in all {
         let name = forwarder.lane.name();
-        let expected = Expected {
-            connections: flows.into(),
-            flows: flows.into(),
-            packets: summaries.iter().map(|summary| summary.count).sum(),
-            // What is dropped where it comes out is answered by nobody.
-            answers: 0,
-        };
+        let expected = expected(flows, &summaries);
+        let before = since(witnesses, before, known);
         turns.push(Turns {
             contender: name.to_owned(),
-            evidence: contender::testimony(witnesses, before, &expected)
+            evidence: contender::testimony(witnesses, &before, &expected)
                 .with_context(|| name.to_owned())?,
             summaries,
         });
     }
     Ok(turns)
+}
+
+/// What all frames of these turns make, those included that come before the rate is taken: they are of flows that
+/// are known already. What is dropped where it comes out is answered by nobody.
+fn expected(flows: u32, turns: &[Summary]) -> Expected {
+    let frames = turns.iter().map(|turn| turn.sent.requests).sum();
+    Expected {
+        connections: flows.into(),
+        flows: flows.into(),
+        requests: frames,
+        most_requests: frames,
+        replies: 0,
+    }
+}
+
+/// From when on counters count: what counts packets from when all flows are known, so that nothing but measured turns
+/// moves it; what counts flows from before, since they are new only once.
+fn since(witnesses: &[Witness], before: &[u64], known: &[u64]) -> Vec<u64> {
+    let all = witnesses.iter().zip(before.iter().zip(known));
+    all.map(|(witness, (before, known))| match witness.counts() {
+        Counts::Connections | Counts::Flows => *before,
+        _ => *known,
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::Sent;
+
+    #[test]
+    fn first_packets_of_flows_are_not_those_that_are_measured() {
+        let says = |counts, now| Witness::new("packets", counts, move || Ok(now));
+        let turns = vec![
+            Summary::of_packets(900, 1.0, 0).with(Sent {
+                requests: 1_000,
+                ..Sent::default()
+            });
+            6
+        ];
+        let expected = expected(64, &turns);
+        // 64 flows begin with 8,000 frames; 6,000 more are measured.
+        let verdict = |at_the_end| {
+            let witnesses = [
+                says(Counts::Flows, 64),
+                says(Counts::Requests, at_the_end),
+                says(Counts::BothWays, at_the_end),
+                says(Counts::OneWay, at_the_end),
+                says(Counts::Replies, 0),
+            ];
+            let (before, known) = ([0; 5], [64, 8_000, 8_000, 8_000, 0]);
+            let before = since(&witnesses, &before, &known);
+            contender::testimony(&witnesses, &before, &expected).is_ok()
+        };
+        assert!(verdict(14_000));
+        // All of the first, and most of the others by another way.
+        assert!(!verdict(10_000));
+        assert!(!verdict(13_600));
+    }
 }

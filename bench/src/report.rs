@@ -66,7 +66,7 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
         results.machine.line()
     );
     for command in &results.commands {
-        let _ = writeln!(text, "    cargo xtask bench -- {command}");
+        text.push_str(&typed(results, command));
     }
     text.push('\n');
     for reason in results.reservations() {
@@ -80,6 +80,9 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     }
     for (program, version) in &results.machine.programs {
         let _ = writeln!(text, "* {program}: {version}");
+    }
+    for absent in &results.absent {
+        let _ = writeln!(text, "* left out: {}: {}", absent.what, absent.reason);
     }
     text.push_str(
         "\nMedians of all rounds with their 95 % interval. A ratio compares with the first line of \
@@ -105,7 +108,7 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
             .map_or(0, |turns| turns.summaries.len());
         let _ = writeln!(text, "### {}, {rounds} rounds\n", outcome.what);
         if !outcome.command.is_empty() {
-            let _ = writeln!(text, "    cargo xtask bench -- {}\n", outcome.command);
+            let _ = writeln!(text, "{}", typed(results, &outcome.command));
         }
         if let Some(quiet) = outcome.quiet.filter(|quiet| !quiet.is_idle()) {
             let _ = writeln!(text, "**Provisional: {} meanwhile.**\n", quiet.shown());
@@ -119,9 +122,16 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
     plugins(&mut text, &results.plugins);
     text.push_str(&programming(results));
     if let Some(programs) = &results.programs {
-        text.push_str(&per_packet(programs));
+        text.push_str(&per_packet(results, programs));
     }
     text
+}
+
+/// A command as one types it, with the version that it was made with.
+fn typed(results: &Results, command: &str) -> String {
+    let version = results.machine.version("penstock").unwrap_or("unknown");
+    let command = format!("cargo xtask bench -- {command}");
+    format!("    {}    # Penstock {version}\n", command.trim_end())
 }
 
 /// What calls of plugins take, all rounds together: a turn has too few for its 99th percentile to say much.
@@ -138,23 +148,30 @@ fn plugins(text: &mut String, plugins: &[Calls]) {
         let (p50, p99) = (p50 as f64 / 1e6, p99 as f64 / 1e6);
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {p50:.2} | {p99:.2} | {:.2} |",
+            "| {} | {} | {} | {p50:.2} | {p99:.2} | {} |",
             calls.what,
             calls.contender,
             calls.nanos.len(),
-            p99 / p50
+            calls.tail().within(2)
         );
     }
 }
 
 /// What packets cost in the programs.
-fn per_packet(programs: &Value) -> String {
+fn per_packet(results: &Results, programs: &Value) -> String {
     let mut text = String::from(
         "\n## Programs\n\nNanoseconds a packet, of one run each (BPF_PROG_TEST_RUN), each packet of another flow; \
          less those of an empty program of the same kind with the same frames, which are what measuring takes.\n\n",
     );
     if let Some(command) = programs.get("command").and_then(Value::as_str) {
-        let _ = writeln!(text, "    cargo xtask bench -- {command}\n");
+        let _ = writeln!(text, "{}", typed(results, command));
+    }
+    if let Some(step) = programs.get("clock_step_nanos").and_then(Value::as_f64) {
+        let _ = writeln!(
+            text,
+            "* The smallest difference between two of these times is {step:.0} ns: the clock is no finer, though \
+             medians of many rounds may lie between.",
+        );
     }
     for many in programs
         .get("many")
@@ -211,11 +228,11 @@ fn programming(results: &Results) -> String {
         None => return String::new(),
     };
     let agents = shapes.iter().filter_map(|shape| shape.get("agent"));
-    let lines: String = agents.map(programmed).collect();
+    let lines: String = agents.map(|agent| programmed(results, agent)).collect();
     format!("\n## Programming\n\n{lines}")
 }
 
-fn programmed(agent: &Value) -> String {
+fn programmed(results: &Results, agent: &Value) -> String {
     let number = |field: &str| agent.get(field).and_then(Value::as_f64);
     let or_zero = |field: &str| number(field).unwrap_or_default();
     let times = agent.get("change_nanos").and_then(Value::as_array);
@@ -233,14 +250,18 @@ fn programmed(agent: &Value) -> String {
         format!(", {each:.0} µs of a processor each")
     });
     let each_has = or_zero("endpoints") / or_zero("services").max(1.0);
+    let command = format!(
+        "control --shapes {}x{each_has} --changes {}",
+        or_zero("services"),
+        times.len()
+    );
     format!(
-        "    cargo xtask bench -- control --shapes {}x{each_has} --changes {}\n\n\
+        "{}\n\
          * {} services with {} endpoints from JSON manifests: {:.2} s from the agent's start to the last \
          map entry,{processor} {} MiB of resident memory then and {} MiB at most.\n\
          * One endpoint's change among them, from its file's replacement to the kernel: p50 {:.0} µs, \
          p99 {:.0} µs of {} changes{each}.\n\n",
-        or_zero("services"),
-        times.len(),
+        typed(results, &command),
         or_zero("services"),
         or_zero("endpoints"),
         or_zero("all_seconds"),
@@ -497,9 +518,9 @@ mod tests {
             "services": 5_000, "endpoints": 250_000, "all_seconds": 2.5, "processor_seconds": 2.0,
             "resident_mib": 148, "peak_mib": 159, "change_nanos": [1_000, 2_000, 3_000],
         });
-        let text = programmed(&agent);
+        let text = programmed(&Results::new(Machine::look()), &agent);
         for wanted in [
-            "cargo xtask bench -- control --shapes 5000x50 --changes 3\n",
+            "cargo xtask bench -- control --shapes 5000x50 --changes 3    # Penstock 0.",
             "2.50 s from the agent's start",
             "148 MiB of resident memory then and 159 MiB at most",
         ] {

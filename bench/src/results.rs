@@ -13,7 +13,7 @@ use crate::{
     cni::Calls,
     machine::{Machine, Quiet},
     plot, report,
-    turns::Outcome,
+    turns::{Outcome, quoted},
 };
 
 /// What this program was asked for, as one would type it, but for where it writes.
@@ -22,8 +22,7 @@ fn asked_for(mut arguments: impl Iterator<Item = String>) -> String {
     while let Some(word) = arguments.next() {
         match word.as_str() {
             "--results" | "--name" => drop(arguments.next()),
-            _ if word.contains([' ', '$']) => words.push(format!("'{word}'")),
-            _ => words.push(word),
+            _ => words.push(quoted(&word)),
         }
     }
     words.join(" ")
@@ -47,6 +46,22 @@ impl Keeper {
         }
     }
 
+    /// Whether something can be measured: not, if there is a reason, which is said and noted.
+    pub fn has(&mut self, what: &str, reason: Option<String>) -> bool {
+        let Some(reason) = reason else {
+            return true;
+        };
+        let absent = Absent {
+            what: what.to_owned(),
+            reason,
+        };
+        if !self.results.absent.contains(&absent) {
+            println!("WARNING: left out: {}: {}", absent.what, absent.reason);
+            self.results.absent.push(absent);
+        }
+        false
+    }
+
     /// Says what came out of a trial, and writes it down.
     pub fn keep(&mut self, outcome: Outcome) -> Result<()> {
         report::print(&outcome);
@@ -58,6 +73,15 @@ impl Keeper {
     pub fn write(&self) -> Result<Vec<PathBuf>> {
         self.results.write(&self.folder, &self.name)
     }
+}
+
+/// What was to be measured and could not be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Absent {
+    /// A contender or a trial.
+    pub what: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// Everything of one run.
@@ -73,6 +97,9 @@ pub struct Results {
     /// What a brief run leaves out, if this is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left_out: Option<String>,
+    /// What was to be measured and could not be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub absent: Vec<Absent>,
     /// All calls of CNI plugins, where they were measured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plugins: Vec<Calls>,
@@ -92,6 +119,7 @@ impl Results {
             commands: vec![asked_for(std::env::args().skip(1))],
             outcomes: Vec::new(),
             left_out: None,
+            absent: Vec::new(),
             plugins: Vec::new(),
             control: None,
             programs: None,
@@ -105,7 +133,7 @@ impl Results {
     }
 
     /// Reads several earlier runs' as one: the first's machine, and of what two have measured the later's.
-    /// They have to be of one machine, kernel and version of Penstock.
+    /// They have to be of one machine and kernel, and of one version of Penstock and of what it is compared with.
     pub fn read_all(paths: &[PathBuf]) -> Result<Self> {
         let mut all: Option<Self> = None;
         for path in paths {
@@ -145,6 +173,11 @@ impl Results {
             match self.plugins.iter_mut().find(|one| one.is_of(&calls)) {
                 Some(earlier) => *earlier = calls,
                 None => self.plugins.push(calls),
+            }
+        }
+        for absent in later.absent {
+            if !self.absent.contains(&absent) {
+                self.absent.push(absent);
             }
         }
         self.left_out = self.left_out.take().and(later.left_out);
@@ -194,9 +227,7 @@ impl Results {
         let mut reasons = self.machine.reservations();
         let watched = self.outcomes.iter().filter_map(|outcome| outcome.quiet);
         let (quiet, loud): (Vec<Quiet>, Vec<Quiet>) = watched.partition(|one| one.is_idle());
-        let loudest = loud
-            .iter()
-            .max_by(|a, b| (a.busy + a.stolen).total_cmp(&(b.busy + b.stolen)));
+        let loudest = loud.iter().max_by(|a, b| a.in_all().total_cmp(&b.in_all()));
         if let Some(loudest) = loudest {
             reasons.push(format!(
                 "during {} of {} trials the machine was not idle, of which each says so: {} at most; their \
@@ -287,6 +318,7 @@ mod tests {
         let run = |busy| {
             let quiet = |busy| Quiet {
                 busy,
+                background: 0.0,
                 stolen: 0.0,
                 load: 3.0,
             };
@@ -310,6 +342,72 @@ mod tests {
         let said = run(0.3);
         assert!(said.contains("during 1 of 2 trials"), "{said}");
         assert!(said.contains("used 30 %"), "{said}");
+    }
+
+    #[test]
+    fn what_is_left_out_is_kept_once_with_its_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let results = Results::new(Machine::look());
+        let mut keeper = Keeper::new(results, folder.path(), "some");
+        assert!(keeper.has("kube-proxy, iptables", None));
+        for _ in 0..2 {
+            let reason = Some("this kernel has no IPVS".to_owned());
+            assert!(!keeper.has("kube-proxy, ipvs", reason));
+        }
+        keeper.write().unwrap();
+        let mut read = Results::read(&folder.path().join("some.json")).unwrap();
+        assert_eq!(read.absent, keeper.results.absent);
+        assert_eq!(read.absent.len(), 1);
+        let text = fs::read_to_string(folder.path().join("some.md")).unwrap();
+        let line = "* left out: kube-proxy, ipvs: this kernel has no IPVS";
+        assert!(text.contains(line), "{text}");
+        // And of runs that are put together, all.
+        let mut later = Results::new(Machine::look());
+        later.absent = vec![
+            read.absent[0].clone(),
+            Absent {
+                what: "all trials of wrk".to_owned(),
+                reason: "wrk is not there".to_owned(),
+            },
+        ];
+        read.take_in(later);
+        assert_eq!(read.absent.len(), 2);
+    }
+
+    #[test]
+    fn runs_with_another_kube_proxy_are_not_put_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, change: fn(&mut Machine)| {
+            let mut results = Results::new(Machine {
+                programs: vec![
+                    ("penstock".to_owned(), "0.1.0 (abc)".to_owned()),
+                    ("kube-proxy".to_owned(), "Kubernetes v1.20.2".to_owned()),
+                    (
+                        "iptables' backend".to_owned(),
+                        "v1.8.9 (nf_tables)".to_owned(),
+                    ),
+                ],
+                ..Machine::look()
+            });
+            change(&mut results.machine);
+            results.write_json(folder.path(), name).unwrap()
+        };
+        let first = write("first", |_| {});
+        let merged = |name, change| Results::read_all(&[first.clone(), write(name, change)]);
+        assert!(merged("same", |machine| machine.time += 60).is_ok());
+        let others: [fn(&mut Machine); 4] = [
+            |machine| machine.programs[1].1 = "Kubernetes v1.31.0".to_owned(),
+            |machine| machine.programs[2].1 = "v1.8.9 (legacy)".to_owned(),
+            |machine| machine.processors += 2,
+            |machine| machine.memory_mib *= 2,
+        ];
+        for (number, change) in others.into_iter().enumerate() {
+            let error = merged("other", change).err().map(|error| error.to_string());
+            assert!(
+                error.is_some_and(|error| error.contains("is not of the machine")),
+                "{number}"
+            );
+        }
     }
 
     #[test]

@@ -2,14 +2,14 @@
 
 use std::fmt::Display;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     contender::{Contender, Evidence},
     figures::Median,
     load::{Summary, Workload, is_there},
-    machine::{Quiet, Watch},
+    machine::{self, Quiet, Watch},
     results::Keeper,
 };
 
@@ -70,11 +70,13 @@ impl Effort {
 
     /// What one has to type to measure this alone, in the same way.
     pub fn to_repeat(&self, what: Option<&str>) -> String {
-        let only = what.map_or_else(String::new, |what| format!(" --only '={what}'"));
+        let only = what.map_or_else(String::new, |what| {
+            format!(" --only {}", quoted(&format!("={what}")))
+        });
         let contenders: String = self
             .contenders
             .iter()
-            .map(|name| format!(" --contender '{name}'"))
+            .map(|name| format!(" --contender {}", quoted(name)))
             .collect();
         format!(
             "{}{only}{contenders} --rounds {} --turn-ms {} --warm-up-ms {}",
@@ -82,10 +84,63 @@ impl Effort {
         )
     }
 
+    /// Whether anything of a comparison with these trials and contenders was asked for.
+    pub fn concerns(&self, trials: &[String], contenders: &[String]) -> bool {
+        let is_wanted = self.only.is_none() || trials.iter().any(|name| self.wants(name));
+        is_wanted && (self.contenders.is_empty() || contenders.iter().any(|name| self.names(name)))
+    }
+
+    /// Refuses what is called like nothing among these: it would measure nothing, and say so to nobody.
+    pub fn check(&self, trials: &[String], contenders: &[String]) -> Result<()> {
+        if let Some(only) = &self.only {
+            ensure!(
+                trials.iter().any(|name| self.wants(name)),
+                "--only {}: no trial here is called so; {}",
+                quoted(only),
+                choice(trials)
+            );
+        }
+        for wanted in &self.contenders {
+            ensure!(
+                contenders.iter().any(|name| name.contains(wanted)),
+                "--contender {}: nobody here is called so; {}",
+                quoted(wanted),
+                choice(contenders)
+            );
+        }
+        Ok(())
+    }
+
     /// Whether a contender of this name takes turns.
     pub fn names(&self, contender: &str) -> bool {
         let mut wanted = self.contenders.iter();
         self.contenders.is_empty() || wanted.any(|wanted| contender.contains(wanted))
+    }
+}
+
+/// A word as a shell takes it for one.
+pub fn quoted(word: &str) -> String {
+    let is_plain =
+        |character: char| character.is_ascii_alphanumeric() || "-_=.,:/".contains(character);
+    match word {
+        plain if !plain.is_empty() && plain.chars().all(is_plain) => plain.to_owned(),
+        // No name has what double quotes leave to the shell.
+        apostrophe if apostrophe.contains('\'') => format!("\"{apostrophe}\""),
+        other => format!("'{other}'"),
+    }
+}
+
+/// What there is to be named.
+fn choice(names: &[String]) -> String {
+    let mut all: Vec<&str> = Vec::new();
+    for name in names {
+        if !all.contains(&name.as_str()) {
+            all.push(name);
+        }
+    }
+    match all.as_slice() {
+        [] => "there is nothing to be named".to_owned(),
+        names => format!("there is\n  {}", names.join("\n  ")),
     }
 }
 
@@ -185,13 +240,17 @@ impl Trial {
     }
 }
 
+/// Requests of a turn of which one can say what one of a hundred exceeds: of fewer than a hundred that is the
+/// longest, of fewer than these the longest but one.
+pub const ENOUGH_FOR_P99: u64 = 200;
+
 /// A number of a turn's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Metric {
     /// The median time.
     P50,
-    /// The time that one of a hundred exceeds.
+    /// The time that one of a hundred exceeds; of turns with [`ENOUGH_FOR_P99`] requests.
     P99,
     /// Requests that were answered in a second.
     Rate,
@@ -202,6 +261,14 @@ pub enum Metric {
 }
 
 impl Metric {
+    /// Those of these that so many requests are enough for, in each turn.
+    pub fn known(metrics: &[Self], turns: &[Turns]) -> Vec<Self> {
+        let summaries = || turns.iter().flat_map(|turns| &turns.summaries);
+        let is_enough = summaries().all(|summary| summary.count >= ENOUGH_FOR_P99);
+        let is_known = |metric: &Self| *metric != Self::P99 || is_enough;
+        metrics.iter().copied().filter(is_known).collect()
+    }
+
     fn of(self, summary: &Summary) -> f64 {
         match self {
             Self::P50 => summary.p50 as f64,
@@ -343,19 +410,19 @@ pub fn take(
         .iter()
         .filter(|contender| effort.names(&contender.name))
         .collect();
+    if contenders.is_empty() {
+        return Ok(());
+    }
     for trial in effort.chosen(trials) {
         let missing = trial
             .workload
             .program()
-            .filter(|program| !is_there(program));
-        if let Some(program) = missing {
-            println!(
-                "WARNING: there is no {program}: {} is left out",
-                trial.name()
-            );
+            .filter(|program| !is_there(program))
+            .map(|program| format!("{program} is not there (package {program})"));
+        if !keeper.has(&format!("all trials of {}", trial.name()), missing) {
             continue;
         }
-        let watch = Watch::begin();
+        let watch = Watch::begin(machine::NOBODY);
         let before: Vec<Vec<u64>> = contenders
             .iter()
             .map(|contender| contender.witnesses())
@@ -377,7 +444,7 @@ pub fn take(
         let outcome = Outcome {
             title: title.to_owned(),
             what: trial.name(),
-            metrics: trial.metrics().to_vec(),
+            metrics: Metric::known(trial.metrics(), &turns),
             turns,
             command: effort.to_repeat(Some(&trial.name())),
             quiet: Some(watch.end()),
@@ -459,6 +526,56 @@ mod tests {
         assert_eq!(command, expected);
         assert_eq!(Effort::naming(&[1, 2], &[1, 2]), "");
         assert_eq!(Effort::naming(&[2, 3], &[1, 2, 3]), " --ways 2,3");
+    }
+
+    #[test]
+    fn what_names_nothing_is_refused_with_what_there_is_to_name() {
+        let names = ["a trial", "another"].map(str::to_owned);
+        let contenders = ["Penstock", "kube-proxy's rules, nftables"].map(str::to_owned);
+        let check = |only, wanted: &[&str]| {
+            let effort = Effort {
+                contenders: wanted.iter().map(|name| (*name).to_owned()).collect(),
+                ..effort(only, false)
+            };
+            let checked = effort.check(&names, &contenders);
+            (
+                checked.map_err(|error| error.to_string()),
+                effort.concerns(&names, &contenders),
+            )
+        };
+        assert_eq!(check(Some("trial"), &["Penstock", "rules"]), (Ok(()), true));
+        assert_eq!(check(None, &[]), (Ok(()), true));
+        let (error, concerns) = check(Some("=trial"), &[]);
+        let error = error.unwrap_err();
+        assert!(
+            error.contains("--only =trial:") && error.contains("\n  another"),
+            "{error}"
+        );
+        assert!(!concerns);
+        // Each of them has to be somebody.
+        let (error, _) = check(None, &["Penstock", "nobody's"]);
+        let error = error.unwrap_err();
+        assert!(error.contains("--contender \"nobody's\":"), "{error}");
+        assert!(error.contains("kube-proxy's rules, nftables"), "{error}");
+        assert!(!check(None, &["nobody"]).1);
+    }
+
+    #[test]
+    fn no_percentile_is_told_of_too_few_requests() {
+        let turns = |counts: [u64; 2]| {
+            let summaries = counts.map(|count| Summary {
+                count,
+                ..Summary::default()
+            });
+            [Turns {
+                contender: String::new(),
+                summaries: summaries.to_vec(),
+                evidence: Vec::new(),
+            }]
+        };
+        let known = |counts| Metric::known(&[Metric::P50, Metric::P99], &turns(counts));
+        assert_eq!(known([200, 900]), [Metric::P50, Metric::P99]);
+        assert_eq!(known([199, 900]), [Metric::P50]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, Pace, Run, Summary, Workload, datagrams, generators, purpose, stream};
+use super::{MESSAGE, Pace, Run, Sent, Summary, Workload, datagrams, generators, purpose, stream};
 
 /// How long an answer may take; a datagram that takes longer is lost.
 pub const PATIENCE: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ pub fn run(run: &Run) -> Result<Summary> {
         Workload::Connect => {
             let mut request = vec![purpose::ONCE];
             request.extend_from_slice(&one_message);
-            window.requests(|| {
+            let summary = window.requests(|| {
                 let mut stream = connect(to)?;
                 stream.write_all(&request)?;
                 let mut answer = [0; MESSAGE + 1];
@@ -41,7 +41,12 @@ pub fn run(run: &Run) -> Result<Summary> {
                 }
                 anyhow::ensure!(got == MESSAGE, "{to} answered with {got} octets");
                 Ok(Answer::Came)
-            })
+            })?;
+            let sent = Sent {
+                connections: summary.sent.requests,
+                ..summary.sent
+            };
+            Ok(summary.with(sent))
         }
         Workload::TcpRr => {
             let mut stream = connect(to)?;
@@ -145,7 +150,7 @@ impl Window {
         let counts_from = begun + self.warm_up;
         let end = counts_from + self.measured;
         let mut times = Vec::with_capacity(1 << 16);
-        let mut lost = 0;
+        let (mut lost, mut answers) = (0, 0);
         let mut number = 0_u32;
         loop {
             let due = match self.pace {
@@ -166,6 +171,7 @@ impl Window {
             let answer = ask()?;
             let time = due.elapsed();
             number += 1;
+            answers += u64::from(matches!(answer, Answer::Came));
             if due >= counts_from {
                 match answer {
                     Answer::Came => times.push(time.as_nanos() as u64),
@@ -175,7 +181,12 @@ impl Window {
         }
         let seconds = counts_from.elapsed().as_secs_f64();
         anyhow::ensure!(!times.is_empty(), "nothing was answered");
-        Ok(Summary::of_requests(times, seconds, lost))
+        Ok(Summary::of_requests(times, seconds, lost).with(Sent {
+            connections: 1,
+            requests: number.into(),
+            answers,
+            octets: 0,
+        }))
     }
 }
 
@@ -206,10 +217,33 @@ mod tests {
     fn what_a_stall_delays_is_counted() {
         let summary = stalled(Pace::Open(1_000));
         assert_eq!(summary.count, 400);
+        assert_eq!((summary.sent.requests, summary.sent.answers), (400, 400));
         // A quarter of all requests was due while nothing went on, the last of them just before it
         // went on again.
         assert!(summary.p90 > 30_000_000, "{summary:?}");
         assert!(summary.longest >= 100_000_000, "{summary:?}");
+    }
+
+    #[test]
+    fn what_was_sent_before_it_is_measured_is_told_too() {
+        let window = Window {
+            warm_up: Duration::from_millis(30),
+            measured: Duration::from_millis(20),
+            pace: Pace::Open(1_000),
+        };
+        let mut asked = 0;
+        let summary = window
+            .requests(|| {
+                asked += 1;
+                Ok(if asked % 10 == 0 {
+                    Answer::Lost
+                } else {
+                    Answer::Came
+                })
+            })
+            .unwrap();
+        assert_eq!((summary.count, summary.lost), (18, 2));
+        assert_eq!((summary.sent.requests, summary.sent.answers), (50, 45));
     }
 
     #[test]

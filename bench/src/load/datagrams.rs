@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 
-use super::{MESSAGE, Summary, client, datagram};
+use super::{MESSAGE, Sent, Summary, client, datagram};
 
 /// Datagrams of a system call, of which the last is answered: few enough for the server's socket to hold
 /// them all, so that none is lost to haste.
@@ -21,14 +21,21 @@ pub fn run(to: SocketAddr, warm_up: Duration, measured: Duration) -> Result<Summ
     let socket = client::socket(to)?;
     socket.connect(to).context("connecting")?;
     let mut number = 0_u64;
-    send_for(&socket, &mut number, warm_up)?;
-    send_for(&socket, &mut number, measured)
+    let before = send_for(&socket, &mut number, warm_up)?.sent;
+    let summary = send_for(&socket, &mut number, measured)?;
+    let sent = Sent {
+        connections: 1,
+        requests: before.requests + summary.sent.requests,
+        answers: before.answers + summary.sent.answers,
+        octets: 0,
+    };
+    Ok(summary.with(sent))
 }
 
 /// Sends for so long, and once at least.
 fn send_for(socket: &UdpSocket, number: &mut u64, duration: Duration) -> Result<Summary> {
     let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(AT_ONCE, None);
-    let (mut arrived, mut sent) = (0_u64, 0_u64);
+    let (mut arrived, mut sent, mut answers) = (0_u64, 0_u64, 0_u64);
     let begun = Instant::now();
     loop {
         *number += 1;
@@ -48,18 +55,21 @@ fn send_for(socket: &UdpSocket, number: &mut u64, duration: Duration) -> Result<
         let accepted = results.context("sending")?.count();
         ensure!(accepted == AT_ONCE, "{accepted} of {AT_ONCE} were sent");
         sent += AT_ONCE as u64;
-        arrived += answer(socket, *number)?;
+        let came = answer(socket, *number)?;
+        arrived += came;
+        answers += u64::from(came > 0);
         if begun.elapsed() >= duration {
             break;
         }
     }
     ensure!(arrived > 0, "nothing was answered");
     let seconds = begun.elapsed().as_secs_f64();
-    Ok(Summary::of_packets(
-        arrived,
-        seconds,
-        sent.saturating_sub(arrived),
-    ))
+    let lost = sent.saturating_sub(arrived);
+    Ok(Summary::of_packets(arrived, seconds, lost).with(Sent {
+        requests: sent,
+        answers,
+        ..Sent::default()
+    }))
 }
 
 fn message(purpose: u8, number: u64) -> [u8; MESSAGE] {
@@ -122,6 +132,10 @@ mod tests {
         let summary = run(to, Duration::ZERO, Duration::from_millis(20)).unwrap();
         assert_eq!(summary.count % 16, 0, "{summary:?}");
         assert_eq!(summary.count, summary.lost, "{summary:?}");
+        // With the one call that comes before.
+        let sent = summary.sent;
+        assert_eq!(sent.requests, 32 + summary.count + summary.lost);
+        assert_eq!(sent.answers, sent.requests / 32);
         client::socket(to).unwrap().send_to(b"end", to).unwrap();
         serving.join().unwrap();
     }

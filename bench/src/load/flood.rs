@@ -17,7 +17,7 @@ use aya::{
 use clap::{Args, ValueEnum};
 use penstock_bench_ebpf::{Expected, Layout, MARK, Plan, TCP, UDP, WORDS, Window, at, count};
 
-use super::Summary;
+use super::{Sent, Summary};
 
 /// The programs.
 pub static OBJECT: &[u8] =
@@ -165,7 +165,12 @@ pub fn run(flood: &Flood) -> Result<Summary> {
     let sample: [u64; WORDS] = Array::try_from(map)?.get(&0, 0)?;
     flood.intact(&octets(sample))?;
     let lost = sent.saturating_sub(forwarded);
-    Ok(Summary::of_packets(measured.count, measured.seconds, lost))
+    Ok(
+        Summary::of_packets(measured.count, measured.seconds, lost).with(Sent {
+            requests: after.forwarded,
+            ..Sent::default()
+        }),
+    )
 }
 
 /// Frames that came out within a time.

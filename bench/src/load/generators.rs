@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Summary;
+use super::{Sent, Summary};
 
 /// Where iperf3's server serves.
 pub const IPERF_PORT: u16 = 5_201;
@@ -42,15 +42,24 @@ pub fn serve_iperf() -> Result<Option<std::process::Child>> {
 /// others of the same kind come before.
 pub fn wrk(to: SocketAddr, warm_up: Duration, for_ms: u64) -> Result<Summary> {
     let begun = Instant::now();
+    let mut before = 0;
     while begun.elapsed() < warm_up {
         ask(to).with_context(|| format!("asking {to} before wrk does"))?;
+        before += 1;
     }
     let (duration, url) = (format!("{}s", seconds(for_ms)), format!("http://{to}/"));
     let text = run(Command::new("wrk")
         .args(["--threads", "1", "--connections", CONNECTIONS])
         .args(["--duration", &duration, "--header", "Connection: close"])
         .arg(url))?;
-    requests(&text).with_context(|| format!("wrk said {text}"))
+    let summary = requests(&text).with_context(|| format!("wrk said {text}"))?;
+    let all = before + summary.count;
+    Ok(summary.with(Sent {
+        connections: all,
+        requests: all,
+        answers: all,
+        octets: 0,
+    }))
 }
 
 /// A request as wrk's.
@@ -116,7 +125,12 @@ fn stream(text: &str) -> Result<Summary> {
     let number = |field| received.get(field).and_then(Value::as_f64);
     let (octets, seconds) = number("bytes").zip(number("seconds")).context("numbers")?;
     ensure!(octets > 0.0 && seconds > 0.0, "nothing arrived");
-    Ok(Summary::of_streams(1, octets as u64, seconds))
+    // A connection for what is said about the other; what came before the first second is in neither number.
+    Ok(Summary::of_streams(1, octets as u64, seconds).with(Sent {
+        connections: 2,
+        octets: octets as u64,
+        ..Sent::default()
+    }))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use clap::{Args, Subcommand};
 
 pub use flood::{OBJECT, power_of_two};
 pub use generators::{IPERF_PORT, is_there};
-pub use summary::Summary;
+pub use summary::{Sent, Summary};
 pub use workload::{Pace, Workload};
 
 /// The length of a request and of an answer, in octets.
@@ -35,6 +35,8 @@ mod purpose {
     pub(super) const ONCE: u8 = b'o';
     /// What comes is counted, and the count is the answer.
     pub(super) const SINK: u8 = b's';
+    /// Each octet asks for how much all sinks have got so far, and when that was.
+    pub(super) const TALLY: u8 = b't';
     /// Requests of HTTP/1.1 follow: this begins the first one's method, GET.
     pub(super) const HTTP: u8 = b'G';
 }

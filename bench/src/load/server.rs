@@ -3,11 +3,35 @@
 use std::{
     io::{Read, Write},
     net::{Ipv6Addr, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, WORKERS, datagram, generators, purpose};
+use super::{MESSAGE, WORKERS, datagram, generators, purpose, stream::Tally};
+
+/// What all sinks together have read.
+struct Sinks {
+    octets: AtomicU64,
+    begun: Instant,
+}
+
+impl Sinks {
+    fn new() -> Self {
+        Self {
+            octets: AtomicU64::new(0),
+            begun: Instant::now(),
+        }
+    }
+
+    fn tally(&self) -> Tally {
+        Tally {
+            octets: self.octets.load(Ordering::Relaxed),
+            nanos: self.begun.elapsed().as_nanos() as u64,
+        }
+    }
+}
 
 /// Serves until it is killed.
 pub fn serve(port: u16) -> Result<()> {
@@ -15,13 +39,14 @@ pub fn serve(port: u16) -> Result<()> {
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).context("binding")?;
     let _iperf = generators::serve_iperf()?;
     println!("ready");
+    let sinks = &Sinks::new();
     // Threads that are there already: to start one for each connection would be measured too.
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {
             scope.spawn(|| {
                 while let Ok((stream, _)) = listener.accept() {
                     // A client may close whenever it likes.
-                    let _ = answer(stream);
+                    let _ = answer(stream, sinks);
                 }
             });
         }
@@ -50,7 +75,7 @@ pub fn serve(port: u16) -> Result<()> {
     })
 }
 
-fn answer(mut stream: TcpStream) -> std::io::Result<()> {
+fn answer(mut stream: TcpStream, sinks: &Sinks) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut first = [0];
     stream.read_exact(&mut first)?;
@@ -68,13 +93,19 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
             let mut buffer = vec![0; 256 * 1_024];
             let mut octets = 0_u64;
             loop {
-                match stream.read(&mut buffer)? {
-                    0 => break,
-                    length => octets += length as u64,
+                let length = stream.read(&mut buffer)? as u64;
+                if length == 0 {
+                    break;
                 }
+                octets += length;
+                sinks.octets.fetch_add(length, Ordering::Relaxed);
             }
             stream.write_all(&octets.to_be_bytes())
         }
+        [purpose::TALLY] => loop {
+            stream.read_exact(&mut first)?;
+            stream.write_all(&sinks.tally().to_octets())?;
+        },
         [purpose::HTTP] => answer_http(&mut stream),
         _ => Err(std::io::ErrorKind::InvalidData.into()),
     }
@@ -113,12 +144,40 @@ mod tests {
     fn answers(requests: &[u8]) -> String {
         let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let serving = std::thread::spawn(move || answer(listener.accept().unwrap().0));
+        let serving =
+            std::thread::spawn(move || answer(listener.accept().unwrap().0, &Sinks::new()));
         client.write_all(requests).unwrap();
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
         serving.join().unwrap().unwrap();
         text
+    }
+
+    #[test]
+    fn sinks_tally_what_they_have_read_and_not_what_was_sent() {
+        let sinks = Sinks::new();
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let connect = |purpose: u8, more: &[u8]| {
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            client.write_all(&[&[purpose], more].concat()).unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            (client, listener.accept().unwrap().0)
+        };
+        let (mut sinking, server) = connect(purpose::SINK, &[0; 777]);
+        let tally = || {
+            let (mut asking, server) = connect(purpose::TALLY, b"t");
+            // It ends with the client.
+            answer(server, &sinks).unwrap_err();
+            let mut octets = Vec::new();
+            asking.read_to_end(&mut octets).unwrap();
+            u64::from_be_bytes(octets[..8].try_into().unwrap())
+        };
+        assert_eq!(tally(), 0, "nobody has read anything yet");
+        answer(server, &sinks).unwrap();
+        assert_eq!(tally(), 777);
+        let mut count = Vec::new();
+        sinking.read_to_end(&mut count).unwrap();
+        assert_eq!(count, 777_u64.to_be_bytes());
     }
 
     #[test]

@@ -4,6 +4,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::figures;
 
+/// All that a client sent and got, what came before it was measured included: what counters on its way have to
+/// have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sent {
+    /// TCP connections, or UDP sockets.
+    pub connections: u64,
+    /// Requests, datagrams or frames.
+    pub requests: u64,
+    /// Answers that came.
+    pub answers: u64,
+    /// Octets of streams.
+    pub octets: u64,
+}
+
 /// What a client saw.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
@@ -27,6 +41,9 @@ pub struct Summary {
     pub p999: u64,
     /// The longest.
     pub longest: u64,
+    /// All of its traffic.
+    #[serde(default)]
+    pub sent: Sent,
 }
 
 impl Summary {
@@ -45,6 +62,7 @@ impl Summary {
             p99: at(990),
             p999: at(999),
             longest: times.last().copied().unwrap_or_default(),
+            sent: Sent::default(),
         }
     }
 
@@ -67,5 +85,11 @@ impl Summary {
             bits_per_second: octets as f64 * 8.0 / seconds,
             ..Self::default()
         }
+    }
+
+    /// The same, with all of its traffic.
+    #[must_use]
+    pub const fn with(self, sent: Sent) -> Self {
+        Self { sent, ..self }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     family::Family,
     pods,
     services::{
-        self, ipvs,
+        ipvs,
         kube_proxy::{self, KubeProxy},
         nftables,
         objects::{self, Kind, Services},
@@ -31,8 +31,10 @@ pub const UPLINK: &str = "eth0";
 /// How a contender serves node ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Way {
-    /// Not at all: the node routes to the pod.
+    /// Not at all: the node routes to the pod, and what the pod answers comes back by the node.
     Direct,
+    /// The same, but what the pod answers does not come by the node: its own node sends it to the client.
+    OneWay,
     /// Penstock, at the TC hooks of the interface to the outside.
     Tc,
     /// Penstock, at XDP in the driver of that interface.
@@ -60,8 +62,9 @@ pub enum Way {
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Direct,
+        Self::OneWay,
         Self::Tc,
         Self::Xdp,
         Self::Overlay,
@@ -75,10 +78,11 @@ impl Way {
         Self::Nftables,
     ];
 
-    /// Its name in tables.
-    pub const fn name(self) -> &'static str {
+    /// Its name, in tables and everywhere, with this kube-proxy.
+    pub fn name(self, kube_proxy: Option<&Program>) -> &'static str {
         match self {
-            Self::Direct => "no service, routed to the pod",
+            Self::Direct => "no service, routed to the pod and back",
+            Self::OneWay => "no service, routed to the pod one way",
             Self::Tc => "Penstock, TC",
             Self::Xdp => "Penstock, XDP",
             Self::Overlay => "Penstock, TC, overlay",
@@ -89,8 +93,33 @@ impl Way {
             Self::XdpDsr => "Penstock, XDP, dsr",
             Self::Iptables => "kube-proxy, iptables",
             Self::Ipvs => "kube-proxy, ipvs",
-            Self::Nftables => "kube-proxy's rules, nftables",
+            Self::Nftables => nftables::name(kube_proxy),
         }
+    }
+
+    /// Which of kube-proxy's modes this is, if it is one.
+    pub const fn mode(self) -> Option<ProxyMode> {
+        match self {
+            Self::Iptables => Some(ProxyMode::Iptables),
+            Self::Ipvs => Some(ProxyMode::Ipvs),
+            Self::Nftables => Some(ProxyMode::Nftables),
+            _ => None,
+        }
+    }
+
+    /// Whether there is only something to it where the backend is on another node.
+    pub fn is_to_another_node(self) -> bool {
+        self == Self::OneWay || self.through_overlay().is_some()
+    }
+
+    /// Whether the pod itself is asked.
+    pub const fn is_without_service(self) -> bool {
+        matches!(self, Self::Direct | Self::OneWay)
+    }
+
+    /// Whether the node that is asked sees nothing of answers of a backend on another one.
+    pub const fn is_answered_directly(self) -> bool {
+        matches!(self, Self::OneWay | Self::Dsr | Self::XdpDsr)
     }
 
     /// Whether clients are met at XDP.
@@ -108,7 +137,7 @@ impl Way {
             Self::Overlay | Self::XdpOverlay => Some(Forwarding::Snat),
             Self::Tunnel | Self::XdpTunnel => Some(Forwarding::Tunnel),
             Self::Dsr | Self::XdpDsr => Some(Forwarding::Dsr),
-            Self::Direct | Self::Tc | Self::Xdp => None,
+            Self::Direct | Self::OneWay | Self::Tc | Self::Xdp => None,
             Self::Iptables | Self::Ipvs | Self::Nftables => None,
         }
     }
@@ -142,8 +171,8 @@ pub enum Backend {
     Remote,
 }
 
-/// The node that is asked, the backend, and agents that run already.
-type Served = (Node, Pod, Vec<Rc<Agent>>);
+/// The node that is asked, the backend's, the backend, and agents that run already.
+type Served = (Node, Node, Pod, Vec<Rc<Agent>>);
 
 /// A contender's nodes, client and server.
 pub struct Lane {
@@ -151,6 +180,7 @@ pub struct Lane {
     pub way: Way,
     family: Family,
     backend: Backend,
+    name: &'static str,
     /// The node that is asked.
     pub node: Node,
     client: Host,
@@ -165,28 +195,23 @@ pub struct Lane {
 impl Lane {
     /// Nodes without any service; clients use one family.
     pub fn new(testbed: &mut Testbed, way: Way, backend: Backend, family: Family) -> Result<Self> {
-        let (node, server, agents) = match way.through_overlay() {
+        let (node, other, server, agents) = match way.through_overlay() {
             Some(_) => connected(testbed, way)?,
             None => routed(testbed, backend)?,
         };
         let client = testbed.client()?;
-        for family in Family::ALL {
-            let (pod, via) = (family.of(&server.host), family.of(&node.host));
-            let (pod, via) = (pod.to_string(), via.to_string());
-            client.run("ip", &["route", "add", &pod, "via", &via])?;
+        route(&client, &server.host, &node.host)?;
+        if way == Way::Direct && backend == Backend::Remote {
+            route(&other.host, &client, &node.host)?;
         }
         // As in `services`: two services of one server.
         client.run("sysctl", &["-qw", "net.ipv4.tcp_timestamps=2"])?;
-        // A router with one link looks at each packet whether its sender should know of a shorter way, and
-        // clients that are told leave this one.
-        for interface in ["all", UPLINK] {
-            let setting = format!("net.ipv4.conf.{interface}.send_redirects=0");
-            node.host.run("sysctl", &["-qw", &setting])?;
-        }
+        without_redirects(&node.host)?;
         Ok(Self {
             way,
             family,
             backend,
+            name: way.name(None),
             serving: serve(&server.host)?,
             node,
             client,
@@ -203,6 +228,7 @@ impl Lane {
         kube_proxy: Option<&Program>,
         count: usize,
     ) -> Result<()> {
+        self.name = self.way.name(kube_proxy);
         let server = self.server.host.clone();
         let services = Services {
             count,
@@ -211,7 +237,7 @@ impl Lane {
             server: &server,
         };
         match self.way {
-            Way::Direct => {}
+            Way::Direct | Way::OneWay => {}
             Way::Tc | Way::Xdp => {
                 services.write(&self.node.manifests)?;
                 let options = self.way.options();
@@ -220,15 +246,11 @@ impl Lane {
             }
             Way::Overlay | Way::Tunnel | Way::Dsr => self.program_agents(&services)?,
             Way::XdpOverlay | Way::XdpTunnel | Way::XdpDsr => self.program_agents(&services)?,
-            Way::Nftables if !kube_proxy.is_some_and(|program| program.proxy.has_nftables()) => {
+            Way::Nftables if !nftables::is_own(kube_proxy) => {
                 nftables::load(&services, &self.node, testbed.folder())?;
             }
             Way::Iptables | Way::Ipvs | Way::Nftables => {
-                let mode = match self.way {
-                    Way::Ipvs => ProxyMode::Ipvs,
-                    Way::Nftables => ProxyMode::Nftables,
-                    _ => ProxyMode::Iptables,
-                };
+                let mode = self.way.mode().context("this is no mode of kube-proxy's")?;
                 let program = kube_proxy.context("there is no kube-proxy")?;
                 let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;
                 self.kube_proxy = Some(proxy);
@@ -264,47 +286,65 @@ impl Lane {
     /// What tells that traffic took this way.
     pub fn witnesses(&self) -> Vec<Witness> {
         let node = self.node.host.clone();
-        let towards_it = match self.backend {
-            Backend::Local => self.server.interface.as_str(),
-            Backend::Remote => UPLINK,
+        let sends = |interface, counts| Witness::interface(&node, interface, counts);
+        let mut all = match self.backend {
+            Backend::Local => vec![
+                sends(&self.server.interface, Counts::Requests),
+                sends(UPLINK, Counts::Replies),
+            ],
+            // One link leads to the backend's node and back to the client.
+            Backend::Remote if self.way.is_answered_directly() => {
+                vec![sends(UPLINK, Counts::OneWay)]
+            }
+            Backend::Remote => vec![sends(UPLINK, Counts::BothWays)],
         };
-        let mut all = vec![Witness::interface(&node, towards_it)];
         match (self.way, self.backend) {
-            (Way::Direct, _) => {}
+            (Way::Direct | Way::OneWay, _) => {}
             (Way::Iptables, _) => all.push(kube_proxy::witness(&node, self.family)),
             (Way::Ipvs, _) => all.extend(ipvs::witnesses(&node)),
             (Way::Nftables, _) if self.kube_proxy.is_some() => {
                 all.push(nftables::watched(&node, self.family));
             }
             (Way::Nftables, _) => all.push(nftables::witness(&node, self.family)),
-            // What leads out of the node again, but for now and then one that the kernel is to see.
-            (Way::Xdp, Backend::Remote) => {
-                all.extend(self.counters(&[(0, "external_xdp", Counts::MostPackets)]));
-            }
-            (Way::Tc, _) | (Way::Xdp, Backend::Local) => {
-                all.extend(self.counters(&[(0, "external_request", Counts::Packets)]));
-            }
+            // Backends of the node itself are TC's, whoever meets clients.
+            (Way::Tc, _) | (Way::Xdp, Backend::Local) => all.extend(self.counters(&[
+                (0, "external_request", Counts::Requests),
+                (0, "external_reply", Counts::Replies),
+                (0, "external_xdp", Counts::Never),
+            ])),
+            (Way::Xdp, Backend::Remote) => all.extend(self.counters(&[
+                (0, "external_request", Counts::Requests),
+                (0, "external_reply", Counts::Replies),
+                (0, "external_xdp", Counts::BothWays),
+            ])),
             (Way::Overlay, _) => all.extend(self.counters(&[
-                (0, "external_request", Counts::Packets),
-                (0, "overlay_sent", Counts::Packets),
-                (0, "handed_over", Counts::Nothing),
+                (0, "external_request", Counts::Requests),
+                (0, "external_reply", Counts::Replies),
+                (0, "external_xdp", Counts::Never),
+                (0, "overlay_sent", Counts::Requests),
+                (0, "handed_over", Counts::Never),
             ])),
             (Way::XdpOverlay, _) => all.extend(self.counters(&[
-                (0, "external_xdp", Counts::MostPackets),
-                (0, "overlay_sent", Counts::Packets),
-                (0, "handed_over", Counts::Nothing),
+                (0, "external_request", Counts::Requests),
+                (0, "external_reply", Counts::Replies),
+                (0, "external_xdp", Counts::BothWays),
+                (0, "overlay_sent", Counts::Requests),
+                (0, "handed_over", Counts::Never),
             ])),
+            // XDP leaves to TC what is handed over.
             (Way::Tunnel | Way::XdpTunnel, _) => all.extend(self.counters(&[
-                (0, "handed_over", Counts::Packets),
-                (1, "handed_back", Counts::Answers),
-                (0, "external_reply", Counts::Answers),
+                (0, "handed_over", Counts::Requests),
+                (1, "handed_back", Counts::Replies),
+                (0, "external_reply", Counts::Replies),
+                (0, "external_xdp", Counts::Never),
             ])),
             // The backend's node answers by itself.
             (Way::Dsr | Way::XdpDsr, _) => all.extend(self.counters(&[
-                (0, "handed_over", Counts::Packets),
-                (1, "external_reply", Counts::Answers),
-                (1, "handed_back", Counts::Nothing),
-                (0, "external_reply", Counts::Nothing),
+                (0, "handed_over", Counts::Requests),
+                (1, "external_reply", Counts::Replies),
+                (1, "handed_back", Counts::Never),
+                (0, "external_reply", Counts::Never),
+                (0, "external_xdp", Counts::Never),
             ])),
         }
         all
@@ -326,7 +366,7 @@ impl Lane {
     /// Where clients send what is for service `number`.
     pub fn target(&self, number: usize) -> Result<(IpAddr, u16)> {
         Ok(match self.way {
-            Way::Direct => (self.family.of(&self.server.host), PORT),
+            way if way.is_without_service() => (self.family.of(&self.server.host), PORT),
             _ => (self.family.of(&self.node.host), objects::node_port(number)?),
         })
     }
@@ -339,24 +379,45 @@ impl Lane {
         Some(proxy.first_and_last_node_ports())
     }
 
-    /// Its name in tables.
-    pub fn name(&self) -> &'static str {
-        match self.way {
-            Way::Nftables if self.kube_proxy.is_some() => services::NFTABLES,
-            way => way.name(),
-        }
+    /// Its name, in tables and everywhere.
+    pub const fn name(&self) -> &'static str {
+        self.name
     }
 
     /// The client that asks service `number`.
     pub fn contender(&self, number: usize) -> Result<Contender> {
-        Ok(Contender::new(
+        let contender = Contender::new(
             self.name(),
             &self.client,
             self.target(number)?.into(),
             &self.serving,
             self.witnesses(),
-        ))
+        );
+        Ok(if self.way.is_at_xdp() {
+            contender.in_frames()
+        } else {
+            contender
+        })
     }
+}
+
+/// A router with one link looks at each packet whether its sender should know of a shorter way, and those that are
+/// told, clients as well as other nodes, leave this one.
+fn without_redirects(node: &Host) -> Result<()> {
+    for interface in ["all", UPLINK] {
+        let setting = format!("net.ipv4.conf.{interface}.send_redirects=0");
+        node.run("sysctl", &["-qw", &setting])?;
+    }
+    Ok(())
+}
+
+/// Has a host send what is for another one by way of a third, in both families.
+fn route(from: &Host, to: &Host, via: &Host) -> Result<()> {
+    for family in Family::ALL {
+        let (to, via) = (family.of(to).to_string(), family.of(via).to_string());
+        from.run("ip", &["route", "add", &to, "via", &via])?;
+    }
+    Ok(())
 }
 
 /// A node and the backend, connected by the kernel's routes.
@@ -369,7 +430,7 @@ fn routed(testbed: &mut Testbed, backend: Backend) -> Result<Served> {
     let server = testbed.pod(&other)?;
     pods::set_mtu(&other.host, &server.interface)?;
     pods::set_mtu(&server.host, pods::INTERFACE)?;
-    Ok((node, server, Vec::new()))
+    Ok((node, other, server, Vec::new()))
 }
 
 /// A node and a backend of another one, connected by Penstock's overlay.
@@ -383,7 +444,7 @@ fn connected(testbed: &mut Testbed, way: Way) -> Result<Served> {
         agents.push(Rc::new(agent));
     }
     let server = testbed.network_pod(other)?;
-    Ok((node.clone(), server, agents))
+    Ok((node.clone(), other.clone(), server, agents))
 }
 
 /// Whether an agent serves clients outside at the node's link, and at XDP if it should.
@@ -397,4 +458,72 @@ fn is_served(agent: &Agent, at_xdp: bool) -> Result<()> {
     let is_at_xdp = uplink.get("xdp").and_then(Value::as_str) == Some("native");
     anyhow::ensure!(is_attached && is_at_xdp == at_xdp, "{status}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::ensure;
+    use penstock_testbed::require_kernel;
+
+    use super::*;
+    use crate::contender;
+
+    /// How many packets a node sends by its link while a client outside asks a pod of another node over UDP: a
+    /// request, and an answer if that comes by, too.
+    fn sent(testbed: &mut Testbed, is_both_ways: bool, family: Family) -> Result<u64> {
+        let (node, other, server, _) = routed(testbed, Backend::Remote)?;
+        let client = testbed.client()?;
+        without_redirects(&node.host)?;
+        route(&client, &server.host, &node.host)?;
+        if is_both_ways {
+            route(&other.host, &client, &node.host)?;
+        }
+        let _serving = server.host.serve(PORT)?;
+        let to = std::net::SocketAddr::new(family.of(&server.host), PORT).to_string();
+        let ask = || -> Result<()> {
+            let who = client.who_answers("udp", &to)?;
+            ensure!(who == server.host.name, "{who} answers");
+            Ok(())
+        };
+        // Neighbours are known before anything counts.
+        ask()?;
+        let witness = [Witness::interface(&node.host, UPLINK, Counts::BothWays)];
+        let before = contender::read(&witness)?;
+        for _ in 0..40 {
+            ask()?;
+        }
+        let after = contender::read(&witness)?;
+        Ok(after.iter().sum::<u64>() - before.iter().sum::<u64>())
+    }
+
+    #[test]
+    fn answers_come_back_by_the_node_only_where_they_are_routed_so() -> Result<()> {
+        if require_kernel().is_none() {
+            return Ok(());
+        }
+        let mut testbed = Testbed::new()?;
+        for family in Family::ALL {
+            // With some room for neighbours that are asked for.
+            let both = sent(&mut testbed, true, family)?;
+            assert!((80..100).contains(&both), "{both} packets both ways");
+            let one = sent(&mut testbed, false, family)?;
+            assert!((40..60).contains(&one), "{one} packets one way");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn ways_that_answer_directly_are_told_from_those_that_do_not() {
+        let direct: Vec<&str> = Way::ALL
+            .iter()
+            .filter(|way| way.is_answered_directly())
+            .map(|way| way.name(None))
+            .collect();
+        let expected = [
+            "no service, routed to the pod one way",
+            "Penstock, TC, dsr",
+            "Penstock, XDP, dsr",
+        ];
+        assert_eq!(direct, expected);
+    }
 }

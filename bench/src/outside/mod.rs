@@ -17,7 +17,7 @@ use crate::{
     load::Workload,
     results::Keeper,
     services::{
-        ipvs, objects,
+        objects,
         program::{self, Program},
     },
     turns::{self, Effort, Trial},
@@ -39,17 +39,26 @@ pub const TRIALS: [Trial; 9] = [
 /// How many of them are over TCP.
 const OVER_TCP: usize = 6;
 
-/// The ways that can be had here; for each of the others a word about it.
-pub fn available(ways: &[Way], kube_proxy: Option<&Program>) -> Vec<Way> {
+/// The ways that are wanted and can be had here; of each of the others that are wanted it is noted why not.
+pub fn available(
+    ways: &[Way],
+    kube_proxy: Option<&Program>,
+    effort: &Effort,
+    keeper: &mut Keeper,
+) -> Vec<Way> {
     let mut ways = ways.to_vec();
-    ways.retain(|way| !matches!(way, Way::Iptables | Way::Ipvs) || kube_proxy.is_some());
-    if ways.contains(&Way::Ipvs)
-        && let Some(reason) = ipvs::missing()
-    {
-        println!("WARNING: kube-proxy's ipvs mode is left out: {reason}");
-        ways.retain(|way| *way != Way::Ipvs);
-    }
+    ways.retain(|way| {
+        let name = way.name(kube_proxy);
+        let missing = |mode| program::missing(mode, kube_proxy);
+        effort.names(name) && keeper.has(name, way.mode().and_then(missing))
+    });
     ways
+}
+
+/// What measures so many services alone, by some ways.
+pub fn command(count: usize, family: Family, ways: &[Way]) -> String {
+    let named = Effort::naming(ways, &Way::ALL);
+    format!("outside --services {count} --family {family}{named}")
 }
 
 /// Measures some ways with so many services, whose first and last are asked.
@@ -61,19 +70,16 @@ pub fn measure(
     keeper: &mut Keeper,
 ) -> Result<()> {
     ensure!(count > 0, "there has to be a service to be asked");
-    let kube_proxy = program::required();
-    let named = Effort::naming(ways, &Way::ALL);
-    let ways = available(ways, kube_proxy.as_ref());
-    let effort = effort.of(format!(
-        "outside --services {count} --family {family}{named}"
-    ));
+    let kube_proxy = program::introduced();
+    let effort = effort.of(command(count, family, ways));
+    let ways = available(ways, kube_proxy.as_ref(), &effort, keeper);
     for (backend, place) in [(Backend::Local, "the same"), (Backend::Remote, "another")] {
         let mut testbed = Testbed::new()?;
         let (mut lanes, mut opposites) = (Vec::new(), Vec::new());
-        // What goes through an overlay has another node to go to.
-        let through = |way: &&Way| backend == Backend::Remote || way.through_overlay().is_none();
-        let chosen =
-            |way: &&Way| effort.names(way.name()) && !(effort.is_brief && way.is_handing_over());
+        let through = |way: &&Way| backend == Backend::Remote || !way.is_to_another_node();
+        // What answers clients directly is only to be compared with what does, too.
+        let is_brief = |way: &&Way| !way.is_handing_over() && *way != &Way::OneWay;
+        let chosen = |way: &&Way| !effort.is_brief || is_brief(way);
         for way in ways.iter().filter(through).filter(chosen) {
             let mut lane = Lane::new(&mut testbed, *way, backend, family)?;
             lane.program(&mut testbed, kube_proxy.as_ref(), count)?;

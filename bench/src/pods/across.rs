@@ -1,4 +1,5 @@
-//! Pod to pod from node to node: the kernel's VXLAN as flannel sets it up, plain routes, Penstock.
+//! Pod to pod from node to node: the kernel's VXLAN as flannel sets it up, the same without checksums of its own,
+//! plain routes, Penstock.
 
 use std::rc::Rc;
 
@@ -17,11 +18,55 @@ const DEVICE: &str = "flannel.1";
 /// The nodes' link to each other.
 const UPLINK: &str = "eth0";
 
+/// Whether the kernel's VXLAN computes the checksums of its own UDP headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Checksums {
+    /// As by default, and with flannel.
+    Computed,
+    /// As Penstock's overlay, which has none: what is inside has its own (RFC 7348, 5).
+    LeftOut,
+}
+
+impl Checksums {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Computed => "the kernel's VXLAN",
+            Self::LeftOut => "the kernel's VXLAN, no UDP checksums",
+        }
+    }
+
+    const fn option(self) -> &'static str {
+        match self {
+            Self::Computed => "udpcsum",
+            Self::LeftOut => "noudpcsum",
+        }
+    }
+}
+
+const ROUTES: &str = "the kernel's routes, no overlay";
+const PENSTOCK: &str = "Penstock's VXLAN";
+/// All contenders here.
+pub const CONTENDERS: [&str; 4] = [
+    Checksums::Computed.name(),
+    Checksums::LeftOut.name(),
+    ROUTES,
+    PENSTOCK,
+];
+
+/// What two nodes send by an interface of each: one what the client asks, the other what the server answers.
+fn both_ways([first, second]: [&Node; 2], interface: &str) -> Vec<Witness> {
+    vec![
+        Witness::interface(&first.host, interface, Counts::Requests).of("the client's node"),
+        Witness::interface(&second.host, interface, Counts::Replies).of("the server's node"),
+    ]
+}
+
 /// Measures.
 pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
     let mut testbed = Testbed::new()?;
     let contenders = [
-        flannel(&mut testbed)?,
+        flannel(&mut testbed, Checksums::Computed)?,
+        flannel(&mut testbed, Checksums::LeftOut)?,
         routed(&mut testbed)?,
         penstock(&mut testbed)?,
     ];
@@ -30,28 +75,28 @@ pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
 
 /// The nodes' network knows where pods are: no encapsulation.
 fn routed(testbed: &mut Testbed) -> Result<Contender> {
-    let ([first, _], [client, server]) = pods(testbed)?;
+    let ([first, second], [client, server]) = pods(testbed)?;
     Ok(Contender::new(
-        "the kernel's routes, no overlay",
+        ROUTES,
         &client,
         (server.ip4, PORT).into(),
         &serve(&server)?,
-        vec![Witness::interface(&first.host, UPLINK)],
+        both_ways([&first, &second], UPLINK),
     ))
 }
 
 /// One VXLAN device a node without learning; for each other node a permanent neighbour, where its
 /// Ethernet address is ("FDB"), and a route (flannel's backend/vxlan).
-fn flannel(testbed: &mut Testbed) -> Result<Contender> {
+fn flannel(testbed: &mut Testbed, checksums: Checksums) -> Result<Contender> {
     let ([first, second], [client, server]) = pods(testbed)?;
-    tunnel(&first, &second)?;
-    tunnel(&second, &first)?;
+    tunnel(&first, &second, checksums)?;
+    tunnel(&second, &first, checksums)?;
     Ok(Contender::new(
-        "the kernel's VXLAN",
+        checksums.name(),
         &client,
         (server.ip4, PORT).into(),
         &serve(&server)?,
-        vec![Witness::interface(&first.host, DEVICE)],
+        both_ways([&first, &second], DEVICE),
     ))
 }
 
@@ -70,13 +115,13 @@ fn pods(testbed: &mut Testbed) -> Result<([Node; 2], [Host; 2])> {
 }
 
 /// A node's end of flannel's network, towards one other node.
-fn tunnel(node: &Node, other: &Node) -> Result<()> {
+fn tunnel(node: &Node, other: &Node, checksums: Checksums) -> Result<()> {
     let mac = |node: &Node| format!("02:00:00:00:03:{:02x}", node.number);
     let ((own, _), (range, _)) = (node.pod_ranges(), other.pod_ranges());
     // The first address of a range is its node's.
     let first = |range: &str| range.replace("/24", "");
     let script = format!(
-        "ip link add {DEVICE} address {own_mac} mtu {MTU} type vxlan id 1 local {local} dev {UPLINK} dstport 8472 nolearning
+        "ip link add {DEVICE} address {own_mac} mtu {MTU} type vxlan id 1 local {local} dev {UPLINK} dstport 8472 nolearning {checksums}
          ip addr add {own_address}/32 dev {DEVICE}
          ip link set {DEVICE} up
          ip route del {range}
@@ -84,6 +129,7 @@ fn tunnel(node: &Node, other: &Node) -> Result<()> {
          bridge fdb add {mac} dev {DEVICE} dst {remote} self permanent
          ip route add {range} via {address} dev {DEVICE} onlink",
         own_mac = mac(node),
+        checksums = checksums.option(),
         local = node.host.ip4,
         own_address = first(&own),
         address = first(&range),
@@ -112,13 +158,15 @@ fn penstock(testbed: &mut Testbed) -> Result<Contender> {
         anyhow::bail!("two agents were started")
     };
     Ok(Contender::new(
-        "Penstock's VXLAN",
+        PENSTOCK,
         &client.host,
         (server.host.ip4, PORT).into(),
         &serve(&server.host)?,
         vec![
-            Witness::agent(sender, "overlay_sent", Counts::Packets),
-            Witness::agent(receiver, "delivered", Counts::Packets),
+            Witness::agent(sender, "overlay_sent", Counts::Requests),
+            Witness::agent(receiver, "delivered", Counts::Requests),
+            Witness::agent(receiver, "overlay_sent", Counts::Replies).of("the server's node"),
+            Witness::agent(sender, "delivered", Counts::Replies).of("the client's node"),
         ],
     ))
 }

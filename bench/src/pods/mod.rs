@@ -32,9 +32,20 @@ pub const TRIALS: [Trial; 10] = [
     Trial::together(Workload::Iperf),
 ];
 
+/// All contenders.
+pub fn contenders() -> Vec<String> {
+    let all = one_node::CONTENDERS.iter().chain(&across::CONTENDERS);
+    all.map(|name| (*name).to_owned()).collect()
+}
+
+/// What measures this alone.
+pub fn command() -> String {
+    "pods".to_owned()
+}
+
 /// Measures.
 pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
-    let effort = effort.of("pods".to_owned());
+    let effort = effort.of(command());
     one_node::measure(&effort, keeper)?;
     across::measure(&effort, keeper)
 }

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use penstock_testbed::{Agent, Source, Testbed};
+use penstock_testbed::{Agent, Node, Pod, Source, Testbed};
 
 use super::{INTERFACE, MTU, TRIALS, set_mtu};
 use crate::{
@@ -12,6 +12,20 @@ use crate::{
     results::Keeper,
     turns::{self, Effort},
 };
+
+const ROUTES: &str = "the kernel's routes";
+const BRIDGE: &str = "Linux bridge";
+const PENSTOCK: &str = "Penstock";
+/// All contenders here.
+pub const CONTENDERS: [&str; 3] = [ROUTES, BRIDGE, PENSTOCK];
+
+/// What is put into pods by the node's ends of their links.
+fn both_ways(node: &Node, client: &Pod, server: &Pod) -> Vec<Witness> {
+    vec![
+        Witness::interface(&node.host, &server.interface, Counts::Requests),
+        Witness::interface(&node.host, &client.interface, Counts::Replies),
+    ]
+}
 
 /// Measures.
 pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
@@ -24,11 +38,11 @@ pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
         set_mtu(&pod.host, INTERFACE)?;
     }
     let routed = Contender::new(
-        "the kernel's routes",
+        ROUTES,
         &client.host,
         (server.host.ip4, PORT).into(),
         &serve(&server.host)?,
-        vec![Witness::interface(&node.host, &server.interface)],
+        both_ways(&node, &client, &server),
     );
 
     let node = testbed.node()?;
@@ -38,11 +52,11 @@ pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
     let client = testbed.pod_by(&node, &plugin)?;
     let server = testbed.pod_by(&node, &plugin)?;
     let bridged = Contender::new(
-        "Linux bridge",
+        BRIDGE,
         &client.host,
         (server.host.ip4, PORT).into(),
         &serve(&server.host)?,
-        vec![Witness::interface(&node.host, &server.interface)],
+        both_ways(&node, &client, &server),
     );
 
     let node = testbed.network_node()?;
@@ -53,14 +67,14 @@ pub fn measure(effort: &Effort, keeper: &mut Keeper) -> Result<()> {
     let client = testbed.network_pod(&node)?;
     let server = testbed.network_pod(&node)?;
     let ours = Contender::new(
-        "Penstock",
+        PENSTOCK,
         &client.host,
         (server.host.ip4, PORT).into(),
         &serve(&server.host)?,
         vec![
-            Witness::agent(&Rc::new(agent), "delivered", Counts::Packets),
+            Witness::agent(&Rc::new(agent), "delivered", Counts::BothWays),
             // Put into the pod from the other side, they never leave by the node's end.
-            Witness::unused(&node.host, &server.interface),
+            Witness::interface(&node.host, &server.interface, Counts::Strays),
         ],
     );
     turns::take(

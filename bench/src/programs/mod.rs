@@ -108,6 +108,15 @@ struct Line {
     nanos: Vec<f64>,
 }
 
+/// All that came out.
+struct Measured {
+    lines: Vec<Line>,
+    /// How many flows many are.
+    crowds: Vec<Value>,
+    /// The smallest difference between two times, in nanoseconds.
+    step: Option<u64>,
+}
+
 /// Measures, also with so many flows at once; prints nanoseconds a packet as they are and less what measuring
 /// takes.
 pub fn measure(effort: &Effort, flows: usize) -> Result<Value> {
@@ -143,8 +152,8 @@ pub fn measure(effort: &Effort, flows: usize) -> Result<Value> {
     })?;
     // The kernel goes on without, and nobody else is at work.
     agent.kill();
-    let lines = thread::scope(|scope| {
-        let run = || -> Result<(Vec<Line>, Vec<Value>)> {
+    let measured = thread::scope(|scope| {
+        let run = || -> Result<Measured> {
             load::stay_on(PROCESSOR)?;
             let namespace = File::open(format!("/run/netns/{}", node.host.name));
             setns(
@@ -155,14 +164,15 @@ pub fn measure(effort: &Effort, flows: usize) -> Result<Value> {
         };
         scope.spawn(run).join()
     });
-    let (lines, crowds) = lines.map_err(|_| anyhow!("measuring panicked"))??;
-    let mut told = tell(&lines);
+    let measured = measured.map_err(|_| anyhow!("measuring panicked"))??;
+    let mut told = tell(&measured.lines);
     if let Some(told) = told.as_object_mut() {
         let command = effort
             .of(format!("programs --flows {flows}"))
             .to_repeat(None);
         told.insert("command".to_owned(), command.into());
-        told.insert("many".to_owned(), crowds.into());
+        told.insert("many".to_owned(), measured.crowds.into());
+        told.insert("clock_step_nanos".to_owned(), measured.step.into());
     }
     Ok(told)
 }
@@ -172,7 +182,7 @@ fn rounds(
     other: &Node,
     here: &Pod,
     (rounds, flows): (usize, usize),
-) -> Result<(Vec<Line>, Vec<Value>)> {
+) -> Result<Measured> {
     let mut programs = Programs::load(node)?;
     lay_out(&mut programs, node, other)?;
     let (v4, v6) = families(here.host.ip4, here.host.ip6)?;
@@ -216,8 +226,10 @@ fn rounds(
         },
     ];
     let mut lines: Vec<Line> = Vec::new();
+    let mut step = None;
     let mut note = |is_v4: bool, turn: Turn| {
         for (program, kind, times) in turn {
+            step = finer(step, smallest_step(&times));
             let nanos = figures::percentile(&times, 50) as f64;
             let known = lines
                 .iter_mut()
@@ -260,7 +272,25 @@ fn rounds(
         let family = family(crowd.is_v4);
         json!({ "program": crowd.program, "family": family, "flows": crowd.known.len() })
     });
-    Ok((lines, counts.collect()))
+    Ok(Measured {
+        lines,
+        crowds: counts.collect(),
+        step,
+    })
+}
+
+/// The smallest difference between two times that are not the same: the clock can't tell less apart.
+fn smallest_step(times: &[u64]) -> Option<u64> {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    let pairs = sorted.iter().zip(sorted.iter().skip(1));
+    pairs.map(|(one, next)| next - one).min()
+}
+
+/// The smaller of two that are there.
+fn finer(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    one.into_iter().chain(other).min()
 }
 
 const fn family(is_v4: bool) -> &'static str {
@@ -575,4 +605,17 @@ where
         });
     }
     Ok(runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_as_fine_as_its_smallest_step() {
+        assert_eq!(smallest_step(&[120, 80, 80, 160, 120]), Some(40));
+        assert_eq!(smallest_step(&[80, 80]), None);
+        assert_eq!(finer(None, Some(40)), Some(40));
+        assert_eq!(finer(Some(10), Some(40)), Some(10));
+    }
 }

@@ -56,7 +56,7 @@ pub fn witnesses(node: &Host) -> [Witness; 2] {
             Counts::Flows,
             reader(|all| all.connections),
         ),
-        Witness::new("IPVS packets", Counts::Packets, reader(|all| all.packets)),
+        Witness::new("IPVS packets", Counts::Requests, reader(|all| all.packets)),
     ]
 }
 

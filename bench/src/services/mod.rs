@@ -110,8 +110,8 @@ impl Way {
         }
     }
 
-    /// Its name in tables.
-    pub const fn name(self) -> &'static str {
+    /// Its name, in tables and everywhere, with this kube-proxy.
+    pub fn name(self, kube_proxy: Option<&Program>) -> &'static str {
         match self {
             Self::Direct => "no service, the pod's address",
             Self::Pod => "Penstock, the pod's address",
@@ -119,13 +119,20 @@ impl Way {
             Self::Packet => "Penstock, packet by packet",
             Self::Iptables => "kube-proxy, iptables",
             Self::Ipvs => "kube-proxy, ipvs",
-            Self::Nftables => "kube-proxy's rules, nftables",
+            Self::Nftables => nftables::name(kube_proxy),
+        }
+    }
+
+    /// Which of kube-proxy's modes this is, if it is one.
+    const fn mode(self) -> Option<ProxyMode> {
+        match self {
+            Self::Direct | Self::Pod | Self::Socket | Self::Packet => None,
+            Self::Iptables => Some(ProxyMode::Iptables),
+            Self::Ipvs => Some(ProxyMode::Ipvs),
+            Self::Nftables => Some(ProxyMode::Nftables),
         }
     }
 }
-
-/// The real kube-proxy in nftables mode, in tables.
-pub const NFTABLES: &str = "kube-proxy, nftables";
 
 impl Display for Way {
     fn fmt(&self, formatter: &mut Formatter) -> std::fmt::Result {
@@ -137,8 +144,11 @@ impl Display for Way {
 /// A contender's node.
 pub struct Lane {
     way: Way,
+    name: &'static str,
     node: Node,
     client: Host,
+    /// The node's end of its link.
+    client_interface: String,
     server: Pod,
     serving: Rc<Process>,
     agent: Option<Rc<Agent>>,
@@ -150,6 +160,7 @@ impl Lane {
     pub fn new(testbed: &mut Testbed, way: Way) -> Result<Self> {
         let node = testbed.node()?;
         let (client, server) = (testbed.pod(&node)?, testbed.pod(&node)?);
+        let client_interface = client.interface;
         let client = match way {
             Way::Packet => client.host.without_socket_hooks(),
             _ => client.host,
@@ -159,9 +170,11 @@ impl Lane {
         client.run("sysctl", &["-qw", "net.ipv4.tcp_timestamps=2"])?;
         Ok(Self {
             way,
+            name: way.name(None),
             serving: serve(&server.host)?,
             node,
             client,
+            client_interface,
             server,
             agent: None,
             kube_proxy: None,
@@ -175,13 +188,14 @@ impl Lane {
         kube_proxy: Option<&Program>,
         count: usize,
     ) -> Result<()> {
+        self.name = self.way.name(kube_proxy);
         let services = Services {
             count,
             kind: Kind::ClusterIp,
             family: Family::V4,
             server: &self.server.host,
         };
-        let mode = match self.way {
+        match self.way {
             Way::Direct => return Ok(()),
             Way::Pod | Way::Socket | Way::Packet => {
                 services.write(&self.node.manifests)?;
@@ -190,13 +204,12 @@ impl Lane {
                 self.agent = Some(Rc::new(agent));
                 return Ok(());
             }
-            Way::Nftables if !kube_proxy.is_some_and(|program| program.proxy.has_nftables()) => {
+            Way::Nftables if !nftables::is_own(kube_proxy) => {
                 return nftables::load(&services, &self.node, testbed.folder());
             }
-            Way::Iptables => ProxyMode::Iptables,
-            Way::Ipvs => ProxyMode::Ipvs,
-            Way::Nftables => ProxyMode::Nftables,
-        };
+            Way::Iptables | Way::Ipvs | Way::Nftables => {}
+        }
+        let mode = self.way.mode().context("this is no mode of kube-proxy's")?;
         let program = kube_proxy.context("there is no kube-proxy")?;
         let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;
         self.kube_proxy = Some(proxy);
@@ -206,7 +219,9 @@ impl Lane {
     /// What tells that traffic to services took this way.
     fn witnesses(&self) -> Vec<Witness> {
         let node = self.node.host.clone();
-        let arrives = Witness::interface(&node, &self.server.interface);
+        let arrives = Witness::interface(&node, &self.server.interface, Counts::Requests);
+        // A pod's node puts what is for the client into its interface.
+        let returns = Witness::interface(&node, &self.client_interface, Counts::Replies);
         let ours = |counters: &'static [&'static str], counts| {
             self.agent.as_ref().map(|agent| {
                 let agent = agent.clone();
@@ -216,21 +231,25 @@ impl Lane {
             })
         };
         const AT_SOCKETS: &[&str] = &["socket_connect", "socket_datagram"];
-        const IN_PACKETS: &[&str] = &["packet_request"];
-        let mut all = vec![arrives];
+        const REQUESTS: &[&str] = &["packet_request"];
+        const REPLIES: &[&str] = &["packet_reply"];
+        let mut all = vec![arrives, returns];
         match self.way {
             Way::Direct => {}
             Way::Pod => {
-                all.extend(ours(AT_SOCKETS, Counts::Nothing));
-                all.extend(ours(IN_PACKETS, Counts::Nothing));
+                all.extend(ours(AT_SOCKETS, Counts::Never));
+                all.extend(ours(REQUESTS, Counts::Never));
+                all.extend(ours(REPLIES, Counts::Never));
             }
             Way::Socket => {
                 all.extend(ours(AT_SOCKETS, Counts::Connections));
-                all.extend(ours(IN_PACKETS, Counts::Nothing));
+                all.extend(ours(REQUESTS, Counts::Never));
+                all.extend(ours(REPLIES, Counts::Never));
             }
             Way::Packet => {
-                all.extend(ours(AT_SOCKETS, Counts::Nothing));
-                all.extend(ours(IN_PACKETS, Counts::Packets));
+                all.extend(ours(AT_SOCKETS, Counts::Never));
+                all.extend(ours(REQUESTS, Counts::Requests));
+                all.extend(ours(REPLIES, Counts::Replies));
             }
             Way::Iptables => all.push(kube_proxy::witness(&node, Family::V4)),
             Way::Ipvs => all.extend(ipvs::witnesses(&node)),
@@ -240,14 +259,6 @@ impl Lane {
             Way::Nftables => all.push(nftables::witness(&node, Family::V4)),
         }
         all
-    }
-
-    /// Its name in tables.
-    fn name(&self) -> &'static str {
-        match self.way {
-            Way::Nftables if self.kube_proxy.is_some() => NFTABLES,
-            way => way.name(),
-        }
     }
 
     /// The client that asks a service.
@@ -266,31 +277,33 @@ impl Lane {
     }
 }
 
-/// The ways that can be had here; for each of the others a word about it.
-pub fn available(ways: &[Way], kube_proxy: Option<&Program>) -> Vec<Way> {
-    let mut ways = ways.to_vec();
-    ways.retain(|way| !matches!(way, Way::Iptables | Way::Ipvs) || kube_proxy.is_some());
-    if ways.contains(&Way::Ipvs)
-        && let Some(reason) = ipvs::missing()
-    {
-        println!("WARNING: kube-proxy's ipvs mode is left out: {reason}");
-        ways.retain(|way| *way != Way::Ipvs);
-    }
-    ways
+/// What measures so many services alone, by some ways.
+pub fn command(count: usize, ways: &[Way]) -> String {
+    let named = Effort::naming(ways, &Way::ALL);
+    format!("services --services {count}{named}")
 }
 
 /// Measures some ways with each number of services.
 pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort, keeper: &mut Keeper) -> Result<()> {
-    let kube_proxy = program::required();
-    let named = Effort::naming(ways, &Way::ALL);
-    let ways = available(ways, kube_proxy.as_ref());
+    let kube_proxy = program::introduced();
+    let mut wanted = ways.to_vec();
+    wanted.retain(|way| effort.names(way.name(kube_proxy.as_ref())));
+    let available = |way: &Way, keeper: &mut Keeper| {
+        let reason = way
+            .mode()
+            .and_then(|mode| program::missing(mode, kube_proxy.as_ref()));
+        keeper.has(way.name(kube_proxy.as_ref()), reason)
+    };
+    wanted.retain(|way| available(way, keeper));
     for count in counts {
-        let (admitted, others): (Vec<Way>, Vec<Way>) =
-            ways.iter().partition(|way| *count <= way.most());
-        for way in others {
-            println!("{}: left out with {count} services", way.name());
-        }
-        let effort = effort.of(format!("services --services {count}{named}"));
+        let mut admitted = wanted.clone();
+        admitted.retain(|way| {
+            let most = way.most();
+            let reason = (*count > most).then(|| format!("it is measured with {most} at most"));
+            let name = way.name(kube_proxy.as_ref());
+            keeper.has(&format!("{name}, with {count} services"), reason)
+        });
+        let effort = effort.of(command(*count, ways));
         with(*count, &admitted, kube_proxy.as_ref(), &effort, keeper)?;
         keeper.write()?;
     }
@@ -320,7 +333,7 @@ fn with(
     anyhow::ensure!(count > 0, "there has to be a service to be asked");
     let mut testbed = Testbed::new()?;
     let mut lanes = Vec::new();
-    for way in ways.iter().filter(|way| effort.names(way.name())) {
+    for way in ways {
         let mut lane = Lane::new(&mut testbed, *way)?;
         lane.program(&mut testbed, kube_proxy, count)?;
         lanes.push(lane);
@@ -339,7 +352,7 @@ fn with(
         for (trials, ip) in [(&TCP[..], places.tcp), (&UDP[..], places.udp)] {
             let contenders: Vec<Contender> = lanes
                 .iter()
-                .map(|lane| lane.contender(lane.name(), ip))
+                .map(|lane| lane.contender(lane.name, ip))
                 .collect();
             for contender in &contenders {
                 patiently("the service answers", || contender.answers())?;

@@ -10,12 +10,38 @@ use anyhow::{Context, Result};
 use penstock_testbed::{Host, Node};
 use serde_json::Value;
 
-use super::objects::{self, Kind, SERVICE_PORT, Services};
+use super::{
+    objects::{self, Kind, SERVICE_PORT, Services},
+    program::Program,
+};
 use crate::{
     contender::{Counts, PORT, Witness},
     family::Family,
     load::IPERF_PORT,
 };
+
+/// Whether these are a kube-proxy's own rules, which has such a mode, and not those that are written here.
+pub fn is_own(kube_proxy: Option<&Program>) -> bool {
+    kube_proxy.is_some_and(|program| program.proxy.has_nftables())
+}
+
+/// The name of whoever serves by such rules, in tables and everywhere.
+pub fn name(kube_proxy: Option<&Program>) -> &'static str {
+    if is_own(kube_proxy) {
+        "kube-proxy, nftables"
+    } else {
+        "kube-proxy's rules, nftables"
+    }
+}
+
+/// What loads rules.
+const NFT: &str = "/usr/sbin/nft";
+
+/// Why such rules can't be compared here, if they can't.
+pub fn missing() -> Option<String> {
+    let is_there = std::path::Path::new(NFT).exists();
+    (!is_there).then(|| format!("{NFT} is not there (package nftables)"))
+}
 
 /// Everything but services, for IPv4.
 const BASE: &str = "
@@ -223,7 +249,7 @@ mod tests {
 
     #[test]
     fn rules_of_both_families_serve_and_are_counted() -> Result<()> {
-        if require_kernel().is_none() || !std::path::Path::new("/usr/sbin/nft").exists() {
+        if require_kernel().is_none() || missing().is_some() {
             eprintln!("SKIPPED: this test needs root and /usr/sbin/nft (package nftables)");
             return Ok(());
         }

@@ -1,8 +1,10 @@
-//! The kube-proxy program that is compared: where it is.
+//! The kube-proxy program that is compared: where it is, and what of it can be compared here.
 
 use std::path::PathBuf;
 
-use penstock_testbed::{ProxyProgram, require_api_server};
+use penstock_testbed::{ProxyMode, ProxyProgram, require_api_server};
+
+use super::{ipvs, nftables};
 
 /// A kube-proxy, and an API server to tell it of services.
 #[derive(Clone, Debug)]
@@ -23,12 +25,21 @@ pub fn find() -> Option<PathBuf> {
         .find(|path| path.exists())
 }
 
-/// The program, or a word about its being left out.
-pub fn required() -> Option<Program> {
-    let found = require_api_server().zip(find()).and_then(|(assets, path)| {
+/// Why there is none to be compared, where there is none.
+const MISSING: &str = "there is no kube-proxy: it is to be in KUBEBUILDER_ASSETS or $PATH, and etcd, kube-apiserver \
+    and kubectl in KUBEBUILDER_ASSETS";
+
+/// The program, if it is there and all that it needs.
+pub fn found() -> Option<Program> {
+    require_api_server().zip(find()).and_then(|(assets, path)| {
         let proxy = ProxyProgram::at(path).ok()?;
         Some(Program { assets, proxy })
-    });
+    })
+}
+
+/// The same, with a word about which one it is.
+pub fn introduced() -> Option<Program> {
+    let found = found();
     if let Some(program) = &found {
         let nftables = if program.proxy.has_nftables() {
             "its own nftables mode"
@@ -37,11 +48,17 @@ pub fn required() -> Option<Program> {
         };
         let (version, path) = (&program.proxy.version, program.proxy.path.display());
         println!("kube-proxy: {version}, {path}, {nftables}");
-    } else {
-        println!(
-            "WARNING: kube-proxy is left out: it is to be in KUBEBUILDER_ASSETS or $PATH, and etcd, \
-             kube-apiserver and kubectl in KUBEBUILDER_ASSETS"
-        );
     }
     found
+}
+
+/// Why a mode of kube-proxy's can't be compared here, if it can't.
+pub fn missing(mode: ProxyMode, kube_proxy: Option<&Program>) -> Option<String> {
+    let without = || kube_proxy.is_none().then(|| MISSING.to_owned());
+    match mode {
+        ProxyMode::Iptables => without(),
+        ProxyMode::Ipvs => without().or_else(ipvs::missing),
+        // Its rules are written where there is no kube-proxy.
+        ProxyMode::Nftables => nftables::missing(),
+    }
 }
