@@ -29,7 +29,7 @@ pub const WAYS: [Way; 6] = [
     Way::Tc,
     Way::Xdp,
     // Nothing comes back here.
-    Way::OneWay,
+    Way::ThereOnly,
 ];
 
 /// Protocols, as they are called in titles and on the command line.

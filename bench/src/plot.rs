@@ -135,12 +135,13 @@ fn bars(area: &Area, outcome: &Outcome, metric: Metric, top: i32) -> Drawn {
 /// The trial whose median is shown by the number of services.
 pub const GROWING: &str = "TCP connect, request, close, one processor for both";
 /// The lines of a picture's ways, in their order.
-const LINES: [RGBColor; 7] = [
+const LINES: [RGBColor; 8] = [
     RGBColor(190, 190, 190),
     RGBColor(110, 110, 110),
     RGBColor(30, 80, 160),
     RGBColor(100, 160, 220),
     RGBColor(200, 80, 60),
+    RGBColor(150, 60, 50),
     RGBColor(140, 80, 160),
     RGBColor(225, 145, 60),
 ];

@@ -8,7 +8,7 @@ use crate::{
     claims,
     cni::Calls,
     figures::{self, Median},
-    plot,
+    outside, plot,
     results::Results,
     turns::{Metric, Outcome, Turns},
 };
@@ -286,7 +286,8 @@ fn slower(text: &mut String, results: &Results) {
             {
                 let ratio = ours.ratio(other, *metric);
                 if ratio.is_difference() && (ratio.value > 1.0) == metric.is_less_better() {
-                    let why = cause(CAUSES, &outcome.title, &outcome.what, &ours.contender);
+                    let who = beside(&ours.contender, &other.contender);
+                    let why = cause(CAUSES, &outcome.title, &outcome.what, &who);
                     rows.push(format!(
                         "| {}: {}, {} | {} | {} | {} | {} |",
                         outcome.title,
@@ -311,6 +312,15 @@ fn slower(text: &mut String, results: &Results) {
     for row in rows {
         text.push_str(&row);
         text.push('\n');
+    }
+}
+
+/// Whom causes are looked for of: a way of Penstock's, and whether it is compared with one that does half of it.
+fn beside(ours: &str, other: &str) -> String {
+    if other == outside::Way::ThereOnly.name(None) {
+        format!("{ours} beside one way")
+    } else {
+        ours.to_owned()
     }
 }
 
@@ -591,6 +601,30 @@ mod tests {
         assert_eq!(why("A node port of 1", "one", "Penstock, XDP"), None);
         // An empty cell is no cause for whatever there may be.
         assert_eq!(why("Pods", "TCP stream", "Penstock"), None);
+    }
+
+    #[test]
+    fn answers_that_the_other_leaves_out_are_the_cause_but_of_dsr() {
+        let title = "A node port of 1, the backend on another node";
+        let why = |what, ours, way: outside::Way| {
+            let who = beside(ours, way.name(None));
+            cause(CAUSES, title, what, &who)
+        };
+        for ours in [
+            "Penstock, TC",
+            "Penstock, TC, overlay",
+            "Penstock, TC, tunnel",
+        ] {
+            let why = why("8 x TCP stream", ours, outside::Way::ThereOnly);
+            assert!(why.is_some_and(|why| why.starts_with("answers")), "{ours}");
+        }
+        let [rr, stream] = [
+            "TCP request and response, one processor for both",
+            "TCP stream",
+        ];
+        let dsr = why(rr, "Penstock, TC, dsr", outside::Way::ThereOnly);
+        assert!(dsr.is_some_and(|why| why.starts_with("tunnels")));
+        assert_eq!(why(stream, "Penstock, TC", outside::Way::Direct), None);
     }
 
     #[test]

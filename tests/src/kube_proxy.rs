@@ -95,6 +95,11 @@ impl ProxyProgram {
         })
     }
 
+    /// The second number of its version, such as 20 of 1.20.2.
+    pub const fn minor(&self) -> u32 {
+        self.minor
+    }
+
     /// Whether it has a mode for nftables of its own.
     pub const fn has_nftables(&self) -> bool {
         self.minor >= WITH_NFTABLES

@@ -6,6 +6,10 @@
 
 /// Words of eight octets that the longest frame has.
 pub const WORDS: usize = 11;
+/// Of how many frames that came out one is kept and noted: a power of two.
+pub const NOTED: u64 = 256;
+/// How many of them are kept at most, the last ones: a power of two.
+pub const SAMPLES: u32 = 64;
 /// What every frame ends with, but for zeros. It looks like nothing else here.
 pub const MARK: [u8; 8] = *b"penstock";
 

@@ -17,13 +17,12 @@ mod programs {
         maps::{Array, PerCpuArray},
         programs::{TcContext, XdpContext},
     };
-    use penstock_bench_ebpf::{Expected, Layout, MARK, Plan, TCP, WORDS, Window, at, count};
+    use penstock_bench_ebpf::{
+        Expected, Layout, MARK, NOTED, Plan, SAMPLES, TCP, WORDS, Window, at, count,
+    };
 
     /// Words of an IPv4 frame.
     const WORDS_V4: usize = Layout::V4.length / 8;
-
-    /// Of how many forwarded frames one is noted and kept to be looked at: a power of two.
-    const NOTED: u64 = 256;
 
     #[map]
     static PLAN: Array<Plan> = Array::with_max_entries(1, 0);
@@ -33,7 +32,7 @@ mod programs {
     static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(count::ALL, 0);
     /// A frame that came out as it should, as it lies in memory.
     #[map]
-    static SAMPLE: Array<[u64; WORDS]> = Array::with_max_entries(1, 0);
+    static SAMPLE: Array<[u64; WORDS]> = Array::with_max_entries(SAMPLES, 0);
     #[map]
     static WINDOW: Array<Window> = Array::with_max_entries(1, 0);
 
@@ -169,8 +168,9 @@ mod programs {
             return XDP_DROP;
         }
         let before = one_more(count::FORWARDED);
+        let place = (before / NOTED) as u32 % SAMPLES;
         if before.is_multiple_of(NOTED)
-            && let (Some(sample), Some(window)) = (SAMPLE.get_ptr_mut(0), WINDOW.get_ptr_mut(0))
+            && let (Some(sample), Some(window)) = (SAMPLE.get_ptr_mut(place), WINDOW.get_ptr_mut(0))
         {
             // SAFETY: the frame is as long as that; elements are this program's, which runs on one
             // processor, until user space reads them after the last frame. The helper takes nothing.

@@ -15,7 +15,9 @@ use aya::{
     programs::{TestRunOptions, Xdp, xdp::XdpMode},
 };
 use clap::{Args, ValueEnum};
-use penstock_bench_ebpf::{Expected, Layout, MARK, Plan, TCP, UDP, WORDS, Window, at, count};
+use penstock_bench_ebpf::{
+    Expected, Layout, MARK, NOTED, Plan, SAMPLES, TCP, UDP, WORDS, Window, at, count,
+};
 
 use super::{Sent, Summary};
 
@@ -162,8 +164,10 @@ pub fn run(flood: &Flood) -> Result<Summary> {
         "{forwarded} of {sent} frames were forwarded"
     );
     let map = programs.map("SAMPLE").context("SAMPLE")?;
-    let sample: [u64; WORDS] = Array::try_from(map)?.get(&0, 0)?;
-    flood.intact(&octets(sample))?;
+    let samples: Array<_, [u64; WORDS]> = Array::try_from(map)?;
+    for place in 0..kept(after.forwarded) {
+        flood.intact(&octets(samples.get(&place, 0)?))?;
+    }
     let lost = sent.saturating_sub(forwarded);
     Ok(
         Summary::of_packets(measured.count, measured.seconds, lost).with(Sent {
@@ -171,6 +175,11 @@ pub fn run(flood: &Flood) -> Result<Summary> {
             ..Sent::default()
         }),
     )
+}
+
+/// How many of so many frames that came out are kept.
+fn kept(forwarded: u64) -> u32 {
+    forwarded.div_ceil(NOTED).min(SAMPLES.into()) as u32
 }
 
 /// Frames that came out within a time.
@@ -491,6 +500,12 @@ mod tests {
         };
         assert!(expected.is_met_by(&found("2001:2::3ff"), 4));
         assert!(!expected.is_met_by(&found("2001:2::1:3ff"), 4));
+    }
+
+    #[test]
+    fn as_many_frames_are_looked_at_as_are_kept() {
+        assert_eq!([0, 1, 256, 257].map(kept), [0, 1, 1, 2]);
+        assert_eq!(kept(10_000_000), SAMPLES);
     }
 
     #[test]

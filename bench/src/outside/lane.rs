@@ -34,7 +34,8 @@ pub enum Way {
     /// Not at all: the node routes to the pod, and what the pod answers comes back by the node.
     Direct,
     /// The same, but what the pod answers does not come by the node: its own node sends it to the client.
-    OneWay,
+    #[value(name = "one-way")]
+    ThereOnly,
     /// Penstock, at the TC hooks of the interface to the outside.
     Tc,
     /// Penstock, at XDP in the driver of that interface.
@@ -64,7 +65,7 @@ impl Way {
     /// All of them.
     pub const ALL: [Self; 13] = [
         Self::Direct,
-        Self::OneWay,
+        Self::ThereOnly,
         Self::Tc,
         Self::Xdp,
         Self::Overlay,
@@ -82,7 +83,7 @@ impl Way {
     pub fn name(self, kube_proxy: Option<&Program>) -> &'static str {
         match self {
             Self::Direct => "no service, routed to the pod and back",
-            Self::OneWay => "no service, routed to the pod one way",
+            Self::ThereOnly => "no service, routed to the pod one way",
             Self::Tc => "Penstock, TC",
             Self::Xdp => "Penstock, XDP",
             Self::Overlay => "Penstock, TC, overlay",
@@ -109,17 +110,17 @@ impl Way {
 
     /// Whether there is only something to it where the backend is on another node.
     pub fn is_to_another_node(self) -> bool {
-        self == Self::OneWay || self.through_overlay().is_some()
+        self == Self::ThereOnly || self.through_overlay().is_some()
     }
 
     /// Whether the pod itself is asked.
     pub const fn is_without_service(self) -> bool {
-        matches!(self, Self::Direct | Self::OneWay)
+        matches!(self, Self::Direct | Self::ThereOnly)
     }
 
     /// Whether the node that is asked sees nothing of answers of a backend on another one.
     pub const fn is_answered_directly(self) -> bool {
-        matches!(self, Self::OneWay | Self::Dsr | Self::XdpDsr)
+        matches!(self, Self::ThereOnly | Self::Dsr | Self::XdpDsr)
     }
 
     /// Whether clients are met at XDP.
@@ -137,7 +138,7 @@ impl Way {
             Self::Overlay | Self::XdpOverlay => Some(Forwarding::Snat),
             Self::Tunnel | Self::XdpTunnel => Some(Forwarding::Tunnel),
             Self::Dsr | Self::XdpDsr => Some(Forwarding::Dsr),
-            Self::Direct | Self::OneWay | Self::Tc | Self::Xdp => None,
+            Self::Direct | Self::ThereOnly | Self::Tc | Self::Xdp => None,
             Self::Iptables | Self::Ipvs | Self::Nftables => None,
         }
     }
@@ -237,7 +238,7 @@ impl Lane {
             server: &server,
         };
         match self.way {
-            Way::Direct | Way::OneWay => {}
+            Way::Direct | Way::ThereOnly => {}
             Way::Tc | Way::Xdp => {
                 services.write(&self.node.manifests)?;
                 let options = self.way.options();
@@ -299,7 +300,7 @@ impl Lane {
             Backend::Remote => vec![sends(UPLINK, Counts::BothWays)],
         };
         match (self.way, self.backend) {
-            (Way::Direct | Way::OneWay, _) => {}
+            (Way::Direct | Way::ThereOnly, _) => {}
             (Way::Iptables, _) => all.push(kube_proxy::witness(&node, self.family)),
             (Way::Ipvs, _) => all.extend(ipvs::witnesses(&node)),
             (Way::Nftables, _) if self.kube_proxy.is_some() => {

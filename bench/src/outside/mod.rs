@@ -78,7 +78,7 @@ pub fn measure(
         let (mut lanes, mut opposites) = (Vec::new(), Vec::new());
         let through = |way: &&Way| backend == Backend::Remote || !way.is_to_another_node();
         // What answers clients directly is only to be compared with what does, too.
-        let is_brief = |way: &&Way| !way.is_handing_over() && *way != &Way::OneWay;
+        let is_brief = |way: &&Way| !way.is_handing_over() && *way != &Way::ThereOnly;
         let chosen = |way: &&Way| !effort.is_brief || is_brief(way);
         for way in ways.iter().filter(through).filter(chosen) {
             let mut lane = Lane::new(&mut testbed, *way, backend, family)?;

@@ -97,13 +97,14 @@ impl KubeProxy {
         self.process.ask(save(self.family), &["-t", "nat"])
     }
 
+    /// Its rules in all tables.
+    pub fn all_rules(&mut self) -> Result<String> {
+        self.process.ask(save(self.family), &[])
+    }
+
     /// Which services come first and last in its rules, as they are.
     pub fn first_and_last(&mut self) -> Result<[Places; 2]> {
-        let rules = self.rules()?;
-        let ports = ports(&rules, Kind::ClusterIp);
-        first_and_last(&ports, |ip| ip.parse().ok())
-            .map(|ends| ends.map(|(tcp, udp)| Places { tcp, udp }))
-            .context("no service has rules")
+        places(&self.rules()?)
     }
 
     /// The numbers of the services whose node ports come first and last in its rules, as they are: of TCP and
@@ -115,6 +116,14 @@ impl KubeProxy {
         first_and_last(&ports, |port| objects::with_node_port(port.parse().ok()?))
             .context("no node port has rules")
     }
+}
+
+/// Which services come first and last in such rules.
+pub fn places(rules: &str) -> Result<[Places; 2]> {
+    let ports = ports(rules, Kind::ClusterIp);
+    first_and_last(&ports, |ip| ip.parse().ok())
+        .map(|ends| ends.map(|(tcp, udp)| Places { tcp, udp }))
+        .context("no service has rules")
 }
 
 /// What prints a family's rules.

@@ -5,6 +5,7 @@
 
 pub mod ipvs;
 pub mod kube_proxy;
+pub mod later;
 pub mod nftables;
 pub mod objects;
 pub mod program;
@@ -83,6 +84,9 @@ pub enum Way {
     Packet,
     /// kube-proxy in iptables mode.
     Iptables,
+    /// The rules of an older kube-proxy's iptables mode as later versions write them.
+    #[value(name = "iptables-1.22")]
+    Iptables122,
     /// kube-proxy in ipvs mode, where the kernel has IPVS.
     Ipvs,
     /// kube-proxy in nftables mode, where it has that; else the rules that it would write.
@@ -91,12 +95,13 @@ pub enum Way {
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Direct,
         Self::Pod,
         Self::Socket,
         Self::Packet,
         Self::Iptables,
+        Self::Iptables122,
         Self::Ipvs,
         Self::Nftables,
     ];
@@ -106,7 +111,7 @@ impl Way {
     const fn most(self) -> usize {
         match self {
             Self::Direct | Self::Pod | Self::Socket | Self::Packet => usize::MAX,
-            Self::Iptables | Self::Ipvs | Self::Nftables => 10_000,
+            Self::Iptables | Self::Iptables122 | Self::Ipvs | Self::Nftables => 10_000,
         }
     }
 
@@ -118,6 +123,7 @@ impl Way {
             Self::Socket => "Penstock, at the socket",
             Self::Packet => "Penstock, packet by packet",
             Self::Iptables => "kube-proxy, iptables",
+            Self::Iptables122 => "kube-proxy's rules, iptables of 1.22",
             Self::Ipvs => "kube-proxy, ipvs",
             Self::Nftables => nftables::name(kube_proxy),
         }
@@ -127,7 +133,7 @@ impl Way {
     const fn mode(self) -> Option<ProxyMode> {
         match self {
             Self::Direct | Self::Pod | Self::Socket | Self::Packet => None,
-            Self::Iptables => Some(ProxyMode::Iptables),
+            Self::Iptables | Self::Iptables122 => Some(ProxyMode::Iptables),
             Self::Ipvs => Some(ProxyMode::Ipvs),
             Self::Nftables => Some(ProxyMode::Nftables),
         }
@@ -153,6 +159,8 @@ pub struct Lane {
     serving: Rc<Process>,
     agent: Option<Rc<Agent>>,
     kube_proxy: Option<KubeProxy>,
+    /// Which services come first and last, where rules stay that nobody keeps.
+    places: Option<[Places; 2]>,
 }
 
 impl Lane {
@@ -178,6 +186,7 @@ impl Lane {
             server,
             agent: None,
             kube_proxy: None,
+            places: None,
         })
     }
 
@@ -207,13 +216,40 @@ impl Lane {
             Way::Nftables if !nftables::is_own(kube_proxy) => {
                 return nftables::load(&services, &self.node, testbed.folder());
             }
-            Way::Iptables | Way::Ipvs | Way::Nftables => {}
+            Way::Iptables | Way::Iptables122 | Way::Ipvs | Way::Nftables => {}
         }
         let mode = self.way.mode().context("this is no mode of kube-proxy's")?;
         let program = kube_proxy.context("there is no kube-proxy")?;
-        let proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;
+        let mut proxy = KubeProxy::start(testbed, program, &self.node, &services, mode)?;
+        if self.way == Way::Iptables122 {
+            let rules = proxy.all_rules()?;
+            // It would write its own anew.
+            drop(proxy);
+            return self.take_over(testbed, kube_proxy, &rules);
+        }
         self.kube_proxy = Some(proxy);
         Ok(())
+    }
+
+    /// Loads what a kube-proxy has written for this node, as later versions would write it.
+    fn take_over(
+        &mut self,
+        testbed: &Testbed,
+        kube_proxy: Option<&Program>,
+        rules: &str,
+    ) -> Result<()> {
+        self.name = self.way.name(kube_proxy);
+        let rules = later::rewritten(rules)?;
+        self.places = Some(kube_proxy::places(&rules)?);
+        later::load(&rules, &self.node, testbed.folder())
+    }
+
+    /// What its kube-proxy has written, for the endpoint of another node; nothing, if it has none in iptables mode.
+    fn rules_for(&mut self, server: IpAddr) -> Option<Result<String>> {
+        let is_written = self.way == Way::Iptables;
+        let proxy = self.kube_proxy.as_mut().filter(|_| is_written)?;
+        let rules = proxy.all_rules();
+        Some(rules.map(|rules| later::redirected(&rules, self.server.host.ip4, server)))
     }
 
     /// What tells that traffic to services took this way.
@@ -251,7 +287,9 @@ impl Lane {
                 all.extend(ours(REQUESTS, Counts::Requests));
                 all.extend(ours(REPLIES, Counts::Replies));
             }
-            Way::Iptables => all.push(kube_proxy::witness(&node, Family::V4)),
+            Way::Iptables | Way::Iptables122 => {
+                all.push(kube_proxy::witness(&node, Family::V4));
+            }
             Way::Ipvs => all.extend(ipvs::witnesses(&node)),
             Way::Nftables if self.kube_proxy.is_some() => {
                 all.push(nftables::watched(&node, Family::V4));
@@ -289,9 +327,10 @@ pub fn measure(counts: &[usize], ways: &[Way], effort: &Effort, keeper: &mut Kee
     let mut wanted = ways.to_vec();
     wanted.retain(|way| effort.names(way.name(kube_proxy.as_ref())));
     let available = |way: &Way, keeper: &mut Keeper| {
-        let reason = way
-            .mode()
-            .and_then(|mode| program::missing(mode, kube_proxy.as_ref()));
+        let missing = |mode| program::missing(mode, kube_proxy.as_ref());
+        let is_such = *way == Way::Iptables122;
+        let such = || later::missing(kube_proxy.as_ref()).filter(|_| is_such);
+        let reason = way.mode().and_then(missing).or_else(such);
         keeper.has(way.name(kube_proxy.as_ref()), reason)
     };
     wanted.retain(|way| available(way, keeper));
@@ -317,10 +356,11 @@ fn order(lanes: &mut [Lane], count: usize) -> Result<[Places; 2]> {
         .iter_mut()
         .filter(|lane| lane.way == Way::Iptables)
         .filter_map(|lane| lane.kube_proxy.as_mut());
-    match proxies.next() {
-        Some(proxy) => proxy.first_and_last(),
-        None => objects::ends(count),
+    if let Some(proxy) = proxies.next() {
+        return proxy.first_and_last();
     }
+    let places = lanes.iter().find_map(|lane| lane.places);
+    places.map_or_else(|| objects::ends(count), Ok)
 }
 
 fn with(
@@ -335,7 +375,16 @@ fn with(
     let mut lanes = Vec::new();
     for way in ways {
         let mut lane = Lane::new(&mut testbed, *way)?;
-        lane.program(&mut testbed, kube_proxy, count)?;
+        let server = lane.server.host.ip4;
+        // What a kube-proxy here has written already need not be written once more.
+        let written = lanes
+            .iter_mut()
+            .filter(|_| *way == Way::Iptables122)
+            .find_map(|lane: &mut Lane| lane.rules_for(server));
+        match written {
+            Some(rules) => lane.take_over(&testbed, kube_proxy, &rules?)?,
+            None => lane.program(&mut testbed, kube_proxy, count)?,
+        }
         lanes.push(lane);
     }
     for (index, which) in ["first", "last"].into_iter().enumerate() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use penstock_testbed::{ProxyMode, ProxyProgram, require_api_server};
+use penstock_testbed::{ProxyMode, ProxyProgram};
 
 use super::{ipvs, nftables};
 
@@ -26,15 +26,18 @@ pub fn find() -> Option<PathBuf> {
 }
 
 /// Why there is none to be compared, where there is none.
-const MISSING: &str = "there is no kube-proxy: it is to be in KUBEBUILDER_ASSETS or $PATH, and etcd, kube-apiserver \
+const MISSING: &str = "there is no kube-proxy that says its version: it is to be in KUBEBUILDER_ASSETS or $PATH, and etcd, kube-apiserver \
     and kubectl in KUBEBUILDER_ASSETS";
 
 /// The program, if it is there and all that it needs.
 pub fn found() -> Option<Program> {
-    require_api_server().zip(find()).and_then(|(assets, path)| {
-        let proxy = ProxyProgram::at(path).ok()?;
-        Some(Program { assets, proxy })
-    })
+    let assets = PathBuf::from(std::env::var_os("KUBEBUILDER_ASSETS")?);
+    let is_there = |program| assets.join(program).exists();
+    let proxy = ProxyProgram::at(find()?).ok()?;
+    let has_all = ["etcd", "kube-apiserver", "kubectl"]
+        .into_iter()
+        .all(is_there);
+    has_all.then_some(Program { assets, proxy })
 }
 
 /// The same, with a word about which one it is.
