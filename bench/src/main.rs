@@ -77,8 +77,8 @@ struct TurnArgs {
 /// What a run without a comparison's name does not measure.
 const LEFT_OUT: &str = "numbers of services but 1 and 1,000, and of the latter the first in kube-proxy's order; trials \
     that need whole seconds (wrk, iperf3) or two processors, but for eight streams; node ports of more than one \
-    service, those that are forwarded by `tunnel` and `dsr`, and over IPv6 all but packets; plugins with IPv4 alone, \
-    and with their state in memory";
+    service, those that are forwarded by `tunnel` and `dsr` and the pod one way, and over IPv6 all but packets; plugins \
+    with IPv4 alone, and with their state in memory";
 
 impl TurnArgs {
     /// A comparison that is named gets more than each of all.

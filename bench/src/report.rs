@@ -169,8 +169,8 @@ fn per_packet(results: &Results, programs: &Value) -> String {
     if let Some(step) = programs.get("clock_step_nanos").and_then(Value::as_f64) {
         let _ = writeln!(
             text,
-            "* The smallest difference between two of these times is {step:.0} ns: the clock is no finer, though \
-             medians of many rounds may lie between.",
+            "* Times of single packets differ by {step:.0} ns from the next longer ones, most often: the clock's step, \
+             if it is more than 3 ns. A median of all rounds may lie between two.",
         );
     }
     for many in programs

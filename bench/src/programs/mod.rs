@@ -8,6 +8,7 @@
 mod crowd;
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     thread,
@@ -113,7 +114,7 @@ struct Measured {
     lines: Vec<Line>,
     /// How many flows many are.
     crowds: Vec<Value>,
-    /// The smallest difference between two times, in nanoseconds.
+    /// By how much times differ most often from the next longer ones, in nanoseconds.
     step: Option<u64>,
 }
 
@@ -226,10 +227,10 @@ fn rounds(
         },
     ];
     let mut lines: Vec<Line> = Vec::new();
-    let mut step = None;
+    let mut steps = BTreeMap::new();
     let mut note = |is_v4: bool, turn: Turn| {
         for (program, kind, times) in turn {
-            step = finer(step, smallest_step(&times));
+            count_steps(&times, &mut steps);
             let nanos = figures::percentile(&times, 50) as f64;
             let known = lines
                 .iter_mut()
@@ -275,22 +276,38 @@ fn rounds(
     Ok(Measured {
         lines,
         crowds: counts.collect(),
-        step,
+        step: usual_step(&steps),
     })
 }
 
-/// The smallest difference between two times that are not the same: the clock can't tell less apart.
-fn smallest_step(times: &[u64]) -> Option<u64> {
+/// Counts by how much times differ from the next longer ones. What is within this many nanoseconds of another is the
+/// same time: a clock's ticks are rounded to whole ones as it is read before and after.
+const ROUNDING: u64 = 2;
+
+fn count_steps(times: &[u64], steps: &mut BTreeMap<u64, usize>) {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();
-    sorted.dedup();
-    let pairs = sorted.iter().zip(sorted.iter().skip(1));
-    pairs.map(|(one, next)| next - one).min()
+    let mut last: Option<u64> = None;
+    for time in sorted {
+        match last {
+            Some(before) if time <= before + ROUNDING => {}
+            before => {
+                let step = before.map(|before| time - before);
+                step.into_iter()
+                    .for_each(|step| *steps.entry(step).or_default() += 1);
+                last = Some(time);
+            }
+        }
+    }
 }
 
-/// The smaller of two that are there.
-fn finer(one: Option<u64>, other: Option<u64>) -> Option<u64> {
-    one.into_iter().chain(other).min()
+/// The difference that is there most often: the clock's step, if that is more than rounding.
+fn usual_step(steps: &BTreeMap<u64, usize>) -> Option<u64> {
+    let most = steps.values().max()?;
+    steps
+        .iter()
+        .find(|(_, count)| *count == most)
+        .map(|(step, _)| *step)
 }
 
 const fn family(is_v4: bool) -> &'static str {
@@ -612,10 +629,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clock_is_as_fine_as_its_smallest_step() {
-        assert_eq!(smallest_step(&[120, 80, 80, 160, 120]), Some(40));
-        assert_eq!(smallest_step(&[80, 80]), None);
-        assert_eq!(finer(None, Some(40)), Some(40));
-        assert_eq!(finer(Some(10), Some(40)), Some(10));
+    fn a_clocks_step_is_seen_through_its_rounding() {
+        let step = |times: &[u64]| {
+            let mut steps = BTreeMap::new();
+            count_steps(times, &mut steps);
+            usual_step(&steps)
+        };
+        // Ticks of ten nanoseconds, read with one more or less.
+        assert_eq!(
+            step(&[141, 120, 119, 130, 121, 129, 160, 140, 150]),
+            Some(10)
+        );
+        let fine: Vec<u64> = (100..180).collect();
+        assert_eq!(step(&fine), Some(ROUNDING + 1));
+        assert_eq!(step(&[80, 80, 81]), None);
     }
 }
