@@ -190,3 +190,163 @@ impl Topology {
 fn has(names: &[Arc<str>], wanted: Option<&str>) -> bool {
     wanted.is_some_and(|wanted| names.iter().any(|name| &**name == wanted))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU16;
+
+    use super::*;
+    use crate::model::object::{EndpointPort, ObjectName};
+
+    /// An endpoint in words: "ready", "unready", "serving" or "ended" (both terminating), the node that it is
+    /// on ("@here"), and its hints ("node=here", "zone=z1").
+    fn endpoint(number: u8, words: &str) -> Endpoint {
+        let of = |what: &str| -> Box<[Arc<str>]> {
+            let found = words.split(' ').filter_map(|word| word.strip_prefix(what));
+            found.map(Arc::from).collect()
+        };
+        let is = |what: &str| words.split(' ').any(|word| word == what);
+        Endpoint {
+            address: [10, 0, 0, number].into(),
+            ready: is("ready"),
+            serving: is("ready") || is("serving"),
+            terminating: is("serving") || is("ended"),
+            weight: 1,
+            node: of("@").first().cloned(),
+            for_zones: of("zone="),
+            for_nodes: of("node="),
+        }
+    }
+
+    /// Which of them clients of the Cluster and of the Local policy get on the node "here" in this zone, by
+    /// their places.
+    fn chosen_in(zone: Option<&str>, endpoints: &[&str]) -> [Vec<usize>; 2] {
+        let numbers = 0..;
+        let slice = EndpointSlice {
+            name: ObjectName::new("default", "web-1"),
+            service: ObjectName::new("default", "web"),
+            family: Family::V4,
+            ports: vec![EndpointPort {
+                name: "http".into(),
+                protocol: Protocol::Tcp,
+                port: NonZeroU16::MIN,
+            }],
+            endpoints: numbers
+                .zip(endpoints)
+                .map(|(number, words)| endpoint(number, words))
+                .collect(),
+            triggered: None,
+        };
+        let place = Place { name: "here", zone };
+        let port = ("http", Protocol::Tcp);
+        let choice = choose(std::iter::once(&slice), Family::V4, port, place);
+        let places = |is_in: fn(&PortBackend) -> bool| {
+            let backends = choice.backends.iter().filter(|backend| is_in(backend));
+            let last = backends.map(|backend| match backend.address {
+                IpAddr::V4(ip) => ip.octets()[3],
+                IpAddr::V6(_) => unreachable!("the slice is of IPv4"),
+            });
+            last.map(usize::from).collect()
+        };
+        [
+            places(|backend| backend.in_cluster),
+            places(|backend| backend.in_local),
+        ]
+    }
+
+    fn in_cluster(endpoints: &[&str]) -> Vec<usize> {
+        let [in_cluster, _] = chosen_in(Some("z1"), endpoints);
+        in_cluster
+    }
+
+    #[test]
+    fn hints_narrow_ready_endpoints_if_all_of_them_have_one() {
+        assert_eq!(in_cluster(&["ready node=here", "ready node=there"]), [0]);
+        assert_eq!(in_cluster(&["ready zone=z1", "ready zone=z2"]), [0]);
+        assert_eq!(
+            in_cluster(&["ready node=there node=here", "ready zone=z2 node=here"]),
+            [0, 1]
+        );
+        for hint in ["node=here", "zone=z1"] {
+            let hinted = format!("ready {hint}");
+            assert_eq!(in_cluster(&[&hinted, "ready"]), [0, 1], "{hint}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_ready_has_no_say_in_hints() {
+        for hint in ["node", "zone"] {
+            let [own, other] = match hint {
+                "node" => ["node=here", "node=there"],
+                _ => ["zone=z1", "zone=z2"],
+            };
+            let [own_ready, other_ready] = [own, other].map(|hint| format!("ready {hint}"));
+            for state in ["unready", "serving", "ended"] {
+                // Without a hint it does not switch the others' off,
+                let without = [&*own_ready, &other_ready, state];
+                assert_eq!(in_cluster(&without), [0], "{hint}, {state}");
+                // and with one for this place it does not switch them on, which would leave nobody.
+                let hinted = format!("{state} {own}");
+                let with = [&*other_ready, &hinted];
+                assert_eq!(in_cluster(&with), [0], "{hint}, {state}");
+            }
+        }
+    }
+
+    #[test]
+    fn hints_for_other_places_alone_are_none() {
+        let nodes = ["ready node=there", "ready node=elsewhere"];
+        assert_eq!(in_cluster(&nodes), [0, 1]);
+        let zones = ["ready zone=z2", "ready zone=z3"];
+        assert_eq!(in_cluster(&zones), [0, 1]);
+        // A node without a zone is in none.
+        let zones = ["ready zone=z1", "ready zone=z2"];
+        assert_eq!(chosen_in(None, &zones)[0], [0, 1]);
+    }
+
+    #[test]
+    fn where_hints_for_nodes_say_nothing_those_for_zones_do() {
+        // One has none.
+        let missing = ["ready node=here zone=z1", "ready zone=z1", "ready zone=z2"];
+        assert_eq!(in_cluster(&missing), [0, 1]);
+        // None is for this node.
+        let others = [
+            "ready node=there zone=z1",
+            "ready node=there zone=z2",
+            "ready node=elsewhere zone=z1",
+        ];
+        assert_eq!(in_cluster(&others), [0, 2]);
+        // Where both do, the node's come first.
+        let both = ["ready node=here zone=z2", "ready node=there zone=z1"];
+        assert_eq!(in_cluster(&both), [0]);
+    }
+
+    #[test]
+    fn hints_do_not_narrow_endpoints_that_terminate() {
+        for hints in [["node=here", "node=there"], ["zone=z1", "zone=z2"]] {
+            let [own, other] = hints.map(|hint| format!("serving {hint}"));
+            assert_eq!(in_cluster(&[&own, &other, "unready", "ended"]), [0, 1]);
+        }
+    }
+
+    #[test]
+    fn hints_do_not_narrow_the_local_scope() {
+        let endpoints = [
+            "ready @here node=there zone=z2",
+            "ready @there node=here zone=z1",
+            "ready @here node=here zone=z1",
+        ];
+        assert_eq!(
+            chosen_in(Some("z1"), &endpoints),
+            [vec![1, 2], vec![0, 2]],
+            "ready"
+        );
+        let endpoints = endpoints.map(|words| words.replace("ready", "serving"));
+        let endpoints = [0, 1, 2].map(|index: usize| &*endpoints[index]);
+        assert_eq!(
+            chosen_in(Some("z1"), &endpoints),
+            [vec![0, 1, 2], vec![0, 2]],
+            "terminating"
+        );
+    }
+}
