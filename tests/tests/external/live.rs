@@ -4,64 +4,33 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
 use penstock_common::Algorithm;
-use penstock_testbed::{Host, PROTOCOLS, Process, eventually, require_kernel};
-use serde_json::Value;
+use penstock_testbed::{PROTOCOLS, eventually, require_kernel};
 
-use crate::stage::{Pods, Stage};
+use crate::{
+    crowd::{Crowd, ask},
+    stage::{Pods, Stage},
+};
 
 /// Connections of one client by one protocol.
 const CROWD: usize = 1_120;
 
-/// Connections of one client, held by a process.
-struct Crowd {
-    name: String,
-    process: Process,
-}
-
-impl Crowd {
-    fn new(name: &str, host: &Host, protocol: &str, to: &[SocketAddr]) -> Result<Self> {
-        let count = CROWD.to_string();
-        let to: Vec<String> = to.iter().map(ToString::to_string).collect();
-        let mut arguments = vec!["crowd", protocol, "--count", &count];
-        // A server may be slow to accept that many.
-        arguments.extend(["--timeout-ms", "10000"]);
-        arguments.extend(to.iter().map(String::as_str));
-        let mut crowd = Self {
-            name: format!("{name} by {protocol}"),
-            process: host.traffic(&arguments)?,
-        };
-        crowd.was_answered().context("at the beginning")?;
-        Ok(crowd)
-    }
-
-    /// Each connection was answered, by who answered it first, who saw the same client.
-    fn was_answered(&mut self) -> Result<()> {
-        let line = self.process.line().with_context(|| self.name.clone())?;
-        let said: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-        ensure!(said["answered"] == CROWD, "{}: {line}", self.name);
-        Ok(())
-    }
-}
-
-/// Asks over every connection.
-fn ask(crowds: &mut [Crowd], when: &str) -> Result<()> {
-    for crowd in crowds.iter() {
-        crowd.process.signal(Signal::SIGUSR1)?;
-    }
-    for crowd in crowds {
-        crowd.was_answered().with_context(|| when.to_owned())?;
-    }
-    Ok(())
+#[test]
+fn ten_thousand_connections_outlive_the_agent_and_an_algorithm() -> Result<()> {
+    outlive("off")
 }
 
 #[test]
-fn ten_thousand_connections_outlive_the_agent_and_an_algorithm() -> Result<()> {
+fn ten_thousand_connections_outlive_the_agent_and_an_algorithm_past_xdp() -> Result<()> {
+    outlive("generic")
+}
+
+fn outlive(xdp: &str) -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
-    let mut stage = Stage::new(Pods::Wired)?;
+    let mut stage = Stage::with(Pods::Wired, &["--xdp", xdp])?;
+    stage.client.without_checksum_offload("eth0")?;
     let pods = stage.servers.clone();
     let pods = [&pods[0], &pods[1]];
     stage.web(&pods, |web| web)?;
@@ -74,9 +43,17 @@ fn ten_thousand_connections_outlive_the_agent_and_an_algorithm() -> Result<()> {
         let by_packet = stage.guests[1].host.without_socket_hooks();
         // The first two are the node's own.
         let outside = &stage.addresses(protocol)[..2];
-        crowds.push(Crowd::new("sockets", by_socket, protocol, &cluster)?);
-        crowds.push(Crowd::new("packets", &by_packet, protocol, &cluster)?);
-        crowds.push(Crowd::new("outside", &stage.client, protocol, outside)?);
+        crowds.push(Crowd::new("sockets", by_socket, protocol, &cluster, CROWD)?);
+        crowds.push(Crowd::new(
+            "packets", &by_packet, protocol, &cluster, CROWD,
+        )?);
+        crowds.push(Crowd::new(
+            "outside",
+            &stage.client,
+            protocol,
+            outside,
+            CROWD,
+        )?);
     }
     ensure!(CROWD * crowds.len() >= 10_000);
     let agent = &mut stage.agents[0];
@@ -84,6 +61,9 @@ fn ten_thousand_connections_outlive_the_agent_and_an_algorithm() -> Result<()> {
         let count = agent.count(counter)?;
         ensure!(count >= CROWD as u64, "{count} of {counter}");
     }
+
+    let by_xdp = agent.count("external_xdp")?;
+    assert_eq!(by_xdp > CROWD as u64, xdp != "off", "{by_xdp}");
 
     agent.kill();
     ask(&mut crowds, "without an agent")?;

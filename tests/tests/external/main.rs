@@ -10,6 +10,7 @@
 )]
 
 mod affinity;
+mod crowd;
 mod flood;
 mod forwarding;
 mod health;
@@ -17,6 +18,7 @@ mod inside;
 mod joined;
 mod last_hop;
 mod live;
+mod moves;
 mod narrow;
 mod outside;
 mod parts;

@@ -29,14 +29,15 @@ pub enum Pods {
 pub struct Stage {
     // Dropped from top to bottom.
     pub agents: Vec<Agent>,
-    _processes: Vec<Process>,
+    processes: Vec<Process>,
     pub client: Host,
     /// A pod of each node.
     pub servers: [Pod; 2],
     /// Pods of the first node that serve nothing.
     pub guests: [Pod; 2],
     pub nodes: [Node; 2],
-    _testbed: Testbed,
+    pods: Pods,
+    testbed: Testbed,
 }
 
 impl Stage {
@@ -86,25 +87,53 @@ impl Stage {
         }
         Ok(Self {
             agents,
-            _processes: processes,
+            processes,
             client,
             servers,
             guests,
             nodes,
-            _testbed: testbed,
+            pods,
+            testbed,
         })
+    }
+
+    /// One more pod of the node with that index, which serves as the others do.
+    pub fn server(&mut self, node: usize) -> Result<Pod> {
+        let node = &self.nodes[node];
+        let pod = match self.pods {
+            Pods::Routed => self.testbed.pod(node)?,
+            Pods::Wired => self.testbed.network_pod(node)?,
+        };
+        self.processes.push(pod.host.serve(8080)?);
+        Ok(pod)
     }
 
     /// Makes the service "web" with node ports 30080 (TCP) and 30081 (UDP), served by these pods, and
     /// waits until the first node serves it.
     pub fn web(&self, pods: &[&Pod], change: impl FnOnce(Service) -> Service) -> Result<()> {
+        self.web_of(pods, change, |_, _| ())
+    }
+
+    /// The same with endpoints, by their places among the pods, that are otherwise.
+    pub fn web_of(
+        &self,
+        pods: &[&Pod],
+        change: impl FnOnce(Service) -> Service,
+        endpoint: impl Fn(usize, &mut Value),
+    ) -> Result<()> {
         let service = Service::new("web", 10)
             .port("tcp", 80, "TCP")
             .port("udp", 80, "UDP")
             .balanced(30_080, &BALANCER)
             .set("externalIPs", Vec::from(EXTERNAL));
         let mut items = vec![change(service).json()];
-        items.extend(Slice::both("web", 8080, pods));
+        for mut slice in Slice::both("web", 8080, pods) {
+            let endpoints = slice["endpoints"].as_array_mut().context("endpoints")?;
+            for (place, object) in endpoints.iter_mut().enumerate() {
+                endpoint(place, object);
+            }
+            items.push(slice);
+        }
         self.nodes[0].manifest("web.json", &list(&items))?;
         let wanted: BTreeSet<String> = ips(pods);
         eventually("the service is served as it is now", || {
@@ -156,7 +185,12 @@ pub struct Answer {
 
 /// Asks once. The client has to see the address that it dialled.
 pub fn ask(from: &Host, protocol: &str, to: SocketAddr) -> Result<Answer> {
-    let answer = from.ask(protocol, &to.to_string(), &[])?;
+    ask_by(from, 0, protocol, to)
+}
+
+/// The same from a port of the client's, which may be the last question's, unless it is 0.
+pub fn ask_by(from: &Host, port: u16, protocol: &str, to: SocketAddr) -> Result<Answer> {
+    let answer = from.ask(protocol, &to.to_string(), &["--port", &port.to_string()])?;
     ensure!(
         text(&answer, "peer") == to.to_string(),
         "{protocol} {to} from {}: {answer}",
@@ -167,6 +201,17 @@ pub fn ask(from: &Host, protocol: &str, to: SocketAddr) -> Result<Answer> {
         server: text(&answer, "server").to_owned(),
         source: source.ip(),
     })
+}
+
+/// The source that a backend of the second node sees where this node speaks for clients.
+pub fn stand_in(stage: &Stage, has_overlay: bool, to: SocketAddr) -> IpAddr {
+    let node = &stage.nodes[0];
+    match has_overlay {
+        false => same_family(&node.host, to.ip()),
+        // The node's own address in the overlay.
+        true if to.is_ipv4() => "10.244.1.1".parse().expect("an address"),
+        true => "fd00:244:1::1".parse().expect("an address"),
+    }
 }
 
 /// Asks until as many different answers came as are expected; there is no other.

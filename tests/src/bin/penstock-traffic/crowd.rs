@@ -24,7 +24,10 @@ const TOLD: usize = 5;
 
 enum Line {
     Tcp(TcpStream),
+    /// A connected socket.
     Udp(UdpSocket),
+    /// One that is not, and whom it asks.
+    Datagrams(UdpSocket, SocketAddr),
 }
 
 impl Line {
@@ -36,6 +39,9 @@ impl Line {
             return Ok(Self::Tcp(stream));
         }
         let socket = udp(to, 0, patience)?;
+        if protocol == "udp" {
+            return Ok(Self::Datagrams(socket, to));
+        }
         socket.connect(to)?;
         Ok(Self::Udp(socket))
     }
@@ -44,6 +50,7 @@ impl Line {
         match self {
             Self::Tcp(stream) => stream.write_all(b"?"),
             Self::Udp(socket) => socket.send(b"?").map(drop),
+            Self::Datagrams(socket, to) => socket.send_to(b"?", *to).map(drop),
         }
     }
 
@@ -54,6 +61,13 @@ impl Line {
             let length = match self {
                 Self::Tcp(stream) => stream.read(&mut buffer)?,
                 Self::Udp(socket) => socket.recv(&mut buffer)?,
+                Self::Datagrams(socket, to) => {
+                    let (length, from) = socket.recv_from(&mut buffer)?;
+                    if from != *to {
+                        return Err(std::io::Error::other(format!("{from} answered")));
+                    }
+                    length
+                }
             };
             text.extend_from_slice(buffer.get(..length).unwrap_or_default());
             match self {

@@ -79,7 +79,7 @@ enum Command {
     /// Holds many connections and asks over each at once and whenever SIGUSR1 comes; a line each
     /// time with how many were answered as they were first.
     Crowd {
-        /// tcp or udp (connected).
+        /// tcp, udp (unconnected) or udp-connected.
         protocol: String,
         to: Vec<SocketAddr>,
         #[arg(long, default_value_t = 100)]
