@@ -11,7 +11,7 @@ use penstock_testbed::{
 };
 use serde_json::Value;
 
-use crate::stage::{Answer, BALANCER, Pods, Stage, ask, refusal, same_family};
+use crate::stage::{Answer, BALANCER, Pods, Stage, ask, nothing_is_tracked, refusal, same_family};
 
 const ANNOTATION: &str = "penstock.io/forwarding";
 /// Ways that keep the client's address.
@@ -119,6 +119,9 @@ fn sees_the_client(options: &[&str]) -> Result<()> {
     };
     let stage = Stage::with(Pods::Wired, options)?;
     stage.client.without_checksum_offload("eth0")?;
+    for node in &stage.nodes {
+        node.host.track_everything()?;
+    }
     let there = &stage.servers[1];
     for way in WAYS {
         reached_by(&stage, way)?;
@@ -139,6 +142,9 @@ fn sees_the_client(options: &[&str]) -> Result<()> {
             }
         }
     }
+    for node in &stage.nodes {
+        nothing_is_tracked(&node.host, &stage.client, None)?;
+    }
     // Who is a node may be the backend's own: it is answered as ever.
     let far = &stage.nodes[1].host;
     for to in &stage.addresses("tcp")[..2] {
@@ -155,6 +161,52 @@ fn sees_the_client(options: &[&str]) -> Result<()> {
         said.output
     );
     Ok(())
+}
+
+/// Such a pod's answers take the host's stack, where somebody else's queueing discipline has to see them.
+#[test]
+fn a_backend_whose_packets_are_held_sees_the_client() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::with(Pods::Wired, &["--cni-chained"])?;
+    let (far, there) = (&stage.nodes[1].host, &stage.servers[1]);
+    let queue = ["qdisc", "add", "dev", &there.interface, "ingress"];
+    far.run("tc", &queue)?;
+    let setting = format!("/proc/sys/net/ipv4/conf/{}/accept_local", there.interface);
+    eventually("the kernel takes what the pod sends", || {
+        let value = far.run("cat", &[&setting])?;
+        ensure!(value.trim() == "1", "{value}");
+        Ok(())
+    })?;
+    far.track_everything()?;
+    for way in WAYS {
+        reached_by(&stage, way)?;
+        for protocol in PROTOCOLS {
+            for to in stage.addresses(protocol) {
+                let before = Counts::of(&stage)?;
+                let expected = Answer {
+                    server: there.host.name.clone(),
+                    source: same_family(&stage.client, to.ip()),
+                };
+                for _ in 0..3 {
+                    let what = || format!("{way:?} {protocol} {to}");
+                    let answer = ask(&stage.client, protocol, to).with_context(what)?;
+                    assert_eq!(answer, expected, "{}", what());
+                }
+                let what = || format!("{way:?} {protocol} {to}");
+                before.show(&stage, way).with_context(what)?;
+            }
+        }
+    }
+    // The stack has seen them.
+    let entries = far.tracked()?;
+    let pod = format!("src={} ", there.host.ip4);
+    ensure!(
+        entries.iter().any(|entry| entry.contains(&pod)),
+        "{entries:#?}"
+    );
+    all_went_well(&stage)
 }
 
 #[test]

@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
-use anyhow::{Result, ensure};
-use penstock_testbed::{Host, PROTOCOLS, eventually, require_kernel, text};
+use anyhow::{Context, Result, ensure};
+use penstock_testbed::{PROTOCOLS, Service, eventually, require_kernel, text};
 use serde_json::json;
 
 use crate::stage::{
-    Answer, BALANCER, Pods, Stage, all_answers, ask, failure, refusal, same_family,
+    Answer, BALANCER, Pods, Stage, all_answers, ask, failure, nothing_is_tracked, refusal,
+    same_family, stand_in,
 };
 
 #[test]
@@ -28,17 +29,6 @@ fn clients_outside_reach_pods_whose_addresses_the_network_carries() -> Result<()
 #[test]
 fn clients_outside_reach_pods_behind_the_overlay_by_xdp() -> Result<()> {
     clients_outside_reach(Pods::Wired, &["--xdp", "generic"])
-}
-
-/// The source that a backend of the second node sees.
-fn stand_in(stage: &Stage, has_overlay: bool, to: SocketAddr) -> std::net::IpAddr {
-    let node = &stage.nodes[0];
-    match has_overlay {
-        false => same_family(&node.host, to.ip()),
-        // The node's own address in the overlay.
-        true if to.is_ipv4() => "10.244.1.1".parse().expect("an address"),
-        true => "fd00:244:1::1".parse().expect("an address"),
-    }
 }
 
 fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
@@ -79,9 +69,9 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
         stage.web(&[here, there], |web| web)?;
     }
 
-    if pods == Pods::Wired {
-        nothing_is_tracked(&stage, node)?;
-    }
+    // Into pods that somebody else connects what is for this node goes through the host's stack.
+    let by_kernel = (pods == Pods::Routed).then_some(&here.host);
+    nothing_is_tracked(node, &stage.client, by_kernel)?;
 
     // Larger than the links: fragments follow their first.
     for to in stage.addresses("udp") {
@@ -115,22 +105,6 @@ fn clients_outside_reach(pods: Pods, options: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// No service's connection is one of the kernel's tracking, which is at work.
-fn nothing_is_tracked(stage: &Stage, node: &Host) -> Result<()> {
-    const PORTS: [u16; 4] = [80, 8080, 30_080, 30_081];
-    let is_ours =
-        |entry: &String| (PORTS.iter()).any(|port| entry.contains(&format!(" dport={port} ")));
-    let entries = node.tracked()?;
-    ensure!(!entries.iter().any(is_ours), "{entries:#?}");
-    let own = SocketAddr::new(node.ip4, 8080);
-    stage.client.who_answers("tcp", &own.to_string())?;
-    eventually("the node's own connection is tracked", || {
-        let entries = node.tracked()?;
-        ensure!(entries.iter().any(is_ours), "{entries:#?}");
-        Ok(())
-    })
-}
-
 /// XDP sends requests to another node and replies back, whoever connects that node's pods: of a flow's first
 /// packets it leaves one in sixteen to TC.
 fn by_xdp(stage: &Stage) -> Result<()> {
@@ -152,6 +126,11 @@ fn a_local_policy_keeps_to_the_node_and_to_the_clients_address() -> Result<()> {
     a_local_policy_keeps(&[])
 }
 
+#[test]
+fn a_local_policy_keeps_to_the_node_past_xdp() -> Result<()> {
+    a_local_policy_keeps(&["--xdp", "generic"])
+}
+
 /// Who sees pods' own addresses is no pod.
 #[test]
 fn a_local_policy_is_heeded_where_pods_are_not_masqueraded() -> Result<()> {
@@ -163,8 +142,9 @@ fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
         return Ok(());
     };
     let stage = Stage::with(Pods::Wired, options)?;
+    stage.client.without_checksum_offload("eth0")?;
     let [here, there] = &stage.servers;
-    let local = |web: penstock_testbed::Service| web.set("externalTrafficPolicy", "Local");
+    let local = |web: Service| web.set("externalTrafficPolicy", "Local");
     stage.web(&[here, there], local)?;
     for protocol in PROTOCOLS {
         for to in stage.addresses(protocol) {
@@ -201,16 +181,64 @@ fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// A pod of another node is told by its address, where it keeps that on the way to this one.
 #[test]
-fn only_those_in_the_ranges_of_a_load_balancer_may_come() -> Result<()> {
+fn pods_of_other_nodes_are_inside_if_they_are_seen() -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
-    let stage = Stage::new(Pods::Wired)?;
+    let ways: [(&[&str], bool); 3] = [
+        (&["--routing", "native", "--xdp", "generic"], true),
+        (&["--no-masquerade"], true),
+        (&[], false),
+    ];
+    for (options, is_seen) in ways {
+        let mut stage = Stage::with(Pods::Wired, options)?;
+        let pod = stage.server(1)?.host;
+        pod.without_checksum_offload("eth0")?;
+        let there = &stage.servers[1];
+        stage.web(&[there], |web| web.set("externalTrafficPolicy", "Local"))?;
+        for protocol in PROTOCOLS {
+            // The other node knows of no other address.
+            for to in &stage.addresses(protocol)[..2] {
+                let what = || format!("{options:?}, {protocol} {to}");
+                if is_seen {
+                    let answer = ask(&pod, protocol, *to).with_context(what)?;
+                    assert_eq!(answer.server, there.host.name, "{}", what());
+                } else if protocol == "tcp" {
+                    let failure = failure(&pod, protocol, *to)?;
+                    assert_eq!(failure, "timed out", "{}", what());
+                }
+                if protocol == "tcp" {
+                    let failure = failure(&stage.client, protocol, *to)?;
+                    assert_eq!(failure, "timed out", "{}", what());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn only_those_in_the_ranges_of_a_load_balancer_may_come() -> Result<()> {
+    only_those_in_the_ranges(&[])
+}
+
+#[test]
+fn only_those_in_the_ranges_of_a_load_balancer_may_come_past_xdp() -> Result<()> {
+    only_those_in_the_ranges(&["--xdp", "generic"])
+}
+
+fn only_those_in_the_ranges(options: &[&str]) -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::with(Pods::Wired, options)?;
+    stage.client.without_checksum_offload("eth0")?;
     let [here, there] = &stage.servers;
     let ranges = |ranges: &[String]| {
         let ranges = json!(ranges);
-        move |web: penstock_testbed::Service| web.set("loadBalancerSourceRanges", ranges)
+        move |web: Service| web.set("loadBalancerSourceRanges", ranges)
     };
     let balancers = || BALANCER.map(|ip| SocketAddr::new(ip.parse().expect("an address"), 80));
     stage.web(
@@ -240,6 +268,17 @@ fn only_those_in_the_ranges_of_a_load_balancer_may_come() -> Result<()> {
         eventually("who is in a range is answered", || {
             ask(&stage.client, "tcp", to)
         })?;
+    }
+    // Ranges of one family leave the other one open.
+    for (other, closed) in [("192.0.2.0/24", 0), ("2001:db8:1::/48", 1)] {
+        stage.web(&[here, there], ranges(&[other.to_owned()]))?;
+        let balancers = balancers();
+        eventually("who is in no range of its family is refused", || {
+            let failure = failure(&stage.client, "tcp", balancers[closed])?;
+            ensure!(failure == "timed out", "{other}: {failure}");
+            Ok(())
+        })?;
+        ask(&stage.client, "tcp", balancers[1 - closed]).context(other)?;
     }
     Ok(())
 }

@@ -253,3 +253,45 @@ fn failure_within(from: &Host, protocol: &str, to: SocketAddr, time: &str) -> Re
     ensure!(!text(&answer, "error").is_empty(), "{to}: {answer}");
     Ok(text(&answer, "error").to_owned())
 }
+
+/// No service's connection is one of the kernel's tracking on a node, which is at work
+/// ([`Host::track_everything`]); but for those with a pod whose packets the kernel has to see.
+pub fn nothing_is_tracked(node: &Host, other: &Host, by_kernel: Option<&Host>) -> Result<()> {
+    const PORTS: [u16; 4] = [80, 8080, 30_080, 30_081];
+    let is_ours =
+        |entry: &String| (PORTS.iter()).any(|port| entry.contains(&format!(" dport={port} ")));
+    let seen = by_kernel.map(|pod| [pod.ip4, pod.ip6].map(tracked_as));
+    let is_unseen =
+        |entry: &String| !(seen.iter().flatten()).any(|ip| entry.contains(&format!("={ip} ")));
+    let entries = node.tracked()?;
+    ensure!(
+        !entries
+            .iter()
+            .any(|entry| is_ours(entry) && is_unseen(entry)),
+        "{}: {entries:#?}",
+        node.name
+    );
+    // Nobody listens there, which ends no entry of UDP's.
+    let closed = SocketAddr::new(other.ip4, 8080);
+    refusal(node, "udp-connected", closed)?;
+    eventually("the node's own connection is tracked", || {
+        let entries = node.tracked()?;
+        ensure!(
+            entries.iter().any(|entry| is_ours(entry)),
+            "{}: {entries:#?}",
+            node.name
+        );
+        Ok(())
+    })
+}
+
+/// An address as the kernel's tracking shows it.
+fn tracked_as(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(ip) => ip.to_string(),
+        IpAddr::V6(ip) => {
+            let segments = ip.segments().map(|segment| format!("{segment:04x}"));
+            segments.join(":")
+        }
+    }
+}

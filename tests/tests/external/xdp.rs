@@ -19,7 +19,7 @@ use penstock_testbed::{
 };
 use serde_json::Value;
 
-use crate::stage::{Answer, BALANCER, EXTERNAL, Pods, Stage, ask, same_family};
+use crate::stage::{Answer, BALANCER, EXTERNAL, Pods, Stage, ask, nothing_is_tracked, same_family};
 
 /// A program at XDP that is not Penstock's: this one, but attached by nobody's agent, passes everything.
 struct Foreign {
@@ -180,6 +180,7 @@ fn serves_clients_outside(mode: &str) -> Result<()> {
     assert_eq!(before.0, number(mode));
     let [here, there] = &stage.servers;
     stage.web(&[there], |web| web)?;
+    node.host.track_everything()?;
 
     // Checksums that senders leave to their interfaces: TC's work, and right.
     ask_all(&stage, &node.host)?;
@@ -189,6 +190,7 @@ fn serves_clients_outside(mode: &str) -> Result<()> {
         assert!(sent > 8, "{sent} packets for {what}");
     }
     no_checksum_errors(&stage)?;
+    nothing_is_tracked(&node.host, &stage.client, None)?;
 
     // A backend of this node is TC's, which shows it the client.
     stage.web(&[here], |web| web)?;
@@ -254,9 +256,12 @@ fn xdp_serves_where_the_network_carries_pods_addresses() -> Result<()> {
     wait_for(&stage.agents[0], "eth0", "generic")?;
     without_offload(&stage)?;
     stage.web(&[&stage.servers[1]], |web| web)?;
-    for (what, sent) in ask_all(&stage, &stage.nodes[0].host)? {
+    let node = &stage.nodes[0].host;
+    node.track_everything()?;
+    for (what, sent) in ask_all(&stage, node)? {
         assert!(sent > 8, "{sent} packets for {what}");
     }
+    nothing_is_tracked(node, &stage.client, None)?;
     no_checksum_errors(&stage)
 }
 
