@@ -16,7 +16,7 @@ use penstock_common::{
     Addr, Address, AddressKind, Algorithm, Backend, BackendCounts, BackendFlags, BackendId,
     BackendLife, Be16, Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts,
     FlowId, FlowState, Frontend, FrontendFlags, FrontendKey, Load, Proto, Route, ServiceId,
-    SlotRange, Timeouts, V4, V6, limits,
+    SlotRange, SourceRange, Timeouts, V4, V6, limits,
 };
 
 use crate::model::{Endpoint, Hook, Model, Service, Tally, load_before, service_id, weight};
@@ -307,6 +307,61 @@ impl Kernel {
                 self.put("FRONTENDS6", key, value);
             }
         }
+    }
+
+    /// Gives a frontend these flags beside its own; its service.
+    pub fn flag_frontend(&mut self, (ip, port): Endpoint, proto: u8, flags: u32) -> ServiceId {
+        fn flag<A: Addr>(
+            kernel: &mut Kernel,
+            name: &str,
+            key: FrontendKey<A>,
+            flags: u32,
+        ) -> ServiceId
+        where
+            FrontendKey<A>: Pod,
+        {
+            let frontend: Frontend = kernel.get(name, &key).expect("the frontend");
+            let flags = frontend.flags | flags;
+            kernel.put(name, key, Frontend { flags, ..frontend });
+            frontend.service
+        }
+        let (port, proto) = (Be16::from_host(port), Proto(proto));
+        match ip {
+            IpAddr::V4(ip) => flag(
+                self,
+                "FRONTENDS4",
+                FrontendKey::new(V4::from(ip), port, proto),
+                flags,
+            ),
+            IpAddr::V6(ip) => flag(
+                self,
+                "FRONTENDS6",
+                FrontendKey::new(V6::from(ip), port, proto),
+                flags,
+            ),
+        }
+    }
+
+    /// Lets a client of a service in that has ranges of clients.
+    pub fn let_in(&mut self, service: ServiceId, client: IpAddr) {
+        fn set<A: Addr>(map: &mut Map, service: ServiceId, addr: A)
+        where
+            SourceRange<A>: Pod,
+        {
+            let bits = SourceRange::<A>::SERVICE_BITS + 8 * size_of::<A>() as u32;
+            let mut map: LpmTrie<&mut MapData, SourceRange<A>, u32> =
+                map.try_into().expect("a trie");
+            map.insert(&Key::new(bits, SourceRange { service, addr }), 1, 0)
+                .expect("the range is written");
+        }
+        match client {
+            IpAddr::V4(ip) => set(self.map("SOURCE_RANGES4"), service, V4::from(ip)),
+            IpAddr::V6(ip) => set(self.map("SOURCE_RANGES6"), service, V6::from(ip)),
+        }
+    }
+
+    fn map(&mut self, name: &str) -> &mut Map {
+        self.ebpf.map_mut(name).expect(name)
     }
 
     /// What the program at a hook makes of a frame.

@@ -12,6 +12,7 @@
 )]
 
 mod affinity;
+mod answers;
 mod beginnings;
 mod frame;
 mod held;

@@ -10,8 +10,8 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 use penstock_common::{
-    AddressKind, Algorithm, Config, Counter, Endpoint as PodEndpoint, NetworkFlags, Uplink,
-    XdpUplink,
+    AddressKind, Algorithm, Config, Counter, Endpoint as PodEndpoint, FrontendFlags, NetworkFlags,
+    Uplink, XdpUplink,
 };
 use penstock_testbed::{Node, Random, Testbed};
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub const XDP_REDIRECT: i32 = 4;
 pub const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
 
 /// The node's own addresses, which the testbed gives its first node.
-const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
+pub const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
 pub const BALANCERS: [&str; 2] = ["203.0.113.1", "2001:db8:203::1"];
 /// A pod of this node's.
 const PODS: [&str; 2] = ["10.244.1.5", "fd00:244:1::5"];
@@ -600,4 +600,67 @@ fn xdp_sends_what_tc_would_send_and_leaves_the_rest_alone() {
     let mut testbed = Testbed::new().expect("a testbed");
     let node = testbed.node().expect("a node");
     inside(&node, || compare(&node));
+}
+
+/// First packets that are refused: by a Local policy without an endpoint here, and out of all ranges of clients.
+fn refuse(node: &Node) {
+    const OPENINGS: [u8; 3] = [2, 0, 1];
+    let Some(mut kernel) = Kernel::without_programs("refused", &model()) else {
+        return;
+    };
+    lay_out(node);
+    describe(&mut kernel, node);
+    kernel.load_classifier("from_uplink");
+    kernel.load_xdp();
+    let local = FrontendFlags::DROP_WHEN_EMPTY | FrontendFlags::EXTERNAL_LOCAL;
+    let ranges = FrontendFlags::SOURCE_RANGES;
+    for half in [0, 1] {
+        let client = (ip(CLIENTS[half][0]), 40_000);
+        for (proto, tcp_flags) in PROTOS.into_iter().zip(OPENINGS) {
+            let cases = [
+                (81, local, Counter::NoLocalEndpoints),
+                (80, ranges, Counter::SourceRefused),
+            ];
+            for (port, flags, reason) in cases {
+                let frontend = (ip(BALANCERS[half]), port);
+                let service = kernel.flag_frontend(frontend, proto, flags);
+                let mut frame = frame::build(&Spec {
+                    src: client,
+                    dst: frontend,
+                    proto,
+                    tcp_flags,
+                    payload: vec![7; 8],
+                    options: 0,
+                    fragment: None,
+                    without_checksum: false,
+                });
+                frame[0..6].copy_from_slice(&LOOPBACK.1);
+                let what = format!("{frontend:?}, protocol {proto}");
+                let before = kernel.count(reason);
+                // Some of them it leaves to TC whoever they are for.
+                for _ in 0..32 {
+                    assert_eq!(kernel.run_xdp(&frame), (XDP_PASS, frame.clone()), "{what}");
+                }
+                assert_eq!(kernel.count(reason), before, "{what}");
+                let (verdict, out) = kernel.run_classifier("from_uplink", &frame);
+                assert_eq!((verdict, out), (SHOT, frame.clone()), "{what}");
+                assert_eq!(kernel.count(reason), before + 1, "{what}");
+                if flags == ranges {
+                    kernel.let_in(service, client.0);
+                    let is_served = (0..32).any(|_| kernel.run_xdp(&frame).0 == XDP_REDIRECT);
+                    assert!(is_served, "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn who_is_refused_is_refused_by_tc() {
+    let Some(()) = penstock_testbed::require_kernel() else {
+        return;
+    };
+    let mut testbed = Testbed::new().expect("a testbed");
+    let node = testbed.node().expect("a node");
+    inside(&node, || refuse(&node));
 }
