@@ -103,7 +103,7 @@ fn limits_of_a_plugin_after_ours_hold_whatever_way_packets_take() -> Result<()> 
     let (mut net, outside) = net_with(&[bandwidth, tuning, portmap])?;
     let node = net.nodes[0].host.clone();
     // Whatever the distribution thinks of addresses that come from where they are not.
-    //XX    node.run("sysctl", &["-qw", "net.ipv4.conf.all.rp_filter=1"])?;
+    node.run("sysctl", &["-qw", "net.ipv4.conf.all.rp_filter=1"])?;
     let before = links(&node)?;
     let ports = json!([{ "hostPort": 9_100, "containerPort": 9_000, "protocol": "tcp" }]);
     let limited = Chained::new(&mut net, json!({ "portMappings": ports }))?;
