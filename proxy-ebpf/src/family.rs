@@ -158,6 +158,8 @@ pub fn extensions(packet: &impl Packet, at: usize) -> u64 {
 pub trait Family: Copy + 'static {
     /// Its addresses.
     type Addr: Addr;
+    /// The loopback address.
+    const LOOPBACK: Self::Addr;
     /// Its number in Ethernet frames, host order.
     const ETHERTYPE: u16;
     /// The offset of the source address; the destination's follows.
@@ -262,6 +264,7 @@ impl Splittable for V4 {
 
 impl Family for V4 {
     type Addr = Self;
+    const LOOPBACK: Self = Self::from_octets([127, 0, 0, 1]);
     const ETHERTYPE: u16 = 0x0800;
     const ADDRS: usize = 12;
     const HEADER_CHECKSUM: Option<usize> = Some(10);
@@ -401,6 +404,7 @@ impl Family for V4 {
 
 impl Family for V6 {
     type Addr = Self;
+    const LOOPBACK: Self = Self::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
     const ETHERTYPE: u16 = 0x86dd;
     const ADDRS: usize = 8;
     const HEADER_CHECKSUM: Option<usize> = None;

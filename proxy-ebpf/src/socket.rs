@@ -88,6 +88,12 @@ enum Target<A> {
 #[inline(always)]
 fn target<F: Family, M: Maps<F>>(socket: &impl Socket, maps: &M, addr: F::Addr) -> Target<F::Addr> {
     let proto = socket.proto();
+    // Nowhere is here, as the kernel takes it too (ip_route_output_key_hash_rcu, tcp_v6_connect).
+    let addr = if addr.is_unspecified() {
+        F::LOOPBACK
+    } else {
+        addr
+    };
     let Some(address) = maps.address(&addr) else {
         return Target::Other;
     };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Result;
-use penstock_testbed::{PROTOCOLS, require_kernel};
+use penstock_testbed::{PROTOCOLS, require_kernel, text};
 
 use crate::stage::{Pods, Stage, ask};
 
@@ -47,6 +47,19 @@ fn pods_and_processes_use_external_addresses_too() -> Result<()> {
                 assert!(all.contains(&ask(node, protocol, to)?.server), "{to}");
                 if protocol == "tcp" {
                     assert!(ask(&here.host, protocol, to).is_err(), "{to}");
+                }
+                // So is no address at all.
+                let nowhere = match to {
+                    SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                    SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                };
+                let nowhere = SocketAddr::new(nowhere, number).to_string();
+                let answer = node.ask(protocol, &nowhere, &[])?;
+                assert!(all.contains(text(&answer, "server")), "{answer}");
+                assert_eq!(text(&answer, "peer"), to.to_string());
+                if protocol == "tcp" {
+                    let answer = here.host.ask(protocol, &nowhere, &[])?;
+                    assert_eq!(text(&answer, "error"), "connection refused");
                 }
             }
         }
