@@ -225,7 +225,7 @@ impl<D: Dataplane> Reconciler<D> {
         written
     }
 
-    /// Says which of these services do not get what they want, and which do again.
+    /// Says which of these services do not get all that they want, and which do again.
     fn tell_conflicts(&mut self, names: &BTreeSet<ObjectName>) {
         for name in names {
             let conflicts = self.world.conflicts_of(name);
@@ -237,7 +237,7 @@ impl<D: Dataplane> Reconciler<D> {
             };
             let text = match others.len() {
                 0 => first.to_string(),
-                count => format!("{first} (and {count} more of its frontends)"),
+                count => format!("{first} (and {count} more like this)"),
             };
             if self.conflicts.get(name) != Some(&text) {
                 tracing::warn!("{text}");

@@ -244,6 +244,7 @@ fn object(step: &Step) -> Option<Object> {
                 .map(|range| format!("10.{range}.0.0/16").parse().expect("a range"))
                 .collect(),
             health_check_port: None,
+            left_out: Vec::new(),
         }),
         Step::Slice {
             name: number,
@@ -303,6 +304,7 @@ fn object(step: &Step) -> Option<Object> {
             name: "here".into(),
             zone: (*zone > 0).then(|| format!("z{}", zone - 1).into()),
             internal_ips: vec!["172.18.0.2".parse().expect("an address")],
+            left_out: Vec::new(),
         }),
         _ => return None,
     })

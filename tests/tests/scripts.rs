@@ -176,6 +176,7 @@ fn read<D: Dataplane>(folder: &Path, reconciler: &mut Reconciler<D>) -> Result<V
         }
     }
     problems.extend(reconciler.world.conflicts().iter().map(report::in_words));
+    problems.extend(reconciler.world.left_out_of_nodes());
     let folder = format!("{}/", folder.display());
     Ok(problems
         .iter()

@@ -362,6 +362,7 @@ impl Agent {
             problems.extend(network.borrow().rejections.iter().map(report::in_words));
         }
         problems.extend(self.unforwarded());
+        problems.extend(self.reconciler.world.left_out_of_nodes());
         problems.extend(ports::overlap());
         problems
     }

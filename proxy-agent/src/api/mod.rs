@@ -6,6 +6,7 @@
 
 mod endpoint_slice;
 mod intern;
+mod numbers;
 mod piecemeal;
 mod raw;
 mod service;
@@ -16,6 +17,7 @@ use std::net::IpAddr;
 
 pub use intern::Interner;
 use ipnetwork::IpNetwork;
+use numbers::{ip_of, range_of};
 use raw::{Metadata, Raw};
 
 use crate::model::object::{Event, ExcludedPod, Kind, Node, Object, ObjectName, Rejection};
@@ -42,6 +44,9 @@ const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The taint of a node that the cluster's autoscaler is about to delete.
 const ABOUT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// What comes of an address that can't be used.
+const LEFT_OUT: &str = "left out, all else is served";
 
 /// The longest name that Kubernetes has (RFC 1123 subdomain).
 const LONGEST_NAME: usize = 253;
@@ -295,9 +300,7 @@ pub fn check_name(field: &str, name: &str) -> Result<(), String> {
 
 /// An address that a service or endpoint may have (as ValidateNonSpecialIP in Kubernetes).
 fn usable_ip(field: &str, text: &str) -> Result<IpAddr, String> {
-    let ip: IpAddr = text
-        .parse()
-        .map_err(|_| format!("{field} {:?} is no IP address", cut(text)))?;
+    let ip = ip_of(text).ok_or_else(|| format!("{field} {:?} is no IP address", cut(text)))?;
     let what = match ip {
         _ if ip.is_unspecified() => "unspecified",
         _ if ip.is_loopback() => "a loopback address",
@@ -311,16 +314,39 @@ fn usable_ip(field: &str, text: &str) -> Result<IpAddr, String> {
     Err(format!("{field} {ip} is {what}"))
 }
 
-fn node(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
-    let name = object_name(&raw.metadata, Kind::Node, names)?;
-    let mut internal_ips = Vec::new();
-    for address in list(raw.status.as_ref(), "addresses") {
-        if text(address, "type") == Some("InternalIP")
-            && let Some(ip) = text(address, "address")
-        {
-            internal_ips.push(usable_ip("status.addresses", ip)?);
+/// What can be used of several. Of the rest `left_out` says what is wrong with the first, what comes of
+/// it, and how many more there are like it.
+fn usable<T>(
+    all: impl Iterator<Item = Result<T, String>>,
+    consequence: &str,
+    left_out: &mut Vec<String>,
+) -> Vec<T> {
+    let (mut found, mut first, mut more) = (Vec::new(), None, 0);
+    for one in all {
+        match (one, &first) {
+            (Ok(one), _) => found.push(one),
+            (Err(reason), None) => first = Some(reason),
+            (Err(_), Some(_)) => more += 1,
         }
     }
+    left_out.extend(first.map(|reason| match more {
+        0 => format!("{reason}: {consequence}"),
+        _ => format!("{reason}: {consequence} (and {more} more likewise)"),
+    }));
+    found
+}
+
+fn node(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
+    let name = object_name(&raw.metadata, Kind::Node, names)?;
+    let mut left_out = Vec::new();
+    let addresses = list(raw.status.as_ref(), "addresses");
+    let internal = addresses.filter(|address| text(address, "type") == Some("InternalIP"));
+    let internal = internal.filter_map(|address| text(address, "address"));
+    let internal_ips = usable(
+        internal.map(|ip| usable_ip("status.addresses", ip)),
+        LEFT_OUT,
+        &mut left_out,
+    );
     let mut pod_cidrs: Vec<IpNetwork> = Vec::new();
     for entry in list(raw.spec.as_ref(), "podCIDRs") {
         pod_cidrs.push(pod_cidr(entry.as_str().unwrap_or_default())?);
@@ -340,15 +366,15 @@ fn node(raw: &Raw, names: &mut Interner) -> Result<Decoded, String> {
         internal_ips,
         pod_cidrs,
         is_leaving,
+        left_out,
     })))
 }
 
 /// A range of pods' addresses; a node may have one a family.
 fn pod_cidr(range: &str) -> Result<IpNetwork, String> {
     let wrong = |reason: &str| format!("spec.podCIDRs {range:?} {reason}");
-    let parsed: IpNetwork = range
-        .parse()
-        .map_err(|_| wrong("is no range; write one like 10.244.1.0/24"))?;
+    let parsed =
+        range_of(range).ok_or_else(|| wrong("is no range; write one like 10.244.1.0/24"))?;
     usable_ip("spec.podCIDRs", &parsed.network().to_string())?;
     if parsed.ip() != parsed.network() {
         return Err(wrong(&format!(

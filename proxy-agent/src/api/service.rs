@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU16,
 };
 
@@ -10,10 +10,10 @@ use ipnetwork::IpNetwork;
 use penstock_common::{Algorithm, Forwarding};
 
 use super::{
-    ALGORITHM, Decoded, FORWARDING, HEADLESS, Interner, SERVICE_PROXY_NAME, check_name, cut,
-    object_name, plain,
-    raw::{Raw, ServicePort as RawPort, ServiceSpec, ServiceStatus},
-    usable_ip,
+    ALGORITHM, Decoded, FORWARDING, HEADLESS, Interner, LEFT_OUT, SERVICE_PROXY_NAME, check_name,
+    cut, object_name, plain, range_of,
+    raw::{Ingress, Raw, ServicePort as RawPort, ServiceSpec, ServiceStatus},
+    usable, usable_ip,
 };
 use crate::model::object::{Family, Kind, Object, Protocol, Service, ServicePort, TrafficPolicy};
 
@@ -56,6 +56,7 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
         }
         ports.push(port);
     }
+    let mut left_out = Vec::new();
     Ok(Decoded::Object(Object::Service(Service {
         name,
         created_secs: created(raw.metadata.creation_timestamp.as_deref())?,
@@ -72,14 +73,14 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
             "externalTrafficPolicy",
             spec.external_traffic_policy.as_deref(),
         )?,
-        external_ips: addresses("externalIPs", spec.external_ips.iter())?,
+        external_ips: external_ips(&spec, &mut left_out),
         balancer_ips: if is_balanced {
-            balancer_ips(&status)?
+            balancer_ips(&status, &mut left_out)
         } else {
             Vec::new()
         },
         source_ranges: if is_balanced {
-            source_ranges(&spec.load_balancer_source_ranges)?
+            source_ranges(&spec.load_balancer_source_ranges, &mut left_out)
         } else {
             Vec::new()
         },
@@ -87,6 +88,7 @@ pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> 
             Some(number) if is_balanced && number != 0 => Some(port_number(number)?),
             _ => None,
         },
+        left_out,
     })))
 }
 
@@ -122,44 +124,55 @@ fn policy(field: &str, text: Option<&str>) -> Result<TrafficPolicy, String> {
     }
 }
 
-/// Each address once, sorted.
-fn addresses<'a>(
-    field: &str,
-    texts: impl Iterator<Item = &'a String>,
-) -> Result<Vec<IpAddr>, String> {
-    let ips: Result<BTreeSet<IpAddr>, String> = texts.map(|text| usable_ip(field, text)).collect();
-    Ok(ips?.into_iter().collect())
+/// Each once, sorted.
+fn sorted<T: Ord>(all: Vec<T>) -> Vec<T> {
+    all.into_iter()
+        .collect::<BTreeSet<T>>()
+        .into_iter()
+        .collect()
+}
+
+fn external_ips(spec: &ServiceSpec, left_out: &mut Vec<String>) -> Vec<IpAddr> {
+    let ips = spec.external_ips.iter();
+    let ips = ips.map(|text| usable_ip("externalIPs", text));
+    sorted(usable(ips, LEFT_OUT, left_out))
 }
 
 /// Addresses that this node is to answer for; those of proxies, and names, are the provider's.
-fn balancer_ips(status: &ServiceStatus) -> Result<Vec<IpAddr>, String> {
-    let mut texts = Vec::new();
-    for ingress in &status.load_balancer.ingress {
+fn balancer_ips(status: &ServiceStatus, left_out: &mut Vec<String>) -> Vec<IpAddr> {
+    let ip_of = |ingress: &Ingress| {
+        let text = ingress.ip.as_deref().filter(|ip| !ip.is_empty());
         match ingress.ip_mode.as_deref() {
-            None | Some("VIP") => texts.extend(ingress.ip.iter().filter(|ip| !ip.is_empty())),
-            Some("Proxy") => {}
-            Some(other) => {
-                return Err(format!(
-                    "a load balancer's ipMode {:?} is neither VIP nor Proxy",
-                    cut(other)
-                ));
+            None | Some("VIP") => {
+                text.map(|text| usable_ip("status.loadBalancer.ingress.ip", text))
             }
+            Some("Proxy") => None,
+            Some(other) => Some(Err(format!(
+                "a load balancer's ipMode {:?} is neither VIP nor Proxy",
+                cut(other)
+            ))),
         }
-    }
-    addresses("status.loadBalancer.ingress.ip", texts.into_iter())
+    };
+    let ips = status.load_balancer.ingress.iter().filter_map(ip_of);
+    sorted(usable(ips, LEFT_OUT, left_out))
 }
 
 /// Ranges by their networks, each once; the API allows spaces around them.
-fn source_ranges(texts: &[String]) -> Result<Vec<IpNetwork>, String> {
+///
+/// One that can't be read must not let in whom it would have kept out: in its place stand the addresses that
+/// no client has, since without any range everybody may come.
+fn source_ranges(texts: &[String], left_out: &mut Vec<String>) -> Vec<IpNetwork> {
     let range = |text: &String| {
-        text.trim()
-            .parse::<IpNetwork>()
-            .ok()
+        range_of(text.trim())
             .and_then(|range| IpNetwork::new(range.network(), range.prefix()).ok())
             .ok_or_else(|| format!("loadBalancerSourceRanges has {:?}, no CIDR", cut(text)))
     };
-    let ranges: Result<BTreeSet<IpNetwork>, String> = texts.iter().map(range).collect();
-    Ok(ranges?.into_iter().collect())
+    let mut ranges = usable(texts.iter().map(range), "it lets nobody in", left_out);
+    if ranges.len() < texts.len() {
+        let nobody: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        ranges.extend(nobody.map(IpNetwork::from));
+    }
+    sorted(ranges)
 }
 
 /// The cluster addresses; `None` where there is nothing to program.

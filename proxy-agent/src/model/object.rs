@@ -133,6 +133,8 @@ pub struct Service {
     pub source_ranges: Vec<IpNetwork>,
     /// `healthCheckNodePort`.
     pub health_check_port: Option<NonZeroU16>,
+    /// What of it can't be used, and why; all else is.
+    pub left_out: Vec<String>,
 }
 
 /// A port of a service.
@@ -211,6 +213,8 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNetwork>,
     /// It is being deleted, or about to be by the cluster's autoscaler.
     pub is_leaving: bool,
+    /// What of it can't be used, and why; all else is.
+    pub left_out: Vec<String>,
 }
 
 /// A Pod on this node that asks not to be translated at its sockets.

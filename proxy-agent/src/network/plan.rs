@@ -192,6 +192,7 @@ mod tests {
             internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             pod_cidrs: ranges.iter().map(|range| range.parse().unwrap()).collect(),
             is_leaving: false,
+            left_out: Vec::new(),
         }
     }
 

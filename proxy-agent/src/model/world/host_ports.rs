@@ -335,6 +335,7 @@ mod tests {
             balancer_ips: balancer.map(ip).into_iter().collect(),
             source_ranges: Vec::new(),
             health_check_port: None,
+            left_out: Vec::new(),
         })
     }
 

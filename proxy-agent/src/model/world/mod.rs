@@ -60,6 +60,10 @@ pub struct World {
     local: BTreeSet<ObjectName>,
     /// Services with node ports.
     node_port_services: BTreeSet<ObjectName>,
+    /// Services of which something can't be used.
+    odd_services: BTreeSet<ObjectName>,
+    /// Nodes likewise.
+    odd_nodes: BTreeSet<Arc<str>>,
     /// What pods of this node asked for.
     host_ports: HostPorts,
     excluded: BTreeMap<ObjectName, ExcludedPod>,
@@ -89,6 +93,8 @@ impl World {
             forwarded: BTreeSet::new(),
             local: BTreeSet::new(),
             node_port_services: BTreeSet::new(),
+            odd_services: BTreeSet::new(),
+            odd_nodes: BTreeSet::new(),
             host_ports: HostPorts::default(),
             excluded: BTreeMap::new(),
             listed: HashSet::new(),
@@ -177,6 +183,16 @@ impl World {
     /// All nodes that a source spoke of.
     pub fn nodes(&self) -> impl Iterator<Item = &Node> {
         self.nodes.values()
+    }
+
+    /// What of nodes' objects can't be used.
+    pub fn left_out_of_nodes(&self) -> impl Iterator<Item = String> {
+        let odd = self.odd_nodes.iter();
+        let odd = odd.filter_map(|name| self.nodes.get(name));
+        odd.flat_map(|node| {
+            let reasons = node.left_out.iter();
+            reasons.map(|reason| format!("Node {}: {reason}", node.name))
+        })
     }
 
     /// Pods on this node that opted out of socket translation.
@@ -342,6 +358,9 @@ impl World {
         if service.ports.iter().any(|port| port.node_port.is_some()) {
             self.node_port_services.insert(service.name.clone());
         }
+        if !service.left_out.is_empty() {
+            self.odd_services.insert(service.name.clone());
+        }
         if service.health_check_port.is_some() && service.external_policy == TrafficPolicy::Local {
             self.checked.insert(service.name.clone());
         }
@@ -363,6 +382,7 @@ impl World {
             self.unclaim_one(claimed, claim_of(service));
         }
         self.node_port_services.remove(&service.name);
+        self.odd_services.remove(&service.name);
         self.checked.remove(&service.name);
         self.local.remove(&service.name);
         self.forwarded.remove(&service.name);
@@ -450,6 +470,11 @@ impl World {
 
     fn put_node(&mut self, name: &Arc<str>, node: Option<Node>) {
         let zone = self.node().and_then(|node| node.zone.clone());
+        if node.as_ref().is_some_and(|node| !node.left_out.is_empty()) {
+            self.odd_nodes.insert(name.clone());
+        } else {
+            self.odd_nodes.remove(name);
+        }
         match node {
             Some(node) => self.nodes.insert(name.clone(), node),
             None => self.nodes.remove(name),

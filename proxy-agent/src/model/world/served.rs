@@ -217,7 +217,8 @@ impl World {
         names.filter_map(|name| self.services.get(name))
     }
 
-    /// Every frontend that a service wants and does not get, with the reason.
+    /// Every frontend that a service wants and does not get, and whatever of one can't be used, with the
+    /// reason.
     pub fn conflicts(&self) -> Vec<Rejection> {
         let mut conflicts: Vec<Rejection> = self
             .claims
@@ -225,12 +226,17 @@ impl World {
             .flat_map(|(claimed, claims)| claims.iter().map(move |claim| (claimed, claim)))
             .filter_map(|(claimed, (_, name))| self.conflict(name, *claimed))
             .chain(self.pods_conflicts())
+            .chain(
+                self.odd_services
+                    .iter()
+                    .flat_map(|name| self.left_out(name)),
+            )
             .collect();
         conflicts.sort_by(|a, b| (&a.object, &a.reason).cmp(&(&b.object, &b.reason)));
         conflicts
     }
 
-    /// The frontends that one service, or pod, wants and does not get.
+    /// The same of one service, or pod.
     pub fn conflicts_of(&self, name: &ObjectName) -> Vec<Rejection> {
         if self.host_ports.has(name) {
             return self.pod_conflicts(name).collect();
@@ -239,7 +245,21 @@ impl World {
         let wanted = service.into_iter().flat_map(claims);
         wanted
             .filter_map(|claimed| self.conflict(name, claimed))
+            .chain(self.left_out(name))
             .collect()
+    }
+
+    /// What of a service can't be used.
+    fn left_out(&self, name: &ObjectName) -> impl Iterator<Item = Rejection> {
+        let service = self.services.get(name).into_iter();
+        service.flat_map(|service| {
+            service.left_out.iter().map(|reason| Rejection {
+                kind: "Service".to_owned(),
+                object: service.name.to_string(),
+                origin: String::new(),
+                reason: reason.clone(),
+            })
+        })
     }
 
     fn conflict(&self, name: &ObjectName, claimed: Claimed) -> Option<Rejection> {
