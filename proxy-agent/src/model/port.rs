@@ -104,6 +104,9 @@ pub struct PortFrontend {
     pub internal: Scope,
     /// For clients outside of it.
     pub external: Scope,
+    /// It is a load balancer's address, whatever else it is: only clients of [`Port::source_ranges`] may
+    /// come, if there are any.
+    pub is_balancers: bool,
 }
 
 /// Somebody who serves a port. In no scope, only UDP flows that are there may stay.

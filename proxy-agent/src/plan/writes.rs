@@ -330,7 +330,6 @@ fn flag_of(scope: Scope) -> u32 {
 /// [`FrontendFlags`] of a frontend.
 fn flags_of(port: &Port, frontend: &PortFrontend, nobody_is_local: bool) -> u32 {
     let uses_local = frontend.internal == Scope::Local || frontend.external == Scope::Local;
-    let is_balancer = frontend.kind == FrontendKind::Balancer;
     [
         (
             uses_local && nobody_is_local && port.has_endpoints,
@@ -346,7 +345,7 @@ fn flags_of(port: &Port, frontend: &PortFrontend, nobody_is_local: bool) -> u32 
             FrontendFlags::EXTERNAL_LOCAL,
         ),
         (
-            is_balancer && !port.source_ranges.is_empty(),
+            frontend.is_balancers && !port.source_ranges.is_empty(),
             FrontendFlags::SOURCE_RANGES,
         ),
         (

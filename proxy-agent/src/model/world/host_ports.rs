@@ -278,6 +278,7 @@ impl World {
             kind: FrontendKind::HostPort,
             internal: Scope::Cluster,
             external: Scope::Cluster,
+            is_balancers: false,
         };
         ips.into_iter().filter(is_free).map(frontend).collect()
     }

@@ -87,6 +87,7 @@ impl World {
                 kind,
                 internal,
                 external,
+                is_balancers: kind == FrontendKind::Balancer,
             };
             ips.map(frontend).collect()
         };
@@ -130,11 +131,16 @@ impl World {
                     kind: FrontendKind::NodePort,
                     internal: outside.0,
                     external: outside.1,
+                    is_balancers: false,
                 }));
             }
         }
         frontends.sort_unstable();
-        frontends.dedup_by_key(|frontend| (frontend.address, frontend.port));
+        frontends.dedup_by(|later, first| {
+            let is_same = (later.address, later.port) == (first.address, first.port);
+            first.is_balancers |= is_same && later.is_balancers;
+            is_same
+        });
         frontends
     }
 
