@@ -94,10 +94,14 @@ pub fn choose<'a>(
     }
 }
 
-/// Lets weights count where the algorithm asks for them: without one, a backend rests.
-pub fn weigh(backends: &mut [PortBackend], algorithm: Algorithm) {
+/// Lets weights count where the algorithm asks for them: without one, a backend rests, and where all rest
+/// it is as if there were none.
+pub fn weigh(choice: &mut Choice, algorithm: Algorithm) {
     let counts = algorithm.is_weighted();
-    for backend in backends {
+    if counts {
+        choice.has_endpoints &= choice.backends.iter().any(|backend| backend.weight > 0);
+    }
+    for backend in &mut choice.backends {
         if counts && backend.weight == 0 {
             backend.in_cluster = false;
             backend.in_local = false;

@@ -40,7 +40,7 @@ impl World {
                     (&port.name, port.protocol),
                     Place::of(&self.node_name, self.node()),
                 );
-                endpoints::weigh(&mut choice.backends, service.algorithm);
+                endpoints::weigh(&mut choice, service.algorithm);
                 let ranges = service.source_ranges.iter().copied();
                 ports.push(Port {
                     key: PortKey {
@@ -200,12 +200,13 @@ impl World {
                     continue;
                 }
                 for port in &service.ports {
-                    let choice = endpoints::choose(
+                    let mut choice = endpoints::choose(
                         self.slices_of(&service.name),
                         family,
                         (&port.name, port.protocol),
                         Place::of(&self.node_name, self.node()),
                     );
+                    endpoints::weigh(&mut choice, service.algorithm);
                     let is_served = choice.backends.iter().any(|backend| backend.in_local);
                     for (count, policy) in counts.iter_mut().zip(policies) {
                         let is_local = policy == TrafficPolicy::Local;
