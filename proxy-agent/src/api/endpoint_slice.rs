@@ -3,7 +3,8 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
 use super::{
-    Decoded, HEADLESS, Interner, SERVICE_NAME, TRIGGERED, WEIGHTS, check_name, cut, object_name,
+    Decoded, HEADLESS, Interner, SERVICE_NAME, SERVICE_PROXY_NAME, TRIGGERED, WEIGHTS, check_name,
+    cut, object_name,
     raw::{Endpoint as RawEndpoint, Hint, Raw},
     service::{port_number, protocol},
     usable_ip, weights,
@@ -16,7 +17,8 @@ use crate::model::object::{
 pub(super) fn decode(raw: Raw, names: &mut Interner) -> Result<Decoded, String> {
     let name = object_name(&raw.metadata, Kind::EndpointSlice, names)?;
     let ignored = Ok(Decoded::Ignored(Kind::EndpointSlice, name.clone()));
-    if raw.metadata.labels.contains_key(HEADLESS) {
+    let labels = &raw.metadata.labels;
+    if labels.contains_key(SERVICE_PROXY_NAME) || labels.contains_key(HEADLESS) {
         return ignored;
     }
     let Some(service) = raw.metadata.label(SERVICE_NAME) else {
