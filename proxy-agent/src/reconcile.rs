@@ -50,6 +50,8 @@ pub struct Outcome {
     pub services: usize,
     /// Whether UDP sockets may be connected to backends that are gone.
     pub has_udp_change: bool,
+    /// Whether a frontend has gone from one port to another, and flows there with it.
+    pub has_moved: bool,
 }
 
 /// What became of a portion.
@@ -59,6 +61,8 @@ struct Written {
     count: usize,
     /// Whether UDP backends changed.
     has_udp_change: bool,
+    /// Whether frontends changed hands.
+    has_moved: bool,
     /// Services that are still to be written.
     rest: BTreeSet<ObjectName>,
     /// Why a write failed that belongs to no service.
@@ -142,6 +146,7 @@ impl<D: Dataplane> Reconciler<D> {
             let written = self.write(names, sweeps, now);
             outcome.writes += written.count;
             outcome.has_udp_change |= written.has_udp_change;
+            outcome.has_moved |= written.has_moved;
             // Before services that are gone, as they were.
             for name in written.rest.into_iter().rev() {
                 waiting.push_front(name);
@@ -186,6 +191,7 @@ impl<D: Dataplane> Reconciler<D> {
         }
         let mut written = Written {
             has_udp_change: plan.has_udp_change,
+            has_moved: plan.has_moved,
             ..Written::default()
         };
         match self.dataplane.apply(&plan.changes) {

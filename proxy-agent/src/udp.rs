@@ -1,4 +1,5 @@
-//! Connects UDP sockets anew whose backend is gone, without their owners noticing.
+//! Connects UDP sockets anew whose backend is gone, or whose frontend is another service's, without their
+//! owners noticing.
 //!
 //! A connected UDP socket was translated once, when it connected. When its backend goes, the agent
 //! takes a duplicate of the socket from the process that has it (pidfd_getfd, Linux 5.6) and
@@ -15,7 +16,9 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use nix::sys::socket::{SockaddrStorage, connect, getpeername, getsockname, getsockopt, sockopt};
-use penstock_common::{Backend, BackendFlags, ConnectedUdp, SockEndpoint, V4, V6};
+use penstock_common::{
+    Addr, Backend, BackendFlags, ConnectedUdp, FrontendKey, SockEndpoint, V4, V6,
+};
 
 use crate::{
     attach::follow::lock,
@@ -23,6 +26,7 @@ use crate::{
         batch,
         pins::{PinError, Pins},
     },
+    flows::owners::{Asked, Owners},
 };
 
 /// Linux 3.12 (include/uapi/asm-generic/socket.h).
@@ -51,7 +55,12 @@ pub struct Resteer {
     all_sockets: MapData,
     backends4: Array<MapData, Backend<V4>>,
     backends6: Array<MapData, Backend<V6>>,
+    owners4: Owners<V4>,
+    owners6: Owners<V6>,
 }
+
+/// Who has what sockets are connected to, of each family.
+struct Asking<'a>(Asked<'a, V4>, Asked<'a, V6>);
 
 impl Resteer {
     /// Opens the pinned maps.
@@ -66,16 +75,19 @@ impl Resteer {
                 .map_err(broken("BACKENDS4"))?,
             backends6: Array::try_from(Map::Array(pins.map("BACKENDS6")?))
                 .map_err(broken("BACKENDS6"))?,
+            owners4: Owners::open(pins, ["FRONTENDS4", "BACKENDS4"])?,
+            owners6: Owners::open(pins, ["FRONTENDS6", "BACKENDS6"])?,
         })
     }
 
-    /// Connects every socket anew whose backend is gone.
+    /// Connects every socket anew whose backend is gone, or whose frontend is another service's.
     pub fn pass(&self) -> io::Result<Report> {
         let mut report = Report::default();
         let entries = batch::lookup_all::<u64, ConnectedUdp>(self.sockets_fd(), 4_096)?;
+        let mut asking = Asking(self.owners4.ask(), self.owners6.ask());
         let mut stale: Vec<(u64, ConnectedUdp)> = entries
             .into_iter()
-            .filter(|(_, socket)| !self.is_live(socket))
+            .filter(|(_, socket)| !self.is_right(socket, &mut asking))
             .collect();
         // The process that connected a socket nearly always still has it.
         stale.retain(|(cookie, socket)| {
@@ -100,21 +112,29 @@ impl Resteer {
         self.all_sockets.fd().as_fd()
     }
 
+    /// Whether a socket's backend is there.
     fn is_live(&self, socket: &ConnectedUdp) -> bool {
-        if socket.backend == ConnectedUdp::NO_BACKEND {
-            return false;
+        match socket.frontend.addr.to_mapped_v4() {
+            Some(_) => backend_of(&self.backends4, socket).is_some(),
+            None => backend_of(&self.backends6, socket).is_some(),
         }
-        let id = socket.backend.0;
-        let live =
-            |generation, flags| generation == socket.generation && flags & BackendFlags::LIVE != 0;
-        if socket.frontend.addr.to_mapped_v4().is_some() {
-            self.backends4
-                .get(&id, 0)
-                .is_ok_and(|backend| live(backend.generation, backend.flags))
-        } else {
-            self.backends6
-                .get(&id, 0)
-                .is_ok_and(|backend| live(backend.generation, backend.flags))
+    }
+
+    /// Whether a socket has a backend that is there, of whoever has its frontend.
+    fn is_right(&self, socket: &ConnectedUdp, Asking(v4, v6): &mut Asking<'_>) -> bool {
+        let SockEndpoint {
+            addr, port, proto, ..
+        } = socket.frontend;
+        let service = socket.service;
+        match addr.to_mapped_v4() {
+            Some(addr) => backend_of(&self.backends4, socket).is_some_and(|backend| {
+                let frontend = FrontendKey::new(addr, port, proto);
+                !v4.is_anothers(frontend, service, (backend.addr, backend.port))
+            }),
+            None => backend_of(&self.backends6, socket).is_some_and(|backend| {
+                let frontend = FrontendKey::new(addr, port, proto);
+                !v6.is_anothers(frontend, service, (backend.addr, backend.port))
+            }),
         }
     }
 
@@ -205,6 +225,23 @@ impl Resteer {
         let _ = sockets.insert(cookie, now, BPF_EXIST);
         Some(now)
     }
+}
+
+/// A socket's backend, if that is there.
+fn backend_of<A: Addr>(
+    backends: &Array<MapData, Backend<A>>,
+    socket: &ConnectedUdp,
+) -> Option<Backend<A>>
+where
+    Backend<A>: aya::Pod,
+{
+    if socket.backend == ConnectedUdp::NO_BACKEND {
+        return None;
+    }
+    let backend = backends.get(&socket.backend.0, 0).ok()?;
+    backend
+        .is(socket.generation, BackendFlags::LIVE)
+        .then_some(backend)
 }
 
 fn peer_of(peer: &SockaddrStorage) -> Option<SocketAddr> {

@@ -594,7 +594,8 @@ fn a_frontend_that_changes_hands_is_never_away() {
     for after in 0..8 {
         let mut reconciler = start(Faulty::default(), &services(0..2), &Local::default());
         reconciler.portion = 1;
-        reconciler.step(Duration::from_secs(1));
+        let outcome = reconciler.step(Duration::from_secs(1));
+        assert!(!outcome.has_moved, "nobody had them before");
         let gone = Event::Deleted(Kind::Service, name("web", 0));
         reconciler.world.apply(gone).expect("it is known");
         let heir = Step::Service {
@@ -611,7 +612,8 @@ fn a_frontend_that_changes_hands_is_never_away() {
         reconciler.world.apply(heir).expect("a service");
         reconciler.dataplane.fails_after = Some(after);
         reconciler.dataplane.failures = usize::MAX;
-        reconciler.step(Duration::from_secs(2));
+        let outcome = reconciler.step(Duration::from_secs(2));
+        assert!(outcome.has_moved, "flows go to the heir");
         let held = reconciler.dataplane.inner.observed().canonical();
         assert!(
             held.contains("frontend 10.96.0.0 "),

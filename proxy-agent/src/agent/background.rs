@@ -1,6 +1,12 @@
 //! What goes on beside the agent's loop, and what wakes it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        mpsc::{RecvTimeoutError, SyncSender, sync_channel},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use tokio::sync::{Notify, mpsc};
@@ -58,10 +64,17 @@ pub(super) async fn source(
     }
 }
 
-/// Sweeps flows on a thread of its own, which also counts what the programs' tables hold.
-pub(super) fn sweep_flows(pins: &Pins, lifetimes: Lifetimes, counted: Counted) -> Result<()> {
+/// Sweeps flows on a thread of its own, which also counts what the programs' tables hold; at once whenever
+/// it is told to.
+pub(super) fn sweep_flows(
+    pins: &Pins,
+    lifetimes: Lifetimes,
+    counted: Counted,
+) -> Result<SyncSender<()>> {
     let pins = pins.clone();
     let mut sweeper = Sweeper::open(&pins, lifetimes)?;
+    // One word is as good as many.
+    let (sweep, told) = sync_channel(1);
     std::thread::Builder::new()
         .name("flows".to_owned())
         .spawn(move || {
@@ -75,13 +88,19 @@ pub(super) fn sweep_flows(pins: &Pins, lifetimes: Lifetimes, counted: Counted) -
                 }
                 if live.swept > 0 {
                     let there = live.v4 + live.v6;
-                    tracing::debug!("{} flows expired, {there} are there", live.swept);
+                    tracing::debug!(
+                        "{} flows went, {} of them since their frontend is another service's; {there} are there",
+                        live.swept,
+                        live.moved
+                    );
                 }
-                std::thread::sleep(SWEEP);
+                if let Err(RecvTimeoutError::Disconnected) = told.recv_timeout(SWEEP) {
+                    return;
+                }
             }
         })
         .context("starting the flow sweeper")?;
-    Ok(())
+    Ok(sweep)
 }
 
 /// Looks after connected UDP sockets whenever it is notified.

@@ -233,7 +233,7 @@ pub async fn run(options: Options) -> Result<Ending> {
     monitor::run(options.monitor, &pins, queries_sender.clone(), &unmonitored);
     tokio::spawn(ipc::serve(listener, queries_sender));
     let counted = Counted::default();
-    sweep_flows(&pins, options.lifetimes, counted.clone())?;
+    let sweep = sweep_flows(&pins, options.lifetimes, counted.clone())?;
     let steer = steer_udp(&pins)?;
 
     let (by_load, watched) = tokio::sync::watch::channel(Arc::default());
@@ -274,6 +274,7 @@ pub async fn run(options: Options) -> Result<Ending> {
         has_translators,
         wires,
         steer,
+        sweep,
         by_load,
         has_news: false,
         health_checks,

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::IpAddr,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, mpsc::SyncSender},
     time::{Duration, Instant},
 };
 
@@ -77,6 +77,8 @@ pub(super) struct Agent {
     pub(super) has_translators: bool,
     pub(super) wires: mpsc::Sender<WireRequest>,
     pub(super) steer: Arc<Notify>,
+    /// Has flows swept at once.
+    pub(super) sweep: SyncSender<()>,
     /// Tells who counts connections for whom.
     pub(super) by_load: tokio::sync::watch::Sender<Arc<Vec<Watched>>>,
     /// Whether the maps were written since that was last told.
@@ -174,6 +176,10 @@ impl Agent {
         self.has_news |= outcome.writes > 0 || !self.was_settled;
         if outcome.has_udp_change {
             self.steer.notify_one();
+        }
+        if outcome.has_moved {
+            // Where it was told already and has not begun, it will see this too.
+            let _ = self.sweep.try_send(());
         }
         if !self.was_synced && self.reconciler.world.is_synced() {
             self.was_synced = true;

@@ -153,6 +153,16 @@ pub fn lookup_all<K: Plain + Default, V: Plain + Default>(
     map: BorrowedFd<'_>,
     chunk: usize,
 ) -> io::Result<Vec<(K, V)>> {
+    lookup_while(map, chunk, &|_| true)
+}
+
+/// Elements of a map, in the kernel's order, until the first chunk of them of which `goes_on` says that there
+/// is nothing behind it.
+pub fn lookup_while<K: Plain + Default, V: Plain + Default>(
+    map: BorrowedFd<'_>,
+    chunk: usize,
+    goes_on: &dyn Fn(&[V]) -> bool,
+) -> io::Result<Vec<(K, V)>> {
     let mut found = Vec::new();
     let mut keys = vec![K::default(); chunk];
     let mut values = vec![V::default(); chunk];
@@ -183,14 +193,14 @@ pub fn lookup_all<K: Plain + Default, V: Plain + Default>(
                 return if larger > 1 << 20 {
                     Err(error)
                 } else {
-                    lookup_all(map, larger)
+                    lookup_while(map, larger, goes_on)
                 };
             }
             Err(error) => return Err(error),
         };
         let count = attributes.count as usize;
         found.extend(keys.iter().copied().zip(values.iter().copied()).take(count));
-        if is_end {
+        if is_end || !goes_on(values.get(..count).unwrap_or_default()) {
             return Ok(found);
         }
         is_first = false;

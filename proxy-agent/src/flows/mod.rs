@@ -1,11 +1,12 @@
-//! Sweeps flows whose time is over, so that their records can serve new ones, and adds what was
-//! counted of them to their backends' counts.
+//! Sweeps flows whose time is over, so that their records can serve new ones, and those whose frontend is
+//! another service's by now, and adds what was counted of them to their backends' counts.
 //!
 //! The programs manage without: where no record is free they take one from a flow that gives way.
 //! Invariant: a record is taken
 //! away by moving its state to `RECLAIMING` with one compare-and-exchange, as the programs do.
 
 mod ends;
+pub(crate) mod owners;
 mod table;
 
 use std::{
@@ -17,11 +18,12 @@ use std::{
 
 use aya::maps::{HashMap, Map as AnyMap, MapData, MapError, Queue};
 use penstock_common::{
-    Addr, Be16, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, MASQUERADE_PORTS, Plain, Proto,
-    SCTP_ESTABLISHED_SECS, ServiceId, Timeouts, V4, V6,
+    Addr, Backend, Be16, Fins, Flow, FlowCounts, FlowId, FlowKey, FlowState, FrontendKey,
+    MASQUERADE_PORTS, Plain, Proto, SCTP_ESTABLISHED_SECS, ServiceId, Timeouts, V4, V6,
 };
 
 use ends::Ends;
+use owners::{Asked, Owners};
 pub use table::Table;
 
 use crate::{
@@ -173,6 +175,8 @@ struct Swept<A> {
 pub struct Sweep {
     /// Flows that went.
     pub swept: usize,
+    /// Those of them whose frontend is another service's.
+    pub moved: usize,
     /// Flows that are there.
     pub live: usize,
     /// How many source ports of this node's those have that stay, towards the destination with most.
@@ -187,6 +191,8 @@ impl<A: Addr + Hash> Swept<A>
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: Plain,
+    FrontendKey<A>: aya::Pod,
+    Backend<A>: Plain + Default,
 {
     fn open(
         pins: &Pins,
@@ -215,8 +221,15 @@ where
         }
     }
 
-    /// Frees flows that have expired.
-    fn sweep(&mut self, ends: &Ends, lifetimes: &Lifetimes, now: u32, refers: bool) -> Sweep {
+    /// Frees flows that have expired, and those whose next packet has to begin anew.
+    fn sweep(
+        &mut self,
+        ends: &Ends,
+        mut asked: Asked<'_, A>,
+        lifetimes: &Lifetimes,
+        now: u32,
+        refers: bool,
+    ) -> Sweep {
         let mut sweep = Sweep::default();
         let mut ports: Map<FlowKey<A>, usize> = Map::new();
         for id in 0..self.table.records() {
@@ -224,7 +237,13 @@ where
                 continue;
             }
             let flow = self.table.read(id);
-            let taken = has_expired(&flow, lifetimes, now)
+            // Once more as a whole, since somebody may be using it.
+            let has_moved = asked.concern(&flow)
+                && self
+                    .table
+                    .flow(id)
+                    .is_some_and(|now| now.state == flow.state && asked.concern(&now));
+            let taken = (has_moved || has_expired(&flow, lifetimes, now))
                 .then(|| self.take(ends, id, flow.state))
                 .flatten();
             let Some(flow) = taken else {
@@ -241,6 +260,7 @@ where
                 continue;
             };
             sweep.swept += 1;
+            sweep.moved += usize::from(has_moved);
             let counts = self.table.take_counts(id);
             self.table
                 .state(id)
@@ -307,6 +327,8 @@ fn add<A>(ended: &mut Ended, flow: &Flow<A>, counts: &FlowCounts) {
 pub struct Sweeper {
     v4: Swept<V4>,
     v6: Swept<V6>,
+    owners4: Owners<V4>,
+    owners6: Owners<V6>,
     ends: Ends,
     keeper: Keeper,
     lifetimes: Lifetimes,
@@ -318,6 +340,8 @@ pub struct Sweeper {
 pub struct Live {
     /// Flows that went, both families.
     pub swept: usize,
+    /// Those of them whose frontend is another service's.
+    pub moved: usize,
     /// IPv4 flows that are there.
     pub v4: usize,
     /// IPv6 flows that are there.
@@ -341,6 +365,8 @@ impl Sweeper {
                 pins,
                 ["FLOWS6", "FLOW_COUNTS6", "FLOW_INDEX6", "FREE_FLOWS6"],
             )?,
+            owners4: Owners::open(pins, ["FRONTENDS4", "BACKENDS4"])?,
+            owners6: Owners::open(pins, ["FRONTENDS6", "BACKENDS6"])?,
             ends: Ends::open(pins)?,
             keeper: Keeper::open(pins)?,
             lifetimes,
@@ -360,20 +386,24 @@ impl Sweeper {
         self.v6.refill();
     }
 
-    /// Frees what has expired.
+    /// Frees what has expired, and what goes to a frontend's former owner.
     pub fn sweep(&mut self) -> Live {
         let now = now_secs();
         self.sweeps = self.sweeps.wrapping_add(1);
         let tidies = self.sweeps.is_multiple_of(TIDY);
         self.ends.doubt();
-        let v4 = self.v4.sweep(&self.ends, &self.lifetimes, now, tidies);
-        let v6 = self.v6.sweep(&self.ends, &self.lifetimes, now, tidies);
+        let (ends, lifetimes) = (&self.ends, &self.lifetimes);
+        let asked = self.owners4.ask();
+        let v4 = self.v4.sweep(ends, asked, lifetimes, now, tidies);
+        let asked = self.owners6.ask();
+        let v6 = self.v6.sweep(ends, asked, lifetimes, now, tidies);
         self.keeper.add([&v4.ended, &v6.ended]);
         if tidies {
             self.keeper.tidy([&v4.referred, &v6.referred]);
         }
         Live {
             swept: v4.swept + v6.swept,
+            moved: v4.moved + v6.moved,
             v4: v4.live,
             v6: v6.live,
             ports: [v4.ports, v6.ports],

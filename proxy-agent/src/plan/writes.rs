@@ -74,6 +74,8 @@ pub struct Plan {
     pub failures: Vec<(ObjectName, PlanError)>,
     /// Whether a UDP port lost a backend, or got its first.
     pub has_udp_change: bool,
+    /// Whether a frontend goes from one port to another, and flows there with it.
+    pub has_moved: bool,
     pub(super) services: Vec<ObjectName>,
     pub(super) owners: Vec<usize>,
     pub(super) touched: Vec<(Family, ServiceId)>,
@@ -304,6 +306,8 @@ pub(super) fn plan_port<A: PlannedAddr>(
             FamilyChange::DeleteFrontend(*key),
         ));
     }
+    let mut owners = keys.iter().filter_map(|key| side.owners.get(key));
+    plan.has_moved |= owners.any(|owner| *owner != id);
     plan.new_backends
         .extend(new.into_iter().map(|id| (family, id)));
     steps.extend(own_steps);

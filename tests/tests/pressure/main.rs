@@ -12,6 +12,7 @@
 
 mod handover;
 mod node;
+mod owners;
 mod sizes;
 mod succession;
 mod xdp;

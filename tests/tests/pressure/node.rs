@@ -465,7 +465,7 @@ impl Node {
         }
     }
 
-    /// A second TCP frontend, of `number`, with the backend of another.
+    /// A frontend of `number` that is another one's service's, whether or not it had one of its own.
     pub fn share(&mut self, family: Family, number: u16, with: u16) {
         let (ip, port) = family.frontend(number);
         match ip {
@@ -478,14 +478,66 @@ impl Node {
     where
         FrontendKey<A>: Pod,
     {
-        let key = |port| FrontendKey::new(ip, Be16::from_host(port), Proto(TCP));
-        let own = key(port);
         let map: HashMap<&mut MapData, FrontendKey<A>, Frontend> =
             self.ebpf.map_mut(map).expect(map).try_into().expect(map);
         let mut map = map;
-        let mut frontend = map.get(&key(FRONTEND_PORT + with), 0).expect("served");
-        frontend.key_check = own.check();
-        map.insert(own, frontend, 0).expect("room for a frontend");
+        for proto in [TCP, UDP] {
+            let key = |port| FrontendKey::new(ip, Be16::from_host(port), Proto(proto));
+            let own = key(port);
+            let mut frontend = map.get(&key(FRONTEND_PORT + with), 0).expect("served");
+            frontend.key_check = own.check();
+            map.insert(own, frontend, 0).expect("room for a frontend");
+        }
+    }
+
+    /// Takes a frontend away, and leaves its backend.
+    pub fn give_up(&mut self, family: Family, number: u16) {
+        let (ip, port) = family.frontend(number);
+        match ip {
+            IpAddr::V4(ip) => self.give_up_of::<V4>("FRONTENDS4", ip.into(), port),
+            IpAddr::V6(ip) => self.give_up_of::<V6>("FRONTENDS6", ip.into(), port),
+        }
+    }
+
+    fn give_up_of<A: Addr>(&mut self, map: &str, ip: A, port: u16)
+    where
+        FrontendKey<A>: Pod,
+    {
+        let map: HashMap<&mut MapData, FrontendKey<A>, Frontend> =
+            self.ebpf.map_mut(map).expect(map).try_into().expect(map);
+        let mut map = map;
+        for proto in [TCP, UDP] {
+            let key = FrontendKey::new(ip, Be16::from_host(port), Proto(proto));
+            map.remove(&key).expect("it is there");
+        }
+    }
+
+    /// A backend of `number`'s service where another one's is, which gets nothing new.
+    pub fn serve_too(&mut self, family: Family, number: u16, with: u16) {
+        let (to, _) = family.backend(with);
+        self.set_second(family, to, number, BackendFlags::LIVE);
+    }
+
+    /// Takes that backend away.
+    pub fn serve_no_more(&mut self, family: Family) {
+        self.set_second(family, family.backend(0).0, 0, 0);
+    }
+
+    fn set_second(&mut self, family: Family, to: IpAddr, number: u16, flags: u32) {
+        const ID: u32 = 20_000;
+        let port = Be16::from_host(BACKEND_PORT);
+        let service = |first: u32| ServiceId(1 + first + u32::from(number));
+        match to {
+            IpAddr::V4(to) => {
+                let backend = Backend::new(1, flags, service(0), V4::from(to), port);
+                self.array("BACKENDS4").set(ID, backend, 0)
+            }
+            IpAddr::V6(to) => {
+                let backend = Backend::new(1, flags, service(10_000), V6::from(to), port);
+                self.array("BACKENDS6").set(ID, backend, 0)
+            }
+        }
+        .unwrap_or_else(|error| panic!("{family:?}: {error}"));
     }
 
     /// A counter's sum over all CPUs.
