@@ -426,7 +426,7 @@ impl From<&network::State> for Network {
 
 impl From<&follow::Followed> for Interface {
     fn from(followed: &follow::Followed) -> Self {
-        let identity = followed.identity.as_ref();
+        let identity = followed.behind.identity.as_ref();
         let addr4 = identity
             .and_then(|identity| identity.addr4)
             .map(|ip| ip.to_string());

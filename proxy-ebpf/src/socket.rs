@@ -292,7 +292,9 @@ pub fn peer_name(socket: &mut impl Socket, name: SockEndpoint) {
 }
 
 /// Fails a system call, or leaves the refusal to the pod hook where that can do it as kube-proxy
-/// does: an ICMP error that a UDP socket meets later, or silence.
+/// does: an ICMP error that a UDP socket meets later, or silence. Where nobody knows the client's address,
+/// whether it may come is left to who sees its packets: a pod hook that is there before its pod is known,
+/// else the balancer that has the address.
 #[inline(always)]
 fn refuse<F: Family, M: Maps<F>>(
     socket: &impl Socket,
@@ -302,7 +304,10 @@ fn refuse<F: Family, M: Maps<F>>(
 ) -> Outcome {
     let has_pod_hook = netns.flags & NetnsFlags::HAS_POD_HOOK != 0;
     let is_silent = matches!(reason, Counter::NoLocalEndpoints | Counter::SourceRefused);
-    if has_pod_hook && (socket.proto() == Proto::UDP || is_silent) {
+    let is_known = !F::of(netns.addr4, netns.addr6).is_unspecified();
+    if has_pod_hook && (socket.proto() == Proto::UDP || is_silent)
+        || reason == Counter::SourceRefused && !is_known
+    {
         return Outcome::Proceed;
     }
     maps.count(reason);

@@ -19,8 +19,8 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use penstock_agent::dataplane::pins::Pins;
 use penstock_common::{TcpPeer, limits};
 use penstock_testbed::{
-    Agent, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
-    require_kernel, text,
+    Agent, PROTOCOLS, Scene, Service, Slice, Source, all_answer, binary, eventually, frontends,
+    list, require_kernel, text,
 };
 use serde_json::json;
 
@@ -386,4 +386,84 @@ fn a_port_that_reached_a_service_reaches_its_backend_too() -> Result<()> {
         assert_eq!(text(&answer, "server"), server.name, "{direct}: {answer}");
     }
     Ok(())
+}
+
+/// What a load balancer's service is reached at, and its addresses.
+const BALANCER: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
+
+/// A service whose balancer lets these clients in alone.
+fn balanced(scene: &Scene, ranges: &[String]) -> Result<()> {
+    let [a, b] = &scene.servers;
+    let web = Service::new("web", 10)
+        .port("tcp", 80, "TCP")
+        .balanced(30_080, &BALANCER);
+    let mut items = vec![web.set("loadBalancerSourceRanges", json!(ranges)).json()];
+    items.extend(Slice::both("web", 8080, &[a, b]));
+    scene.nodes[0].manifest("all.json", &list(&items))
+}
+
+#[test]
+fn pods_without_hooks_are_known_at_balancers_too() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let mut scene = Scene::new()?;
+    scene.nodes[0].pod_interfaces = "none*".to_owned();
+    let client = &scene.client.host;
+    balanced(
+        &scene,
+        &[format!("{}/32", client.ip4), format!("{}/128", client.ip6)],
+    )?;
+    let _agent = Agent::start(&scene.nodes[0], &Source::Manifests, &[])?;
+    for ip in BALANCER {
+        let to = SocketAddr::new(ip.parse()?, 80).to_string();
+        eventually("a pod that may come is served at its sockets", || {
+            client.who_answers("tcp", &to)
+        })?;
+        // A server's pod of this node is in no range.
+        eventually("one that may not come is not", || {
+            let refused = scene.servers[0].host.ask("tcp", &to, &[])?;
+            anyhow::ensure!(text(&refused, "error") == "host unreachable", "{refused}");
+            Ok(())
+        })?;
+        // A namespace behind no interface of the node's: what its sockets dial is its network's to bring
+        // to the balancer, and this one has none.
+        let traffic = binary("penstock-traffic")?;
+        let traffic = traffic.to_str().expect("a path in UTF-8");
+        let alone = client.run("unshare", &["--net", traffic, "ask", "tcp", &to])?;
+        assert!(!alone.contains("host unreachable"), "refused: {alone}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_address_that_a_pod_gets_late_is_its_own() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    let client = &scene.client.host;
+    let late = format!("{}/128", client.ip6);
+    client.run("ip", &["addr", "del", &late, "dev", "eth0"])?;
+    balanced(&scene, std::slice::from_ref(&late))?;
+    let agent = Agent::start(&scene.nodes[0], &Source::Manifests, &[])?;
+    let addresses = || -> Result<usize> {
+        let status = agent.status()?;
+        let interfaces = status["interfaces"].as_array().cloned().unwrap_or_default();
+        let own = interfaces
+            .iter()
+            .find(|interface| interface["name"] == scene.client.interface);
+        Ok(own
+            .and_then(|own| own["addresses"].as_array())
+            .map_or(0, Vec::len))
+    };
+    eventually("its first address is known", || {
+        anyhow::ensure!(addresses()? == 1);
+        Ok(())
+    })?;
+    client.run("ip", &["addr", "add", &late, "dev", "eth0", "nodad"])?;
+    eventually("its second one is", || {
+        anyhow::ensure!(addresses()? == 2);
+        Ok(())
+    })
 }

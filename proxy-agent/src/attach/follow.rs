@@ -5,14 +5,15 @@
 //! everything is listed anew, so that a missed message costs time and nothing else. An interface that
 //! can't be attached is reported and tried again, and does not keep the others waiting.
 
+mod namespaces;
 mod pods;
 mod wiring;
 
+pub use namespaces::Behind;
 pub use wiring::{WireRequest, Wiring};
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs::File,
     io,
     net::IpAddr,
     os::fd::AsFd,
@@ -27,7 +28,7 @@ use penstock_cni::{
     error,
     state::{Attachment, AttachmentKey},
 };
-use penstock_common::{Netns, NetnsFlags, V4, V6};
+use penstock_common::{Netns, NetnsFlags};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
     packet_core::NetlinkMessage,
@@ -42,7 +43,7 @@ use tokio::sync::watch;
 use super::{
     held,
     interface::{PacketHooks, Role},
-    netns::{self, Identity},
+    netns,
     xdp::{Facts, Mode},
 };
 use crate::{
@@ -79,13 +80,12 @@ pub struct Followed {
     /// What is behind it.
     pub role: Option<Role>,
     /// The namespace behind it.
-    pub identity: Option<Identity>,
+    pub behind: Behind,
     /// How XDP meets what comes from the outside, if it does.
     pub xdp: Option<Mode>,
     /// Why it does not, where it should.
     pub xdp_error: Option<String>,
     xdp_attempts: u32,
-    looks: u32,
 }
 
 /// What the follower tells others.
@@ -194,6 +194,8 @@ pub struct Follower {
     excluded: Excluded,
     own_addresses: watch::Sender<Vec<IpAddr>>,
     known: HashMap<u64, Netns>,
+    /// What is behind interfaces that nobody follows: their namespaces' ids, and what is known of them.
+    strangers: BTreeMap<u32, (i32, Behind)>,
     /// Namespaces that opted out by what an earlier agent knew, until all that do are known.
     inherited: HashSet<u64>,
     files: netns::Namespaces,
@@ -236,6 +238,7 @@ impl Follower {
             excluded,
             own_addresses,
             known,
+            strangers: BTreeMap::new(),
             inherited,
             files: netns::Namespaces::default(),
             wiring,
@@ -276,7 +279,7 @@ impl Follower {
             for request in asked.drain(..) {
                 self.answer(&handle, request).await;
             }
-            let pause = if is_settled { IDLE } else { RETRY };
+            let pause = self.pause(is_settled);
             let settle = if self.wiring.is_some() {
                 SETTLE_WIRED
             } else {
@@ -299,7 +302,7 @@ impl Follower {
                 () = changed_in_pods(in_pods) => {}
                 request = next(&mut self.wiring) => asked.push(request),
                 () = tokio::time::sleep(pause) => {
-                    if let Some(wiring) = self.wiring.as_ref().filter(|_| is_settled) {
+                    if let Some(wiring) = self.wiring.as_ref().filter(|_| pause == IDLE) {
                         wiring.peers.forget();
                     }
                 }
@@ -311,6 +314,18 @@ impl Follower {
         };
         connection.abort();
         result
+    }
+
+    /// For how long there is nothing to be done without a message.
+    fn pause(&self, is_settled: bool) -> Duration {
+        if !is_settled {
+            return RETRY;
+        }
+        let next = self.next_look();
+        next.map_or(IDLE, |next| {
+            next.saturating_duration_since(Instant::now())
+                .clamp(RETRY, IDLE)
+        })
     }
 
     /// Tells which addresses this node has, if they are others than before.
@@ -367,6 +382,7 @@ impl Follower {
         self.tell_addresses();
         let mut present: Present = BTreeMap::new();
         let mut carriers = HashSet::new();
+        let mut strangers = BTreeMap::new();
         let mut unserved = Vec::new();
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await? {
@@ -395,9 +411,11 @@ impl Follower {
             if kind == Some(InfoKind::Vlan) && namespace.is_none() {
                 carriers.extend(below);
             }
-            if let Some(name) = name
-                && let Some(role) = self.role(&name)
-            {
+            let role = name.as_deref().and_then(|name| self.role(name));
+            if role.is_none() {
+                strangers.extend(namespace.map(|namespace| (link.header.index, namespace)));
+            }
+            if let (Some(name), Some(role)) = (name, role) {
                 let layer = link.header.link_layer_type;
                 let is_ethernet = layer == LinkLayerType::Ether;
                 if role == Role::Uplink && !is_ethernet && layer != LinkLayerType::Loopback {
@@ -430,6 +448,7 @@ impl Follower {
             self.write_xdp_uplinks(&present);
         }
         self.forget_absent(&present);
+        self.forget_strangers(&strangers);
         let mut is_settled = self.attach_new(&present);
         is_settled &= self.attach_xdp(&present);
         is_settled &= self.write_xdp_uplinks(&present);
@@ -570,125 +589,6 @@ impl Follower {
             lock(&self.status).interfaces.insert(*index, followed);
         }
         is_settled
-    }
-
-    async fn identify_new(&mut self, handle: &Handle, present: &Present) -> bool {
-        let wanted: Vec<(u32, i32)> = {
-            let status = lock(&self.status);
-            present
-                .iter()
-                .filter_map(|(index, link)| Some((*index, link.namespace?)))
-                .filter(|(index, _)| {
-                    status.interfaces.get(index).is_some_and(|followed| {
-                        followed.looks < PATIENCE
-                            && followed.identity.as_ref().is_none_or(|identity| {
-                                identity.addr4.is_none() && identity.addr6.is_none()
-                            })
-                    })
-                })
-                .collect()
-        };
-        if wanted.is_empty() {
-            return true;
-        }
-        let ids = wanted.iter().map(|(_, id)| *id).collect();
-        let namespaces = self.files.find(handle, &ids).await;
-        let mut is_settled = true;
-        for (index, id) in wanted {
-            let identity = namespaces
-                .get(&id)
-                .and_then(|path| File::open(path).ok())
-                .and_then(|file| netns::identify(file).ok());
-            let has_address = identity
-                .as_ref()
-                .is_some_and(|identity| identity.addr4.is_some() || identity.addr6.is_some());
-            is_settled &= has_address;
-            if let Some(followed) = lock(&self.status).interfaces.get_mut(&index) {
-                followed.looks += 1;
-                followed.identity = identity.or(followed.identity.take());
-            }
-        }
-        is_settled
-    }
-
-    /// Whether there is an interface whose namespace may yet be found.
-    fn is_looking(&self, present: &Present) -> bool {
-        let status = lock(&self.status);
-        present
-            .iter()
-            .filter(|(_, link)| link.namespace.is_some())
-            .filter_map(|(index, _)| status.interfaces.get(index))
-            .any(|followed| followed.identity.is_none() && followed.looks < PATIENCE)
-    }
-
-    /// Makes `NETNS` say what is known: pods' namespaces and the host's own.
-    fn write_namespaces(&mut self, present: &Present) {
-        let mut wanted = HashMap::new();
-        let excluded = lock(&self.excluded).clone();
-        if excluded.are_all {
-            self.inherited.clear();
-        }
-        for followed in lock(&self.status).interfaces.values() {
-            let Some(identity) = &followed.identity else {
-                continue;
-            };
-            let is_excluded = [
-                identity.addr4.map(IpAddr::V4),
-                identity.addr6.map(IpAddr::V6),
-            ]
-            .into_iter()
-            .flatten()
-            .any(|address| excluded.ips.contains(&address))
-                || self.inherited.contains(&identity.cookie);
-            let mut flags = 0;
-            if followed.is_attached {
-                flags |= NetnsFlags::HAS_POD_HOOK;
-            }
-            if is_excluded {
-                flags |= NetnsFlags::EXCLUDED;
-            }
-            wanted.insert(
-                identity.cookie,
-                entry(flags, identity.addr4, identity.addr6),
-            );
-        }
-        if let Ok(host) = netns::own() {
-            let addresses = lock(&self.node_addresses);
-            let addr4 = addresses.iter().find_map(|address| match address {
-                IpAddr::V4(ip) => Some(*ip),
-                IpAddr::V6(_) => None,
-            });
-            let addr6 = addresses.iter().find_map(|address| match address {
-                IpAddr::V6(ip) => Some(*ip),
-                IpAddr::V4(_) => None,
-            });
-            wanted.insert(
-                host.cookie,
-                entry(NetnsFlags::HOST, addr4.or(host.addr4), addr6.or(host.addr6)),
-            );
-        }
-        if self.is_looking(present) {
-            // What is known may be of an interface that is yet to be identified.
-            for (cookie, netns) in &self.known {
-                wanted.entry(*cookie).or_insert(*netns);
-            }
-        }
-        let map = self.namespaces.fd().as_fd();
-        if let Err(error) = batch::settle(map, &mut self.known, &wanted) {
-            tracing::warn!("writing map NETNS: {error}; affinity goes by namespace until then");
-        }
-    }
-}
-
-fn entry(
-    flags: u32,
-    addr4: Option<std::net::Ipv4Addr>,
-    addr6: Option<std::net::Ipv6Addr>,
-) -> Netns {
-    Netns {
-        flags,
-        addr4: addr4.map(V4::from).unwrap_or_default(),
-        addr6: addr6.map(V6::from).unwrap_or_default(),
     }
 }
 
