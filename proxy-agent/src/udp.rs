@@ -188,9 +188,14 @@ impl Resteer {
         let own: Option<SockaddrStorage> = getsockname(fd.as_raw_fd()).ok();
         let is_v6 = own.is_some_and(|own| own.as_sockaddr_in6().is_some());
         let frontend = address(&socket.frontend, is_v6);
+        // No name shows what a refused one dialled; one that was connected elsewhere since is not listed.
+        let was_refused = socket.backend == ConnectedUdp::NO_BACKEND
+            && socket.generation == ConnectedUdp::REFUSED;
         let is_unchanged = peer.as_ref().and_then(peer_of).is_some_and(|peer| {
             // A socket without a backend kept the service's address itself.
-            peer == address(&socket.frontend, true) || peer == address(&socket.frontend, false)
+            was_refused
+                || peer == address(&socket.frontend, true)
+                || peer == address(&socket.frontend, false)
         });
         if !is_unchanged {
             // Disconnected, or connected elsewhere, since.
@@ -199,11 +204,12 @@ impl Resteer {
             return;
         }
         match connect(fd.as_raw_fd(), &SockaddrStorage::from(frontend)) {
-            Ok(()) => match self.give_back(cookie, owner) {
+            Ok(()) => match self.give_back(cookie, owner, false) {
                 Some(now) if self.is_live(&now) => report.moved += 1,
                 _ => report.waiting += 1,
             },
             Err(nix::errno::Errno::ECONNREFUSED | nix::errno::Errno::EHOSTUNREACH) => {
+                self.give_back(cookie, owner, true);
                 report.waiting += 1;
             }
             Err(error) => {
@@ -217,10 +223,13 @@ impl Resteer {
 impl Resteer {
     /// Notes that a socket is its owner's, and not this process's, which connected it last: who has it is
     /// looked for there first when it has to move again. What is known of it by now.
-    fn give_back(&self, cookie: u64, owner: u32) -> Option<ConnectedUdp> {
+    fn give_back(&self, cookie: u64, owner: u32, was_refused: bool) -> Option<ConnectedUdp> {
         let mut sockets = lock(&self.sockets);
         let mut now = sockets.get(&cookie, 0).ok()?;
         now.pid = owner;
+        if was_refused && now.backend == ConnectedUdp::NO_BACKEND {
+            now.generation = ConnectedUdp::REFUSED;
+        }
         // Where it was closed meanwhile nothing is to be noted.
         let _ = sockets.insert(cookie, now, BPF_EXIST);
         Some(now)

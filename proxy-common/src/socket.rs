@@ -76,6 +76,9 @@ pub struct ConnectedUdp {
 impl ConnectedUdp {
     /// The service had no backend when the socket was connected.
     pub const NO_BACKEND: BackendId = BackendId(u32::MAX);
+    /// Where a generation would be, of a socket without backend: the agent connected it anew in vain, so that
+    /// it still has the address of the backend that it had.
+    pub const REFUSED: u32 = 1;
 }
 
 /// An unconnected UDP socket and somebody that it exchanges datagrams with.

@@ -16,8 +16,8 @@ use std::{
 
 use anyhow::Result;
 use penstock_testbed::{
-    Agent, ApiServer, Host, PROTOCOLS, Pod, Process, Scene, Service, Slice, Source, at_once, eventually,
-    frontends, list, require_api_server, require_kernel, text,
+    Agent, ApiServer, Host, PROTOCOLS, Pod, Process, Scene, Service, Slice, Source, at_once,
+    eventually, frontends, list, require_api_server, require_kernel, text,
 };
 use serde_json::Value;
 
@@ -83,6 +83,48 @@ fn udp_leaves_a_backend_that_is_removed() -> Result<()> {
                 moves(&mut asking, &first, there, &agent)?;
                 here = there;
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn udp_sockets_outlive_a_time_without_any_backend() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let _turn = turn();
+    let scene = Scene::new()?;
+    let [a, b] = &scene.servers;
+    let web = Service::new("web", 10).port("udp", 80, "UDP").json();
+    let with = |pods: &[&Pod]| {
+        let mut items = vec![web.clone()];
+        items.extend(Slice::both("web", 8080, pods));
+        scene.nodes[0].manifest("web.json", &list(&items))
+    };
+    with(&[a])?;
+    let agent = scene.agent(&[])?;
+    for host in [&scene.client.host, &scene.nodes[0].host] {
+        for service in frontends(10, 80) {
+            with(&[a])?;
+            eventually("it is served", || {
+                host.who_answers("udp", &service.to_string())
+            })?;
+            let mut asking = host.traffic(&["keep", "udp-connected", &service.to_string()])?;
+            let first: Value = serde_json::from_str(&asking.line()?)?;
+            assert_eq!(text(&first, "server"), a.host.name, "{first}");
+            let tries = || agent.log().matches("waiting: 1").count();
+            let before = tries();
+            with(&[])?;
+            eventually(
+                "the agent has looked for another backend, twice and in vain",
+                || {
+                    anyhow::ensure!(tries() >= before + 2, "{}", agent.log());
+                    Ok(())
+                },
+            )?;
+            with(&[b])?;
+            moves(&mut asking, &first, b, &agent)?;
         }
     }
     Ok(())
