@@ -15,8 +15,8 @@ use aya::{
 use penstock_common::{
     Addr, Address, AddressKind, Algorithm, Backend, BackendCounts, BackendFlags, BackendId,
     BackendLife, Be16, Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts,
-    FlowId, FlowState, Frontend, FrontendFlags, FrontendKey, Load, Proto, Route, ServiceId,
-    SlotRange, SourceRange, Timeouts, V4, V6, limits,
+    FlowId, FlowState, FragmentKey, FragmentPorts, Frontend, FrontendFlags, FrontendKey, Load,
+    Proto, Route, ServiceId, SlotRange, SourceRange, Timeouts, V4, V6, limits,
 };
 
 use crate::model::{Endpoint, Hook, Model, Service, Tally, load_before, service_id, weight};
@@ -197,6 +197,23 @@ impl Kernel {
             .try_into()
             .expect("a hash map");
         map.get(key, 0).ok()
+    }
+
+    /// Makes no datagram's parts known.
+    pub fn forget_parts(&mut self) {
+        fn clear<A>(map: &mut Map)
+        where
+            FragmentKey<A>: Pod,
+        {
+            let mut map: HashMap<&mut MapData, FragmentKey<A>, FragmentPorts> =
+                map.try_into().expect("a hash map");
+            let keys: Vec<FragmentKey<A>> = map.keys().map(|key| key.expect("a key")).collect();
+            for key in keys {
+                map.remove(&key).expect("it was there");
+            }
+        }
+        clear::<V4>(self.ebpf.map_mut("FRAGMENTS4").expect("FRAGMENTS4"));
+        clear::<V6>(self.ebpf.map_mut("FRAGMENTS6").expect("FRAGMENTS6"));
     }
 
     /// Puts a range behind a route, or takes it away.

@@ -187,6 +187,11 @@ impl Model {
         self.open(input, &segment, done)
     }
 
+    /// Makes no datagram's parts known.
+    pub fn forget_parts(&mut self) {
+        self.fragments.clear();
+    }
+
     /// The fields, with the ports of an earlier fragment where there are none.
     fn segment(&mut self, input: &[u8], header: Header) -> Result<Segment, Counter> {
         let key = (header.src, header.dst, header.id, header.proto);
