@@ -276,11 +276,7 @@ pub fn nothing_is_tracked(node: &Host, other: &Host, by_kernel: Option<&Host>) -
     refusal(node, "udp-connected", closed)?;
     eventually("the node's own connection is tracked", || {
         let entries = node.tracked()?;
-        ensure!(
-            entries.iter().any(|entry| is_ours(entry)),
-            "{}: {entries:#?}",
-            node.name
-        );
+        ensure!(entries.iter().any(is_ours), "{}: {entries:#?}", node.name);
         Ok(())
     })
 }
