@@ -50,6 +50,14 @@ fn moves(asking: &mut Process, first: &Value, there: &Pod, agent: &Agent) -> Res
     }
 }
 
+/// Has a UDP service have these endpoints.
+fn web(scene: &Scene, pods: &[&Pod]) -> Result<()> {
+    let web = Service::new("web", 10).port("udp", 80, "UDP");
+    let mut items = vec![web.json()];
+    items.extend(Slice::both("web", 8080, pods));
+    scene.nodes[0].manifest("web.json", &list(&items))
+}
+
 #[test]
 fn udp_leaves_a_backend_that_is_removed() -> Result<()> {
     let Some(()) = require_kernel() else {
@@ -58,12 +66,7 @@ fn udp_leaves_a_backend_that_is_removed() -> Result<()> {
     let _turn = turn();
     let scene = Scene::new()?;
     let [a, b] = &scene.servers;
-    let web = Service::new("web", 10).port("udp", 80, "UDP").json();
-    let with = |pods: &[&Pod]| {
-        let mut items = vec![web.clone()];
-        items.extend(Slice::both("web", 8080, pods));
-        scene.nodes[0].manifest("web.json", &list(&items))
-    };
+    let with = |pods: &[&Pod]| web(&scene, pods);
     with(&[a])?;
     let agent = scene.agent(&[])?;
     let hosts = [
@@ -96,12 +99,7 @@ fn udp_sockets_outlive_a_time_without_any_backend() -> Result<()> {
     let _turn = turn();
     let scene = Scene::new()?;
     let [a, b] = &scene.servers;
-    let web = Service::new("web", 10).port("udp", 80, "UDP").json();
-    let with = |pods: &[&Pod]| {
-        let mut items = vec![web.clone()];
-        items.extend(Slice::both("web", 8080, pods));
-        scene.nodes[0].manifest("web.json", &list(&items))
-    };
+    let with = |pods: &[&Pod]| web(&scene, pods);
     with(&[a])?;
     let agent = scene.agent(&[])?;
     for host in [&scene.client.host, &scene.nodes[0].host] {
