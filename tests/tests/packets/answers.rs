@@ -11,6 +11,7 @@ use crate::{
     ip,
     kernel::Kernel,
     model::{Hook, Model, NEXT, REDIRECT},
+    plain,
     xdp::{CLIENTS, LOOPBACK, NODES, describe, ends, inside, lay_out},
 };
 
@@ -19,14 +20,8 @@ const PODS: [&str; 2] = ["10.244.1.6", "fd00:244:1::6"];
 /// A segment of TCP with these flags, or of SCTP with that first chunk.
 fn segment(proto: u8, from: (IpAddr, u16), to: (IpAddr, u16), tcp_flags: u8) -> Vec<u8> {
     let mut frame = frame::build(&Spec {
-        src: from,
-        dst: to,
-        proto,
         tcp_flags,
-        payload: vec![7; 8],
-        options: 0,
-        fragment: None,
-        without_checksum: false,
+        ..plain(from, to, proto, vec![7; 8])
     });
     frame[..6].copy_from_slice(&LOOPBACK.1);
     frame

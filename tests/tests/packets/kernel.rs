@@ -212,8 +212,8 @@ impl Kernel {
                 map.remove(&key).expect("it was there");
             }
         }
-        clear::<V4>(self.ebpf.map_mut("FRAGMENTS4").expect("FRAGMENTS4"));
-        clear::<V6>(self.ebpf.map_mut("FRAGMENTS6").expect("FRAGMENTS6"));
+        clear::<V4>(self.map("FRAGMENTS4"));
+        clear::<V6>(self.map("FRAGMENTS6"));
     }
 
     /// Puts a range behind a route, or takes it away.

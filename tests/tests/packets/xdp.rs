@@ -21,7 +21,7 @@ use crate::{
     ip,
     kernel::Kernel,
     model::{Endpoint, Model, NEXT, REDIRECT, SHOT, Service},
-    setting,
+    plain, setting,
 };
 
 /// From the kernel's uapi/linux/bpf.h.
@@ -625,14 +625,8 @@ fn refuse(node: &Node) {
                 let frontend = (ip(BALANCERS[half]), port);
                 let service = kernel.flag_frontend(frontend, proto, flags);
                 let mut frame = frame::build(&Spec {
-                    src: client,
-                    dst: frontend,
-                    proto,
                     tcp_flags,
-                    payload: vec![7; 8],
-                    options: 0,
-                    fragment: None,
-                    without_checksum: false,
+                    ..plain(client, frontend, proto, vec![7; 8])
                 });
                 frame[0..6].copy_from_slice(&LOOPBACK.1);
                 let what = format!("{frontend:?}, protocol {proto}");

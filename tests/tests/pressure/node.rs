@@ -478,9 +478,7 @@ impl Node {
     where
         FrontendKey<A>: Pod,
     {
-        let map: HashMap<&mut MapData, FrontendKey<A>, Frontend> =
-            self.ebpf.map_mut(map).expect(map).try_into().expect(map);
-        let mut map = map;
+        let mut map = self.frontends(map);
         for proto in [TCP, UDP] {
             let key = |port| FrontendKey::new(ip, Be16::from_host(port), Proto(proto));
             let own = key(port);
@@ -488,6 +486,13 @@ impl Node {
             frontend.key_check = own.check();
             map.insert(own, frontend, 0).expect("room for a frontend");
         }
+    }
+
+    fn frontends<A: Addr>(&mut self, map: &str) -> HashMap<&mut MapData, FrontendKey<A>, Frontend>
+    where
+        FrontendKey<A>: Pod,
+    {
+        self.ebpf.map_mut(map).expect(map).try_into().expect(map)
     }
 
     /// Takes a frontend away, and leaves its backend.
@@ -503,9 +508,7 @@ impl Node {
     where
         FrontendKey<A>: Pod,
     {
-        let map: HashMap<&mut MapData, FrontendKey<A>, Frontend> =
-            self.ebpf.map_mut(map).expect(map).try_into().expect(map);
-        let mut map = map;
+        let mut map = self.frontends(map);
         for proto in [TCP, UDP] {
             let key = FrontendKey::new(ip, Be16::from_host(port), Proto(proto));
             map.remove(&key).expect("it is there");

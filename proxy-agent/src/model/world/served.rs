@@ -12,7 +12,7 @@ use super::{
     claims::{Claimed, claims},
 };
 use crate::model::{
-    endpoints::{self, Place},
+    endpoints::{self, Choice, Place},
     object::{Family, ObjectName, Protocol, Rejection, Service, ServicePort, TrafficPolicy},
     port::{FrontendKind, Port, PortFrontend, PortKey, Scope},
 };
@@ -34,13 +34,7 @@ impl World {
                 if frontends.is_empty() {
                     continue;
                 }
-                let mut choice = endpoints::choose(
-                    self.slices_of(name),
-                    family,
-                    (&port.name, port.protocol),
-                    Place::of(&self.node_name, self.node()),
-                );
-                endpoints::weigh(&mut choice, service.algorithm);
+                let choice = self.choice(service, port, family);
                 let ranges = service.source_ranges.iter().copied();
                 ports.push(Port {
                     key: PortKey {
@@ -200,13 +194,7 @@ impl World {
                     continue;
                 }
                 for port in &service.ports {
-                    let mut choice = endpoints::choose(
-                        self.slices_of(&service.name),
-                        family,
-                        (&port.name, port.protocol),
-                        Place::of(&self.node_name, self.node()),
-                    );
-                    endpoints::weigh(&mut choice, service.algorithm);
+                    let choice = self.choice(service, port, family);
                     let is_served = choice.backends.iter().any(|backend| backend.in_local);
                     for (count, policy) in counts.iter_mut().zip(policies) {
                         let is_local = policy == TrafficPolicy::Local;
@@ -216,6 +204,18 @@ impl World {
             }
             (family, counts)
         })
+    }
+
+    /// Who serves a port here, with the weights that its algorithm heeds.
+    fn choice(&self, service: &Service, port: &ServicePort, family: Family) -> Choice {
+        let mut choice = endpoints::choose(
+            self.slices_of(&service.name),
+            family,
+            (&port.name, port.protocol),
+            Place::of(&self.node_name, self.node()),
+        );
+        endpoints::weigh(&mut choice, service.algorithm);
+        choice
     }
 
     /// Services with a way for clients outside to backends of other nodes that is not the usual one.
