@@ -3,17 +3,10 @@
 //!
 //! `PENSTOCK_BENCH_EBPF_OBJECT` names a ready-made object instead.
 
-use std::path::Path;
-
 fn main() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let inputs = ["bench/ebpf"];
-    let built = penstock_ebpf_build::build(
-        &root,
-        "penstock-bench-ebpf",
-        &inputs,
-        "PENSTOCK_BENCH_EBPF_OBJECT",
-    );
+    let built =
+        penstock_ebpf_build::build("penstock-bench-ebpf", &inputs, "PENSTOCK_BENCH_EBPF_OBJECT");
     if let Err(problem) = built {
         println!("cargo::error=the kernel programs can't be built: {problem}");
         std::process::exit(1);

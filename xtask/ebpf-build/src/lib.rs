@@ -16,10 +16,11 @@ const DEBIAN_SOURCE: &str = "/usr/lib/rustlib/src/rust/library/core/Cargo.toml";
 const SETUP: &str = "run `cargo xtask setup`, or install a nightly toolchain with `rustup \
     toolchain install nightly --component rust-src` and `cargo install bpf-linker`";
 
-/// Builds the binary `package` of the package of that name in `root`, the workspace's folder, and
-/// leaves it at `$OUT_DIR/{package}`. It is built anew when one of `inputs`, paths below `root`,
-/// changes. `ready`, an environment variable, names a ready-made object instead.
-pub fn build(root: &Path, package: &str, inputs: &[&str], ready: &str) -> Result<(), String> {
+/// Builds the binary `package` of the package of that name in the workspace, which is one folder above
+/// the package whose build script calls this, and leaves it at `$OUT_DIR/{package}`. It is built anew
+/// when one of `inputs`, paths below the workspace's folder, changes. `ready`, an environment variable,
+/// names a ready-made object instead.
+pub fn build(package: &str, inputs: &[&str], ready: &str) -> Result<(), String> {
     let object = PathBuf::from(variable("OUT_DIR")?).join(package);
     println!("cargo::rerun-if-env-changed={ready}");
     if let Some(ready) = env::var_os(ready) {
@@ -27,11 +28,14 @@ pub fn build(root: &Path, package: &str, inputs: &[&str], ready: &str) -> Result
         println!("cargo::rerun-if-changed={}", ready.display());
         return copy(&ready, &object);
     }
+    // What cargo says now, not what it said as the script was compiled: a copy of a target directory
+    // would build the programs of the checkout that it comes from.
+    let root = Path::new(&variable("CARGO_MANIFEST_DIR")?).join("..");
     for input in inputs.iter().chain(&["Cargo.toml", "Cargo.lock"]) {
         println!("cargo::rerun-if-changed={}", root.join(input).display());
     }
     let target = target_dir(&object)?.join("ebpf");
-    let built = compile(root, package, &target)?;
+    let built = compile(&root, package, &target)?;
     copy(&built, &object)?;
     strip(&object);
     Ok(())
