@@ -9,6 +9,7 @@ use crate::{
     figures::Median,
     flat, packets, plot,
     results::Results,
+    services::AT_SOCKET,
     turns::{Metric, Outcome, Turns},
 };
 
@@ -147,7 +148,7 @@ fn beside_kube_proxy() -> Vec<Promise> {
     let connecting = places.map(|(count, title, bound)| Promise {
         title: title.to_owned(),
         what: plot::GROWING,
-        ours: "Penstock, at the socket",
+        ours: AT_SOCKET,
         metric: Metric::Rate,
         bound: Bound::AtLeast(bound),
         command: format!("services --services {count} --only '={}'", plot::GROWING),
@@ -202,17 +203,18 @@ fn promised(outcome: &Outcome) -> Vec<(String, Bound, Median)> {
             all.push((claim, Bound::AtMost(1.02), ratio));
         }
     } else if outcome.what == plot::GROWING {
-        let of = |wanted: &str| outcome.turns.iter().find(|turns| turns.contender == wanted);
-        let socket = of("Penstock, at the socket");
+        let sockets = || outcome.turns.iter().filter(|turns| is_at_socket(turns));
         let pods = outcome.turns.iter().filter(|turns| is_the_pods(turns));
-        for (socket, pod) in socket
-            .into_iter()
-            .flat_map(|socket| pods.clone().map(move |pod| (socket, pod)))
-        {
+        for (socket, pod) in pods.flat_map(|pod| sockets().map(move |socket| (socket, pod))) {
+            let ours = socket.contender.trim_start_matches("Penstock, ");
+            if socket.contender != AT_SOCKET && pod.is_ours() {
+                // That node has another network.
+                continue;
+            }
             let claim = |of| {
                 let pod = &pod.contender;
                 format!(
-                    "{}: requests a second at the socket to {pod}, by {of}",
+                    "{}: requests a second {ours} to {pod}, by {of}",
                     outcome.name()
                 )
             };
@@ -236,6 +238,11 @@ fn promised(outcome: &Outcome) -> Vec<(String, Bound, Median)> {
         }
     }
     all
+}
+
+/// Whether this is Penstock at the socket, whoever has made the pods' network.
+fn is_at_socket(turns: &Turns) -> bool {
+    turns.contender.starts_with(AT_SOCKET)
 }
 
 /// Whether this asks the pod itself, on a bare node or on Penstock's.
@@ -310,6 +317,7 @@ mod tests {
             ("no service, the pod's address", 1_000),
             ("Penstock, the pod's address", 900),
             ("Penstock, at the socket", 950),
+            ("Penstock, at the socket, its own network", 990),
             ("Penstock, packet by packet", 1),
         ];
         let text = told(Results {
@@ -320,7 +328,7 @@ mod tests {
             .lines()
             .filter(|line| line.contains("at least 0.97"))
             .collect();
-        let [bare, bare_time, ours, _] = lines.as_slice() else {
+        let [bare, bare_time, network, _, ours, _] = lines.as_slice() else {
             panic!("{text}")
         };
         // The same numbers as times, of which less is better.
@@ -335,6 +343,10 @@ mod tests {
         );
         assert!(
             ours.contains("to Penstock") && ours.contains("1.056 (") && ours.contains("| met |")
+        );
+        assert!(
+            network.contains("its own network to no service") && network.contains("0.990 ("),
+            "{network}"
         );
         assert!(bare.contains("`cargo xtask bench -- this`"), "{bare}");
     }

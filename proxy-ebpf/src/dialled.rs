@@ -10,7 +10,7 @@
 use penstock_common::{AddressKind, Counter, Dialled, FlowKey, NetworkFlags, Proto, ShortcutKind};
 
 use crate::{
-    env::{Maps, Way},
+    env::{Env, Maps, Way},
     family::{ETHERNET, Family},
     flow,
     packet::Packet,
@@ -27,7 +27,8 @@ pub fn received<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    if let Some(ends) = parse::addrs::<F>(packet, ETHERNET)
+    if is_noted(maps, Dialled::BY_KERNEL)
+        && let Some(ends) = parse::addrs::<F>(packet, ETHERNET)
         && !maps.is(&ends.0, AddressKind::NODE)
     {
         note::<F, M>(packet, maps, &ends, Dialled::BY_KERNEL);
@@ -56,10 +57,12 @@ pub fn came<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
     Ok(Verdict::Pass)
 }
 
+/// Whether anything is remembered of who sends packets that come this way.
 #[inline(always)]
-fn is_wanted<F: Family>(maps: &impl Maps<F>) -> bool {
+fn is_noted(maps: &impl Env, way: u32) -> bool {
+    let network = maps.network();
     let wanted = NetworkFlags::FORWARD | NetworkFlags::MASQUERADE;
-    maps.network() & wanted == wanted
+    network & wanted == wanted || way == Dialled::BY_KERNEL && network & NetworkFlags::CHAINED != 0
 }
 
 /// Remembers who sends a packet to a pod of this node, if that is somebody outside; with
@@ -73,7 +76,7 @@ fn note<F: Family, M: Maps<F>>(
     way: u32,
 ) -> bool {
     let is_chained = way == Dialled::BY_KERNEL && maps.network() & NetworkFlags::CHAINED != 0;
-    if !is_wanted(maps) && !is_chained {
+    if !is_noted(maps, way) {
         return true;
     }
     let Some(header) = F::network(packet, ETHERNET) else {

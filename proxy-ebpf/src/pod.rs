@@ -363,6 +363,12 @@ pub fn returning<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
+    // Most packets to pods are told from replies at once, and there is one of these for each.
+    if let Some((src, _)) = parse::addrs::<F>(packet, ETHERNET)
+        && !may_be_back::<F, M>(packet, maps, ETHERNET, src)
+    {
+        return Ok(Verdict::Untouched);
+    }
     Ok(match back::<F, M>(packet, maps)? {
         Back::Request => Verdict::Untouched,
         _ => Verdict::Pass,

@@ -57,6 +57,28 @@ mod programs {
         }
     }
 
+    /// What [`look`] looks at, one element a flow.
+    #[map]
+    static RECORDS: Array<[u64; 16]> = Array::with_max_entries(1, 0);
+
+    /// Looks at one element of an array, which one is said by a frame's destination address; does nothing else.
+    #[xdp]
+    pub(crate) fn look(context: XdpContext) -> u32 {
+        let Some(start) = frame(&context, 6) else {
+            return XDP_ABORTED;
+        };
+        // SAFETY: inside the frame, by the comparison in `frame`; any octets will do, read unaligned.
+        let index = unsafe { ((start + 2) as *const u32).read_unaligned() };
+        let Some(record) = RECORDS.get_ptr(index) else {
+            return XDP_ABORTED;
+        };
+        // SAFETY: a mapped element, any octets of which will do.
+        match unsafe { record.cast::<u64>().read_volatile() } {
+            0 => XDP_PASS,
+            _ => XDP_DROP,
+        }
+    }
+
     /// Makes the next frame of IPv4 and sends it.
     #[xdp]
     pub(crate) fn generate(context: XdpContext) -> u32 {

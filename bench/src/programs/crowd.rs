@@ -54,7 +54,7 @@ impl Crowd {
         let requests =
             |flags| (0..flows).map(move |index| crowds(subject, net, is_v4, index, flags));
         let first: Vec<_> = requests(SYN).collect();
-        let runs = programs.run_all(subject.request, &first)?;
+        let translated = programs.translate(subject, &first)?;
         let mut crowd = Self {
             program: subject.request,
             is_v4,
@@ -62,12 +62,11 @@ impl Crowd {
             known: Vec::new(),
             replies: Vec::new(),
         };
-        for ((run, first), known) in runs.iter().zip(&first).zip(requests(ACK)) {
-            if run.verdict == subject.verdict && run.frame != *first {
-                crowd.known.push(known);
-                let reply = answer(&run.frame, is_v4).context("a translated packet")?;
-                crowd.replies.push(reply);
-            }
+        let begun: Vec<_> = requests(ACK).collect();
+        for (index, _, frame) in translated {
+            crowd.known.extend(begun.get(index).cloned());
+            let reply = answer(&frame, is_v4).context("a translated packet")?;
+            crowd.replies.push(reply);
         }
         check(crowd.program, Kind::ManyKnown, (crowd.known.len(), flows))?;
         // Not in the order in which they began, which memory and caches may like.
@@ -82,7 +81,7 @@ impl Crowd {
     fn warm(&self, programs: &mut Programs, frames: &[Vec<u8>]) -> Result<()> {
         let runs = programs.run_all(self.program, frames)?;
         let left = runs.iter().zip(frames);
-        let left = left.filter(|(run, frame)| run.verdict != self.verdict || run.frame == **frame);
+        let left = left.filter(|(run, _)| run.verdict != self.verdict || !run.is_changed);
         let left: Vec<_> = left.map(|(_, frame)| frame.clone()).collect();
         if left.is_empty() {
             return Ok(());
@@ -96,6 +95,10 @@ impl Crowd {
         let times = |runs: Vec<Run>| runs.iter().map(|run| run.nanos).collect();
         let empty = times(programs.run_empty(self.program, &self.known)?);
         let mut done = vec![(self.program, Kind::ManyEmpty, empty)];
+        if self.program == "xdp_uplink" {
+            let looked = times(programs.look(self.known.len())?);
+            done.push((self.program, Kind::ManyLooked, looked));
+        }
         for (kind, frames) in [
             (Kind::ManyKnown, &self.known),
             (Kind::ManyReply, &self.replies),
@@ -105,7 +108,7 @@ impl Crowd {
             let turn = loop {
                 self.warm(programs, frames)?;
                 let runs = programs.run_all(self.program, frames)?;
-                let worked = worked(self.program, kind, self.verdict, runs, frames);
+                let worked = worked(self.program, kind, self.verdict, &runs);
                 attempts += 1;
                 if worked.is_ok() || attempts == ATTEMPTS {
                     break worked?;
@@ -133,7 +136,7 @@ fn crowds(subject: &Subject, net: u8, is_v4: bool, index: usize, flags: u8) -> V
 }
 
 /// The same in another order, which is always the same.
-fn scattered(frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
+pub(super) fn scattered(frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
     // A prime that is longer than any list has no divisor in common with its length.
     const STEP: usize = 2_147_483_647;
     let order = (0..frames.len()).map(|index| index * STEP % frames.len());

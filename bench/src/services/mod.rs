@@ -57,6 +57,9 @@ pub fn names() -> Vec<String> {
     TCP.iter().chain(&UDP).map(Trial::name).collect()
 }
 
+/// [`Way::Socket`]'s name.
+pub const AT_SOCKET: &str = "Penstock, at the socket";
+
 /// The services that are asked, one a protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
@@ -80,6 +83,8 @@ pub enum Way {
     Pod,
     /// Penstock, where the socket connects.
     Socket,
+    /// The same where the pods' network is Penstock's too, and not the kernel's routes.
+    Network,
     /// Penstock, packet by packet.
     Packet,
     /// kube-proxy in iptables mode.
@@ -95,10 +100,11 @@ pub enum Way {
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Direct,
         Self::Pod,
         Self::Socket,
+        Self::Network,
         Self::Packet,
         Self::Iptables,
         Self::Iptables122,
@@ -110,7 +116,7 @@ impl Way {
     /// through them milliseconds.
     const fn most(self) -> usize {
         match self {
-            Self::Direct | Self::Pod | Self::Socket | Self::Packet => usize::MAX,
+            Self::Direct | Self::Pod | Self::Socket | Self::Network | Self::Packet => usize::MAX,
             Self::Iptables | Self::Iptables122 | Self::Ipvs | Self::Nftables => 10_000,
         }
     }
@@ -120,7 +126,8 @@ impl Way {
         match self {
             Self::Direct => "no service, the pod's address",
             Self::Pod => "Penstock, the pod's address",
-            Self::Socket => "Penstock, at the socket",
+            Self::Socket => AT_SOCKET,
+            Self::Network => "Penstock, at the socket, its own network",
             Self::Packet => "Penstock, packet by packet",
             Self::Iptables => "kube-proxy, iptables",
             Self::Iptables122 => "kube-proxy's rules, iptables of 1.22",
@@ -132,7 +139,7 @@ impl Way {
     /// Which of kube-proxy's modes this is, if it is one.
     const fn mode(self) -> Option<ProxyMode> {
         match self {
-            Self::Direct | Self::Pod | Self::Socket | Self::Packet => None,
+            Self::Direct | Self::Pod | Self::Socket | Self::Network | Self::Packet => None,
             Self::Iptables | Self::Iptables122 => Some(ProxyMode::Iptables),
             Self::Ipvs => Some(ProxyMode::Ipvs),
             Self::Nftables => Some(ProxyMode::Nftables),
@@ -166,8 +173,22 @@ pub struct Lane {
 impl Lane {
     /// A node without any service.
     pub fn new(testbed: &mut Testbed, way: Way) -> Result<Self> {
-        let node = testbed.node()?;
-        let (client, server) = (testbed.pod(&node)?, testbed.pod(&node)?);
+        let (node, agent, [client, server]) = match way {
+            Way::Network => {
+                let node = testbed.network_node()?;
+                node.knows(&[&node])?;
+                // Without tunnels, so that its pods have the others' MTU.
+                let options = ["--log-level", "info", "--routing", "native"];
+                let agent = Agent::start_network(&node, &Source::Manifests, &options)?;
+                let pods = [testbed.network_pod(&node)?, testbed.network_pod(&node)?];
+                (node, Some(Rc::new(agent)), pods)
+            }
+            _ => {
+                let node = testbed.node()?;
+                let pods = [testbed.pod(&node)?, testbed.pod(&node)?];
+                (node, None, pods)
+            }
+        };
         let client_interface = client.interface;
         let client = match way {
             Way::Packet => client.host.without_socket_hooks(),
@@ -184,7 +205,7 @@ impl Lane {
             client,
             client_interface,
             server,
-            agent: None,
+            agent,
             kube_proxy: None,
             places: None,
         })
@@ -206,6 +227,7 @@ impl Lane {
         };
         match self.way {
             Way::Direct => return Ok(()),
+            Way::Network => return services.write(&self.node.manifests),
             Way::Pod | Way::Socket | Way::Packet => {
                 services.write(&self.node.manifests)?;
                 let agent = Agent::start(&self.node, &Source::Manifests, &["--log-level", "info"])?;
@@ -269,9 +291,25 @@ impl Lane {
         const AT_SOCKETS: &[&str] = &["socket_connect", "socket_datagram"];
         const REQUESTS: &[&str] = &["packet_request"];
         const REPLIES: &[&str] = &["packet_reply"];
+        const DELIVERED: &[&str] = &["delivered"];
+        if self.way == Way::Network {
+            // Put into pods from the other side, packets never leave by the node's ends.
+            let strays = [&self.server.interface, &self.client_interface]
+                .map(|interface| Witness::interface(&node, interface, Counts::Strays));
+            let ours = [
+                ours(DELIVERED, Counts::BothWays),
+                ours(AT_SOCKETS, Counts::Connections),
+                ours(REQUESTS, Counts::Never),
+                ours(REPLIES, Counts::Never),
+            ];
+            return strays
+                .into_iter()
+                .chain(ours.into_iter().flatten())
+                .collect();
+        }
         let mut all = vec![arrives, returns];
         match self.way {
-            Way::Direct => {}
+            Way::Direct | Way::Network => {}
             Way::Pod => {
                 all.extend(ours(AT_SOCKETS, Counts::Never));
                 all.extend(ours(REQUESTS, Counts::Never));
