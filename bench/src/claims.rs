@@ -9,7 +9,7 @@ use crate::{
     figures::Median,
     flat, packets, plot,
     results::Results,
-    services::AT_SOCKET,
+    services::{AT_SOCKET, OWN_NETWORK},
     turns::{Metric, Outcome, Turns},
 };
 
@@ -145,13 +145,15 @@ fn beside_kube_proxy() -> Vec<Promise> {
         (5_000, "5000 services, the first", 1.3),
         (5_000, "5000 services, the last", 1.3),
     ];
-    let connecting = places.map(|(count, title, bound)| Promise {
-        title: title.to_owned(),
-        what: plot::GROWING,
-        ours: AT_SOCKET,
-        metric: Metric::Rate,
-        bound: Bound::AtLeast(bound),
-        command: format!("services --services {count} --only '={}'", plot::GROWING),
+    let connecting = places.into_iter().flat_map(|(count, title, bound)| {
+        [AT_SOCKET, OWN_NETWORK].map(|ours| Promise {
+            title: title.to_owned(),
+            what: plot::GROWING,
+            ours,
+            metric: Metric::Rate,
+            bound: Bound::AtLeast(bound),
+            command: format!("services --services {count} --only '={}'", plot::GROWING),
+        })
     });
     let forwarding = Family::ALL.into_iter().flat_map(|family| {
         ["UDP packets", "TCP packets"].map(|what| Promise {
@@ -163,7 +165,7 @@ fn beside_kube_proxy() -> Vec<Promise> {
             command: format!("packets --family {family} --only '{what}'"),
         })
     });
-    connecting.into_iter().chain(forwarding).collect()
+    connecting.chain(forwarding).collect()
 }
 
 impl Promise {
@@ -412,6 +414,7 @@ mod tests {
             [
                 ("no service, the pod's address", 1),
                 ("Penstock, at the socket", ours),
+                ("Penstock, at the socket, its own network", ours + 10),
                 ("kube-proxy, iptables", theirs),
             ]
         };
@@ -448,10 +451,12 @@ mod tests {
                 "1 service: ",
                 "| at least 1.05 | 1.060 (1.060 to 1.060) | met |",
             ),
+            ("its own network, to", "1.160 (1.160 to 1.160) | met |"),
             (
                 "the first: ",
                 "| at least 1.3 | 1.290 (1.290 to 1.290) | not met |",
             ),
+            ("its own network, to", "1.390 (1.390 to 1.390) | met |"),
             (
                 "over IPv6, the backend on another node: UDP",
                 "| 2.900 (2.900 to 2.900) | not met |",
@@ -460,6 +465,7 @@ mod tests {
                 "the last: ",
                 "| at least 1.3 | | not measured | `cargo xtask bench -- services --services 5000",
             ),
+            ("its own network, to", "| at least 1.3 | | not measured |"),
             (
                 "of 1, the backend on another node: UDP",
                 "| at least 3 | | not measured |",

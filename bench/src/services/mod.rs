@@ -59,6 +59,8 @@ pub fn names() -> Vec<String> {
 
 /// [`Way::Socket`]'s name.
 pub const AT_SOCKET: &str = "Penstock, at the socket";
+/// [`Way::Network`]'s.
+pub const OWN_NETWORK: &str = "Penstock, at the socket, its own network";
 
 /// The services that are asked, one a protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,7 +129,7 @@ impl Way {
             Self::Direct => "no service, the pod's address",
             Self::Pod => "Penstock, the pod's address",
             Self::Socket => AT_SOCKET,
-            Self::Network => "Penstock, at the socket, its own network",
+            Self::Network => OWN_NETWORK,
             Self::Packet => "Penstock, packet by packet",
             Self::Iptables => "kube-proxy, iptables",
             Self::Iptables122 => "kube-proxy's rules, iptables of 1.22",
