@@ -276,6 +276,7 @@ fn programmed(results: &Results, agent: &Value) -> String {
 /// Every difference to Penstock's disadvantage, with its cause.
 fn slower(text: &mut String, results: &Results) {
     let mut rows = Vec::new();
+    let mut compared = 0;
     for outcome in &results.outcomes {
         let (ours, others): (Vec<_>, Vec<_>) =
             outcome.turns.iter().partition(|turns| turns.is_ours());
@@ -285,6 +286,7 @@ fn slower(text: &mut String, results: &Results) {
                 .flat_map(|ours| others.iter().map(move |other| (ours, other)))
             {
                 let ratio = ours.ratio(other, *metric);
+                compared += 1;
                 if ratio.is_difference() && (ratio.value > 1.0) == metric.is_less_better() {
                     let who = beside(&ours.contender, &other.contender);
                     let why = cause(CAUSES, &outcome.title, &outcome.what, &who);
@@ -307,6 +309,12 @@ fn slower(text: &mut String, results: &Results) {
         text.push_str("Nowhere, as far as these rounds can tell.\n");
         return;
     }
+    let _ = writeln!(
+        text,
+        "{} of {compared} comparisons. Of each forty that are between equals, one is here by chance: a 95 % \
+         interval is above 1 so often.\n",
+        rows.len()
+    );
     text.push_str("| measured | Penstock | slower than | ratio | because of |\n");
     text.push_str("| --- | --- | --- | --- | --- |\n");
     for row in rows {
