@@ -340,7 +340,7 @@ impl Expected {
                 flows: sockets,
                 ..messages
             },
-            Workload::TcpRr => Self {
+            Workload::TcpRr | Workload::WrkKept => Self {
                 flows: sockets,
                 most_requests: requests + OF_CONNECTION_AT_MOST * connections,
                 ..messages
@@ -391,6 +391,7 @@ mod tests {
         let sent = match workload {
             Workload::Connect | Workload::Wrk => (100, 100, 100, 0),
             Workload::TcpRr | Workload::UdpRr | Workload::UdpSendto => (1, 1_000, 1_000, 0),
+            Workload::WrkKept => (9, 1_000, 1_000, 0),
             Workload::UdpPackets => (1, 3_200, 100, 0),
             Workload::Stream | Workload::Iperf => (2, 0, 0, 600_000_000),
         };
@@ -411,10 +412,10 @@ mod tests {
 
     #[test]
     fn a_socket_with_an_earlier_ones_port_is_no_new_flow() {
-        use Workload::{Connect, Iperf, Stream, TcpRr, UdpPackets, UdpRr, UdpSendto};
+        use Workload::{Connect, Iperf, Stream, TcpRr, UdpPackets, UdpRr, UdpSendto, WrkKept};
         let flows = |workload| expected(workload).flows;
         assert_eq!(flows(Connect), 700);
-        for workload in [TcpRr, Stream, Iperf, UdpRr, UdpSendto, UdpPackets] {
+        for workload in [TcpRr, WrkKept, Stream, Iperf, UdpRr, UdpSendto, UdpPackets] {
             assert_eq!(flows(workload), 4);
         }
         // No flow at all is another way, whatever is sent.
@@ -439,10 +440,11 @@ mod tests {
 
     #[test]
     fn requests_alone_are_no_traffic_both_ways_nor_replies_alone() {
-        use Workload::{Connect, TcpRr, UdpRr, UdpSendto};
+        use Workload::{Connect, TcpRr, UdpRr, UdpSendto, WrkKept};
         for (workload, each_way) in [
             (Connect, 3_500),
             (TcpRr, 7_000),
+            (WrkKept, 7_000),
             (UdpRr, 7_000),
             (UdpSendto, 7_000),
         ] {

@@ -232,7 +232,7 @@ impl Trial {
     pub fn metrics(&self) -> &'static [Metric] {
         match (self.workload, self.processors) {
             (Workload::Stream | Workload::Iperf, _) => &[Metric::Bits],
-            (Workload::Wrk, _) => &[Metric::Rate],
+            (Workload::Wrk | Workload::WrkKept, _) => &[Metric::Rate],
             (Workload::UdpPackets, _) => &[Metric::Packets],
             (_, Processors::One) => &[Metric::Rate, Metric::P50],
             (_, Processors::Two) => &[Metric::P50, Metric::P99],

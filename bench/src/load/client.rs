@@ -8,7 +8,11 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{MESSAGE, Pace, Run, Sent, Summary, Workload, datagrams, generators, purpose, stream};
+use super::{
+    MESSAGE, Pace, Run, Sent, Summary, Workload, datagrams,
+    generators::{self, Connections},
+    purpose, stream,
+};
 
 /// How long an answer may take; a datagram that takes longer is lost.
 pub const PATIENCE: Duration = Duration::from_secs(1);
@@ -58,7 +62,8 @@ pub fn run(run: &Run) -> Result<Summary> {
                 Ok(Answer::Came)
             })
         }
-        Workload::Wrk => generators::wrk(to, window.warm_up, run.for_ms),
+        Workload::Wrk => generators::wrk(to, window.warm_up, run.for_ms, Connections::Closed),
+        Workload::WrkKept => generators::wrk(to, window.warm_up, run.for_ms, Connections::Kept),
         Workload::Iperf => generators::iperf(to, run.for_ms),
         Workload::UdpPackets => datagrams::run(to, window.warm_up, window.measured),
         Workload::UdpRr | Workload::UdpSendto => {

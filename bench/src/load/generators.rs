@@ -38,38 +38,91 @@ pub fn serve_iperf() -> Result<Option<std::process::Child>> {
     Ok(Some(server))
 }
 
-/// Short HTTP by wrk: each request over a connection of its own. wrk measures from its first request on, so that
-/// others of the same kind come before.
-pub fn wrk(to: SocketAddr, warm_up: Duration, for_ms: u64) -> Result<Summary> {
-    let begun = Instant::now();
-    let mut before = 0;
-    while begun.elapsed() < warm_up {
-        ask(to).with_context(|| format!("asking {to} before wrk does"))?;
-        before += 1;
+/// What becomes of a connection once its request is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// It is closed.
+    Closed,
+    /// It carries the next one.
+    Kept,
+}
+
+impl Connections {
+    /// The header that says so.
+    const fn header(self) -> &'static str {
+        match self {
+            Self::Closed => "Connection: close",
+            Self::Kept => "Connection: keep-alive",
+        }
     }
+}
+
+/// HTTP by wrk. It measures from its first request on, so that others of the same kind come before.
+pub fn wrk(to: SocketAddr, warm_up: Duration, for_ms: u64, after: Connections) -> Result<Summary> {
+    let before = ask(to, warm_up, after).with_context(|| format!("asking {to} before wrk does"))?;
     let (duration, url) = (format!("{}s", seconds(for_ms)), format!("http://{to}/"));
     let text = run(Command::new("wrk")
         .args(["--threads", "1", "--connections", CONNECTIONS])
-        .args(["--duration", &duration, "--header", "Connection: close"])
+        .args(["--duration", &duration, "--header", after.header()])
         .arg(url))?;
     let summary = requests(&text).with_context(|| format!("wrk said {text}"))?;
-    let all = before + summary.count;
+    let wrks = match after {
+        Connections::Closed => summary.count,
+        Connections::Kept => CONNECTIONS.parse().context("a number")?,
+    };
+    let requests = before.requests + summary.count;
     Ok(summary.with(Sent {
-        connections: all,
-        requests: all,
-        answers: all,
+        connections: before.connections + wrks,
+        requests,
+        answers: requests,
         octets: 0,
     }))
 }
 
-/// A request as wrk's.
-fn ask(to: SocketAddr) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(to)?;
-    write!(
-        stream,
-        "GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n"
-    )?;
-    stream.read_to_end(&mut Vec::new()).map(drop)
+/// Asks as wrk does, one request after the other.
+pub(super) fn ask(to: SocketAddr, for_long: Duration, after: Connections) -> std::io::Result<Sent> {
+    let begun = Instant::now();
+    let mut sent = Sent::default();
+    let mut kept: Option<TcpStream> = None;
+    while begun.elapsed() < for_long {
+        let mut stream = match kept.take() {
+            Some(stream) => stream,
+            None => {
+                sent.connections += 1;
+                TcpStream::connect(to)?
+            }
+        };
+        let header = after.header();
+        write!(stream, "GET / HTTP/1.1\r\nHost: {to}\r\n{header}\r\n\r\n")?;
+        match after {
+            Connections::Closed => {
+                stream.read_to_end(&mut Vec::new())?;
+            }
+            Connections::Kept => {
+                read_answer(&mut stream)?;
+                kept = Some(stream);
+            }
+        }
+        sent.requests += 1;
+        sent.answers += 1;
+    }
+    Ok(sent)
+}
+
+/// Reads an answer of our own server's, whose body it says the length of.
+fn read_answer(stream: &mut TcpStream) -> std::io::Result<()> {
+    const END: &[u8] = b"\r\n\r\n";
+    let (mut answer, mut buffer) = (Vec::new(), [0; 512]);
+    loop {
+        let end = answer.windows(END.len()).position(|octets| octets == END);
+        if end.is_some_and(|end| answer.len() >= end + END.len() + super::server::BODY.len()) {
+            return Ok(());
+        }
+        match stream.read(&mut buffer)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            length => answer.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+        }
+    }
 }
 
 /// A stream by iperf3, which leaves out its first second.

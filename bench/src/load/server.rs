@@ -111,11 +111,15 @@ fn answer(mut stream: TcpStream, sinks: &Sinks) -> std::io::Result<()> {
     }
 }
 
+/// What an answer over HTTP brings.
+pub(super) const BODY: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
 /// Answers requests of HTTP/1.1 that have no body, of which the first octet is read already, until the
 /// client wants no more.
 fn answer_http(stream: &mut TcpStream) -> std::io::Result<()> {
-    const BODY: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-    let answer = |header| format!("HTTP/1.1 200 OK\r\nContent-Length: 64\r\n{header}\r\n{BODY}");
+    let length = BODY.len();
+    let answer =
+        |header| format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n{header}\r\n{BODY}");
     let (last, other) = (answer("Connection: close\r\n"), answer(""));
     const END: &[u8] = b"\r\n\r\n";
     const CLOSE: &[u8] = b"connection: close\r\n";
@@ -138,7 +142,12 @@ fn answer_http(stream: &mut TcpStream) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Duration;
+
+    use super::{
+        super::generators::{self, Connections},
+        *,
+    };
 
     /// What comes back for what is written at once.
     fn answers(requests: &[u8]) -> String {
@@ -187,5 +196,20 @@ mod tests {
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
         assert!(head.ends_with("\r\nConnection: close"), "{head}");
         assert_eq!(body.len(), 64);
+    }
+
+    #[test]
+    fn a_connection_over_http_stays_for_the_next_request() {
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let to = listener.local_addr().unwrap();
+        let serving =
+            std::thread::spawn(move || answer(listener.accept().unwrap().0, &Sinks::new()));
+        let sent = generators::ask(to, Duration::from_millis(50), Connections::Kept).unwrap();
+        serving.join().unwrap().unwrap();
+        assert_eq!(sent.connections, 1);
+        assert!(
+            sent.requests > 1 && sent.answers == sent.requests,
+            "{sent:?}"
+        );
     }
 }

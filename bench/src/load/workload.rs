@@ -23,6 +23,8 @@ pub enum Workload {
     Stream,
     /// wrk: a request over HTTP for each connection.
     Wrk,
+    /// wrk: requests over HTTP by connections that stay.
+    WrkKept,
     /// iperf3: sends as much as goes over one TCP connection.
     Iperf,
 }
@@ -38,6 +40,7 @@ impl Workload {
             Self::UdpPackets => "UDP datagrams, 32 for each answer",
             Self::Stream => "TCP stream",
             Self::Wrk => "short HTTP by wrk, 8 connections",
+            Self::WrkKept => "HTTP by wrk, 8 connections that stay",
             Self::Iperf => "TCP stream by iperf3",
         }
     }
@@ -52,6 +55,7 @@ impl Workload {
             Self::UdpPackets => "udp-packets",
             Self::Stream => "stream",
             Self::Wrk => "wrk",
+            Self::WrkKept => "wrk-kept",
             Self::Iperf => "iperf",
         }
     }
@@ -59,7 +63,7 @@ impl Workload {
     /// The program of others that it needs.
     pub const fn program(self) -> Option<&'static str> {
         match self {
-            Self::Wrk => Some("wrk"),
+            Self::Wrk | Self::WrkKept => Some("wrk"),
             Self::Iperf => Some("iperf3"),
             _ => None,
         }

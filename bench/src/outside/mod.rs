@@ -24,9 +24,10 @@ use crate::{
 };
 
 /// What is measured. Connections only at a rate: every one leaves its source port taken for a while,
-/// of which one node has some ten thousands towards one backend. For the same reason there is no short HTTP.
-pub const TRIALS: [Trial; 9] = [
+/// of which one node has some ten thousands towards one backend. For the same reason wrk's connections stay.
+pub const TRIALS: [Trial; 10] = [
     Trial::open(Workload::Connect, 500),
+    Trial::together(Workload::WrkKept),
     Trial::together(Workload::TcpRr),
     Trial::closed(Workload::TcpRr),
     Trial::together(Workload::Stream),
@@ -37,7 +38,7 @@ pub const TRIALS: [Trial; 9] = [
     Trial::together(Workload::UdpPackets),
 ];
 /// How many of them are over TCP.
-const OVER_TCP: usize = 6;
+const OVER_TCP: usize = 7;
 
 /// The ways that are wanted and can be had here; of each of the others that are wanted it is noted why not.
 pub fn available(
@@ -144,7 +145,7 @@ mod tests {
         let is_tcp = |trial: &Trial| {
             matches!(
                 trial.workload,
-                Workload::Connect | Workload::TcpRr | Workload::Stream
+                Workload::Connect | Workload::WrkKept | Workload::TcpRr | Workload::Stream
             )
         };
         let (over_tcp, over_udp) = TRIALS.split_at(OVER_TCP);
