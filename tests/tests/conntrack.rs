@@ -9,7 +9,8 @@
 )]
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::Range,
     time::{Duration, Instant},
 };
 
@@ -19,7 +20,9 @@ use penstock_agent::{
     dataplane::pins::Pins,
     flows::{Lifetimes, Sweeper, now_secs},
 };
-use penstock_common::{BackendCounts, BackendLife, Be16, Config, Flow, FlowState, Proto, V4};
+use penstock_common::{
+    BackendCounts, BackendLife, Be16, Config, Flow, FlowState, MASQUERADE_PORTS, Proto, V4, V6,
+};
 use penstock_testbed::{
     Agent, Node, PROTOCOLS, Scene, Service, Slice, all_answer, eventually, frontends, list,
     require_kernel, text,
@@ -386,6 +389,100 @@ fn a_table_that_fills_up_is_told_before_it_is_full() -> Result<()> {
         anyhow::ensure!(problems == json!([]), "{problems}");
         Ok(())
     })?;
+    let log = agent.log();
+    // Once each: when it appeared and when it was over.
+    assert_eq!(log.matches(&problem).count(), 2, "{log}");
+    Ok(())
+}
+
+/// Writes so many flows from a record on, each with the next source port of this node's.
+fn take_ports<A: Copy>(
+    table: &mut Array<MapData, Flow<A>>,
+    first: u32,
+    ports: Range<u32>,
+    flow: Flow<A>,
+) -> Result<()>
+where
+    Flow<A>: aya::Pod,
+{
+    for (id, port) in (first..).zip(ports) {
+        let source_port = Be16::from_host(MASQUERADE_PORTS.0 + port as u16);
+        let flow = Flow {
+            seen_secs: now_secs(),
+            client_port: Be16::from_host(port as u16),
+            source_port,
+            ..flow
+        };
+        table.set(id, flow, 0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn ports_that_run_out_towards_one_destination_are_told_before_none_is_left() -> Result<()> {
+    const PORTS: u32 = MASQUERADE_PORTS.1 as u32 - MASQUERADE_PORTS.0 as u32 + 1;
+    const HALF: u32 = PORTS / 2;
+    const SOME: u32 = PORTS / 100 * 79;
+    const MANY: u32 = PORTS / 100 * 81;
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let scene = Scene::new()?;
+    scene.manifests()?;
+    let agent = scene.agent(&[])?;
+    let node = &scene.nodes[0];
+    let pins = Pins::at(&node.bpffs);
+    let mut table4: Array<MapData, Flow<V4>> = Map::Array(pins.map("FLOWS4")?).try_into()?;
+    let mut table6: Array<MapData, Flow<V6>> = Map::Array(pins.map("FLOWS6")?).try_into()?;
+    let to4 = |backend| Flow {
+        state: FlowState::ESTABLISHED,
+        proto: Proto::TCP,
+        source: V4::from(Ipv4Addr::new(172, 18, 0, 2)),
+        backend: V4::from(Ipv4Addr::new(10, 244, 2, backend)),
+        backend_port: Be16::from_host(8_080),
+        ..Flow::default()
+    };
+    let to6 = Flow {
+        state: FlowState::ESTABLISHED,
+        proto: Proto::UDP,
+        source: V6::from(Ipv6Addr::LOCALHOST),
+        ..Flow::default()
+    };
+    let table = |family| format!("{family} source ports of the busiest destination");
+    let problem = format!(
+        "{}: more than 80 % of {PORTS} are in use; when all are, what is new to it is dropped; \
+         penstock conntrack shows which one it is",
+        table("IPv4")
+    );
+    // As the status has it once these are the busiest destinations' ports.
+    let told = |used: [u32; 2], problems: Value| {
+        eventually("the ports are counted", || {
+            let status = agent.status()?;
+            let tables = status["tables"].as_array().expect("a list");
+            for (family, used) in ["IPv4", "IPv6"].into_iter().zip(used) {
+                let name = table(family);
+                let ports = tables.iter().find(|fill| fill["table"] == name.as_str());
+                let ports = ports.context("they are not counted yet")?;
+                anyhow::ensure!(number(ports, "used") == u64::from(used), "{ports}");
+                anyhow::ensure!(number(ports, "limit") == u64::from(PORTS), "{ports}");
+            }
+            anyhow::ensure!(status["problems"] == problems, "{status}");
+            Ok(())
+        })
+    };
+
+    // Two destinations have ports of their own, and a family does.
+    take_ports(&mut table4, 0, 0..SOME, to4(1))?;
+    take_ports(&mut table4, SOME, 0..SOME, to4(2))?;
+    take_ports(&mut table6, 0, 0..HALF, to6)?;
+    told([SOME, HALF], json!([]))?;
+    take_ports(&mut table4, 2 * SOME, SOME..MANY, to4(2))?;
+    told([MANY, HALF], json!([problem]))?;
+    let words = node.penstock("status", &[])?.output;
+    assert!(words.contains(&problem), "{words}");
+    take_ports(&mut table4, 0, 0..SOME + MANY, Flow::default())?;
+    take_ports(&mut table6, 0, 0..HALF, Flow::default())?;
+    told([0, 0], json!([]))?;
     let log = agent.log();
     // Once each: when it appeared and when it was over.
     assert_eq!(log.matches(&problem).count(), 2, "{log}");

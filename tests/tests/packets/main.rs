@@ -14,6 +14,7 @@
 mod affinity;
 mod answers;
 mod beginnings;
+mod errors;
 mod frame;
 mod held;
 mod kernel;

@@ -35,7 +35,7 @@ pub const LOOPBACK: (u32, [u8; 6]) = (1, [0; 6]);
 pub const NODES: [&str; 2] = ["172.31.0.11", "fd00:31::b"];
 pub const BALANCERS: [&str; 2] = ["203.0.113.1", "2001:db8:203::1"];
 /// A pod of this node's.
-const PODS: [&str; 2] = ["10.244.1.5", "fd00:244:1::5"];
+pub const PODS: [&str; 2] = ["10.244.1.5", "fd00:244:1::5"];
 /// Behind a gateway.
 pub const CLIENTS: [[&str; 3]; 2] = [
     ["192.0.2.1", "192.0.2.2", "198.18.7.7"],
@@ -48,7 +48,9 @@ const BACKENDS: [[&str; 2]; 2] = [
 ];
 /// A neighbour that the kernel has not found yet.
 const UNKNOWN: [&str; 2] = ["172.31.0.99", "fd00:31::63"];
-const PROTOS: [u8; 3] = [TCP, UDP, SCTP];
+pub const PROTOS: [u8; 3] = [TCP, UDP, SCTP];
+/// What a flow of each begins with: a SYN, anything, an INIT.
+pub const OPENINGS: [u8; 3] = [2, 0, 1];
 const GATEWAYS: [&str; 2] = ["172.31.0.1", "fd00:31::1"];
 pub const GATEWAY_MAC: &str = "02:00:00:00:00:fe";
 pub const BACKEND_MAC: &str = "02:00:00:00:00:65";
@@ -62,7 +64,7 @@ pub fn mac(text: &str) -> [u8; 6] {
     bytes.try_into().expect("six bytes")
 }
 
-fn model() -> Model {
+pub fn model() -> Model {
     let mut model = Model::default();
     model.nodes = NODES.map(ip).into();
     for half in [0, 1] {
@@ -300,7 +302,7 @@ pub fn lay_out(node: &Node) {
     }
 }
 
-/// Whom a frame that left is from and to, if it is TCP or UDP.
+/// Whom a frame that left is from and to, if it has ports.
 pub fn ends(frame: &[u8]) -> Option<(u8, Endpoint, Endpoint)> {
     let header = frame::header(frame, 14, frame::family(frame)?)?;
     let (src, dst) = frame::ports(frame, header.transport)?;
@@ -604,7 +606,6 @@ fn xdp_sends_what_tc_would_send_and_leaves_the_rest_alone() {
 
 /// First packets that are refused: by a Local policy without an endpoint here, and out of all ranges of clients.
 fn refuse(node: &Node) {
-    const OPENINGS: [u8; 3] = [2, 0, 1];
     let Some(mut kernel) = Kernel::without_programs("refused", &model()) else {
         return;
     };

@@ -3,7 +3,7 @@
 
 use penstock_common::{Addr, Be16, Counter, Forwarding, Handover, Timeouts, V4, V6, limits};
 
-use crate::node::{Family, Node, REDIRECT, SHOT, TCP, UDP, ends, frame, tcp};
+use crate::node::{Family, Node, REDIRECT, SHOT, TCP, UDP, ends, error, frame, tcp};
 
 /// The frame that is to come of one from a client.
 fn handed_over(frame: &[u8], kind: u8, backend: std::net::IpAddr, port: u16) -> Vec<u8> {
@@ -53,6 +53,41 @@ fn a_frame_that_is_handed_over_is_as_it_came_but_for_its_ethernet_addresses() {
         }
         assert_eq!(node.count(Counter::HandedOver), 8);
         assert_eq!(node.count(Counter::FlowCreated), 4);
+    }
+}
+
+#[test]
+fn an_error_about_a_reply_is_handed_over_as_the_flow_is() {
+    for (forwarding, kind) in [
+        (Forwarding::Tunnel, Handover::TUNNEL),
+        (Forwarding::Dsr, Handover::DSR),
+    ] {
+        let name = format!("error-{}", forwarding.label());
+        let Some(node) = Node::forwarding(&name, 2, forwarding) else {
+            return;
+        };
+        for family in [Family::V4, Family::V6] {
+            for (proto, number) in [(TCP, 0), (UDP, 1)] {
+                let (client, frontend) = (family.client(7), family.frontend(number));
+                let opened = node.uplink().pass(client, frontend, proto, tcp::SYN);
+                assert!(opened.is_some(), "{forwarding:?} {family:?} {proto}");
+                let reply = frame(frontend, client, proto, tcp::SYN | tcp::ACK);
+                for (speaker, _) in [client, family.client(8)] {
+                    let came = error(speaker, &reply);
+                    let mut output = vec![0; came.len()];
+                    let verdict = node.uplink().run(&came, &mut output);
+                    let (backend, port) = family.backend(number);
+                    let wanted = handed_over(&came, kind, backend, port);
+                    assert_eq!(verdict, REDIRECT, "{forwarding:?} {family:?} {proto}");
+                    assert_eq!(output, wanted, "{forwarding:?} {family:?} {proto}");
+                }
+            }
+        }
+        // Each flow's first packet, and two errors.
+        assert_eq!(node.count(Counter::HandedOver), 4 + 8);
+        assert_eq!(node.count(Counter::FlowCreated), 4);
+        // What they quote is the backend's node's to translate.
+        assert_eq!(node.count(Counter::IcmpError), 0);
     }
 }
 

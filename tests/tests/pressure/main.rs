@@ -27,7 +27,7 @@ use std::{
 use anyhow::Context;
 use node::{End, Family, Node, SHOT, TCP, UDP, Uplink, frame, tcp};
 use penstock_agent::flows::Lifetimes;
-use penstock_common::{Counter, MASQUERADE_PORTS, limits};
+use penstock_common::{Counter, MASQUERADE_PORTS, Timeouts, limits};
 use penstock_testbed::eventually;
 
 /// How many source ports there are towards one destination.
@@ -122,6 +122,8 @@ fn a_destination_gets_every_port_once_before_one_is_refused() {
     // The agent has ports looked at anew, some of them with each sweep.
     let live = node.sweeper(Lifetimes::default()).sweep();
     assert_eq!((live.swept, live.v4 + live.v6), (0, 8 * PORTS as usize));
+    // Of one destination, not of all four.
+    assert_eq!(live.ports, [PORTS as usize; 2]);
     let began = Instant::now();
     assert_eq!(open(uplink, family, family.client(PORTS), 0, TCP), None);
     eprintln!("looking at some ports again takes {:?}", began.elapsed());
@@ -138,9 +140,13 @@ fn a_destination_gets_every_port_once_before_one_is_refused() {
         })
         .sweep();
     assert_eq!((live.swept, live.v4 + live.v6), (8 * PORTS as usize, 0));
-    for (family, proto) in [(Family::V4, TCP), (Family::V6, UDP)] {
+    assert_eq!(live.ports, [0, 0]);
+    let families = [(Family::V4, TCP), (Family::V6, UDP)];
+    for (place, (family, proto)) in families.into_iter().enumerate() {
         let ports = fill(node.uplink(), family, 0, proto, 500_000);
         assert_whole_range(&ports);
+        let live = node.sweeper(Lifetimes::default()).sweep();
+        assert_eq!(live.ports, [PORTS as usize, place * PORTS as usize]);
     }
     node.assert_responders_are_counted();
 }
@@ -354,25 +360,46 @@ fn a_flood_to_one_backend_takes_ports_from_itself_alone() {
     node.assert_responders_are_counted();
 }
 
+/// A packet looks at 1,024 records, and the next one goes on from there: so many of them see all.
+const TURN: u32 = 200;
+const _: () = assert!(TURN * 1_024 >= limits::FLOWS);
+
+/// Opens a flow of the first of so many clients that gets one; that client, and its port.
+fn open_one(uplink: Uplink<'_>, family: Family, number: u16, first: u32) -> Option<(End, u16)> {
+    (first..first + TURN).find_map(|client| {
+        let client = family.client(client);
+        let port = open(uplink, family, client, number, TCP)?;
+        Some((client, port))
+    })
+}
+
 #[test]
 fn a_nearly_full_table_still_finds_the_few_flows_that_give_way() {
-    let Some(node) = Node::new("nearly", 10) else {
+    let Some(mut node) = Node::new("nearly", 10) else {
         return;
     };
-    let (family, uplink) = (Family::V4, node.uplink());
-    // One in a hundred is embryonic.
-    let is_embryonic = |number: u32| number % 100 == 99;
+    let family = Family::V4;
+    let uplink = node.uplink();
+    // One in a hundred is embryonic, or closing.
+    let gives_way = |number: u32| number % 100 == 99;
+    let is_reset = |number: u32| number % 200 == 199;
     let mut established = Vec::new();
     for number in 0..limits::FLOWS {
         let (client, to) = (family.client(number), (number % 10) as u16);
         let port = open(uplink, family, client, to, TCP).expect("records and ports are left");
-        if !is_embryonic(number) {
+        if !gives_way(number) || is_reset(number) {
             answer(uplink, family, client, to, TCP, port);
+        }
+        if is_reset(number) {
+            let reset = uplink.pass(client, family.frontend(to), TCP, tcp::RST);
+            assert!(reset.is_some());
+        }
+        if !gives_way(number) {
             established.push((client, to, port));
         }
     }
     let few = (0..limits::FLOWS)
-        .filter(|number| is_embryonic(*number))
+        .filter(|number| gives_way(*number))
         .count() as u32;
     for number in 0..few {
         let client = family.client(limits::FLOWS + number);
@@ -380,9 +407,25 @@ fn a_nearly_full_table_still_finds_the_few_flows_that_give_way() {
         answer(uplink, family, client, 0, TCP, port);
     }
     assert_eq!(node.count(Counter::FlowEvicted), u64::from(few));
-    let late = family.client(2 * limits::FLOWS);
-    assert_eq!(open(uplink, family, late, 0, TCP), None);
-    assert_eq!(node.count(Counter::FlowTableFull), 1);
+    let first = 2 * limits::FLOWS;
+    assert_eq!(open_one(uplink, family, 0, first), None);
+    assert_eq!(node.count(Counter::FlowTableFull), u64::from(TURN));
+
+    // One whose client has sent a FIN stays too, for as long as a closing one may be idle.
+    let (client, to, _) = established.swap_remove(established.len() / 2);
+    let ended = uplink.pass(client, family.frontend(to), TCP, tcp::FIN | tcp::ACK);
+    assert!(ended.is_some());
+    assert_eq!(open_one(uplink, family, 0, first), None);
+    node.configure(Timeouts {
+        tcp_closing_secs: 0,
+        ..Timeouts::default()
+    });
+    let uplink = node.uplink();
+    let (client, port) = open_one(uplink, family, 0, first).expect("one gives way");
+    answer(uplink, family, client, 0, TCP, port);
+    assert_eq!(open_one(uplink, family, 0, first + TURN), None);
+    assert_eq!(node.count(Counter::FlowEvicted), u64::from(few) + 1);
+
     for (client, to, port) in established {
         let passed = uplink.pass(client, family.frontend(to), TCP, tcp::ACK);
         let source = (family.overlay(), port);

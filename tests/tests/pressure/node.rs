@@ -122,11 +122,37 @@ pub fn frame_with(
     options: &[u8],
     payload: &[u8],
 ) -> Vec<u8> {
-    let header: u16 = if proto == TCP { 20 } else { 8 };
-    let length = header + (options.len() + payload.len()) as u16;
+    let mut segment = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
+    if proto == TCP {
+        let words = (5 + options.len() / 4) as u8;
+        let offset = words << 4;
+        segment.extend([0, 0, 0, 1, 0, 0, 0, 1, offset, flags, 0x10, 0, 0, 0, 0, 0]);
+        segment.extend(options);
+    } else {
+        segment.extend([0, 8, 0, 0]);
+    }
+    segment.extend(payload);
+    wrap(from.0, to.0, proto, &segment)
+}
+
+/// What somebody says of a frame to whom it is from: it does not fit, or has nobody to go to.
+pub fn error(speaker: IpAddr, about: &[u8]) -> Vec<u8> {
+    let (proto, kind) = match speaker {
+        IpAddr::V4(_) => (1, [3, 4]),
+        IpAddr::V6(_) => (58, [2, 0]),
+    };
+    let mut message = Vec::from(kind);
+    message.extend([0, 0, 0, 0, 5, 0x78]);
+    message.extend(&about[14..]);
+    wrap(speaker, ends(about).0.0, proto, &message)
+}
+
+/// Ethernet and IP around a transport segment.
+fn wrap(from: IpAddr, to: IpAddr, proto: u8, segment: &[u8]) -> Vec<u8> {
+    let length = segment.len() as u16;
     // The loopback device, which test runs come in by, has this Ethernet address.
     let mut frame = vec![0; 12];
-    match (from.0, to.0) {
+    match (from, to) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
             frame.extend([0x08, 0x00, 0x45, 0]);
             frame.extend((20 + length).to_be_bytes());
@@ -143,17 +169,7 @@ pub fn frame_with(
         }
         _ => panic!("two families in one frame"),
     }
-    frame.extend(from.1.to_be_bytes());
-    frame.extend(to.1.to_be_bytes());
-    if proto == TCP {
-        let words = (5 + options.len() / 4) as u8;
-        let offset = words << 4;
-        frame.extend([0, 0, 0, 1, 0, 0, 0, 1, offset, flags, 0x10, 0, 0, 0, 0, 0]);
-        frame.extend(options);
-    } else {
-        frame.extend([0, 8, 0, 0]);
-    }
-    frame.extend(payload);
+    frame.extend(segment);
     frame
 }
 
