@@ -22,7 +22,7 @@ const BYTES: u64 = 16 << 20;
 const MTU: u32 = 1_430;
 
 /// "web" on the second node alone, with a way to it.
-fn reached_by(stage: &Stage, way: Forwarding) -> Result<()> {
+pub fn reached_by(stage: &Stage, way: Forwarding) -> Result<()> {
     let there = &stage.servers[1];
     stage.web(&[there], |web| web.annotation(ANNOTATION, way.label()))?;
     eventually("every port has the way", || {

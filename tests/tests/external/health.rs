@@ -1,6 +1,10 @@
 //! What load balancers ask a node about a service.
 
-use std::{os::fd::AsFd, time::Instant};
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+    time::Instant,
+};
 
 use anyhow::{Result, ensure};
 use penstock_agent::{dataplane::pins::Pins, health::HEALTH_TIMEOUT};
@@ -9,7 +13,8 @@ use penstock_testbed::{
 };
 use serde_json::json;
 
-use crate::stage::{BALANCER, Pods, Stage, ask};
+use crate::stage::{BALANCER, Pods, Stage, ask, refusal};
+use Served::{Both, Checks, Neither};
 
 /// Status, the header with the weight, and the body.
 fn check(from: &Host, at: &str) -> Result<(String, String, serde_json::Value)> {
@@ -115,44 +120,74 @@ fn a_node_whose_endpoints_only_terminate_serves_and_is_left_out() -> Result<()> 
 }
 
 #[test]
-fn health_checks_are_where_node_ports_were_restricted_to() -> Result<()> {
+fn node_ports_and_health_checks_are_where_they_were_restricted_to() -> Result<()> {
+    // By default the one are at the first addresses alone, and the other at all.
+    are_at(&[], [Both, Checks])?;
+    are_at(&["--nodeport-addresses", "all"], [Both, Both])?;
+    let ranges = "172.31.0.0/24,fd00:31::/64";
+    are_at(&["--nodeport-addresses", ranges], [Both, Neither])?;
+    let ranges = "172.31.5.0/24,fd00:31:5::/64";
+    are_at(&["--nodeport-addresses", ranges], [Neither, Both])
+}
+
+/// What is at an address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Served {
+    Both,
+    Checks,
+    Neither,
+}
+
+/// What is at a node's first addresses, and at its second ones.
+fn are_at(options: &[&str], [first, second]: [Served; 2]) -> Result<()> {
     let Some(()) = require_kernel() else {
         return Ok(());
     };
-    let other = ["172.31.5.11", "fd00:31:5::11"];
-    let says = |options: &[&str], at_other: bool| -> Result<()> {
-        let stage = Stage::with(Pods::Routed, options)?;
-        let [here, _] = &stage.servers;
-        let node = &stage.nodes[0].host;
-        node.run(
-            "ip",
-            &["addr", "add", &format!("{}/24", other[0]), "dev", "eth0"],
-        )?;
-        let v6 = format!("{}/64", other[1]);
-        node.run("ip", &["addr", "add", &v6, "dev", "eth0", "nodad"])?;
-        for (to, via) in other.into_iter().zip([node.ip4, node.ip6]) {
-            let via = via.to_string();
-            stage.client.run("ip", &["route", "add", to, "via", &via])?;
+    let mut stage = Stage::with(Pods::Routed, options)?;
+    let node = stage.nodes[0].host.clone();
+    let others: [IpAddr; 2] = ["172.31.5.11".parse()?, "fd00:31:5::11".parse()?];
+    for (ip, via) in others.into_iter().zip([node.ip4, node.ip6]) {
+        let (length, rest): (_, &[&str]) = match ip {
+            IpAddr::V4(_) => (24, &[]),
+            IpAddr::V6(_) => (64, &["nodad"]),
+        };
+        let address = format!("{ip}/{length}");
+        let add = ["addr", "add", &address, "dev", "eth0"];
+        node.run("ip", &[&add[..], rest].concat())?;
+        let (to, via) = (ip.to_string(), via.to_string());
+        let route = ["route", "add", &to, "via", &via];
+        stage.client.run("ip", &route)?;
+    }
+    stage.web(&[&stage.servers[0]], checked)?;
+    // One that has begun with these addresses needs no time to find them.
+    stage.agents[0].kill();
+    stage.agents[0].restart()?;
+    let first = [node.ip4, node.ip6].map(|ip| (ip, first));
+    let second = others.map(|ip| (ip, second));
+    let all = || first.into_iter().chain(second);
+    let client = &stage.client;
+    let url = |ip| format!("http://{}/", SocketAddr::new(ip, 32_123));
+    let ports = [("tcp", 30_080), ("udp-connected", 30_081)];
+    // What answers does so before anything that is silent could be about to.
+    for (ip, _) in all().filter(|(_, served)| *served != Neither) {
+        eventually("the check answers", || check(client, &url(ip)))?;
+    }
+    for (ip, _) in all().filter(|(_, served)| *served == Both) {
+        for (protocol, port) in ports {
+            let answer = ask(client, protocol, SocketAddr::new(ip, port))?;
+            assert_eq!(answer.server, stage.servers[0].host.name, "{ip}");
         }
-        stage.web(&[here], checked)?;
-        for url in [
-            format!("http://{}:32123/", node.ip4),
-            format!("http://[{}]:32123/", node.ip6),
-        ] {
-            eventually("the check answers", || check(&stage.client, &url))?;
+    }
+    for (ip, _) in all().filter(|(_, served)| *served == Neither) {
+        assert!(check(client, &url(ip)).is_err(), "{options:?}: {ip}");
+    }
+    for (ip, _) in all().filter(|(_, served)| *served != Both) {
+        for (protocol, port) in ports {
+            let failure = refusal(client, protocol, SocketAddr::new(ip, port))?;
+            assert_eq!(failure, "connection refused", "{options:?}: {ip}");
         }
-        for url in [
-            format!("http://{}:32123/", other[0]),
-            format!("http://[{}]:32123/", other[1]),
-        ] {
-            assert_eq!(check(&stage.client, &url).is_ok(), at_other, "{url}");
-        }
-        Ok(())
-    };
-    says(&[], true)?;
-    says(&["--nodeport-addresses", "all"], true)?;
-    let ranges = "172.31.0.0/24,fd00:31::/64";
-    says(&["--nodeport-addresses", ranges], false)
+    }
+    Ok(())
 }
 
 #[test]

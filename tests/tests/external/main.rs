@@ -10,6 +10,7 @@
 )]
 
 mod affinity;
+mod counted;
 mod crowd;
 mod flood;
 mod forwarding;

@@ -7,8 +7,8 @@ use penstock_testbed::{PROTOCOLS, Service, eventually, require_kernel, text};
 use serde_json::json;
 
 use crate::stage::{
-    Answer, BALANCER, Pods, Stage, all_answers, ask, failure, nothing_is_tracked, refusal,
-    same_family, stand_in,
+    Answer, BALANCER, Pods, Stage, all_answers, ask, failure, nothing_is_tracked, ports_of_web,
+    refusal, same_family, stand_in,
 };
 
 #[test]
@@ -146,6 +146,12 @@ fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
     let [here, there] = &stage.servers;
     let local = |web: Service| web.set("externalTrafficPolicy", "Local");
     stage.web(&[here, there], local)?;
+    let rejected = "rejected: no endpoint";
+    let dropped = "dropped: no endpoint on this node";
+    policies_are(&stage, ["Cluster", "Local"], rejected)?;
+    let shown = services(&stage)?;
+    assert!(shown.contains("POLICY"), "{shown}");
+    assert!(shown.contains("Cluster, outside Local"), "{shown}");
     for protocol in PROTOCOLS {
         for to in stage.addresses(protocol) {
             for _ in 0..6 {
@@ -165,6 +171,7 @@ fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
     }
     // Nobody here, somebody there: silence.
     stage.web(&[there], local)?;
+    policies_are(&stage, ["Cluster", "Local"], dropped)?;
     for to in stage.addresses("tcp") {
         assert_eq!(failure(&stage.client, "tcp", to)?, "timed out", "{to}");
         assert_eq!(ask(&here.host, "tcp", to)?.server, there.host.name);
@@ -172,13 +179,50 @@ fn a_local_policy_keeps(options: &[&str]) -> Result<()> {
     assert!(stage.agents[0].count("no_local_endpoints")? > 0);
     // Nobody anywhere: a refusal.
     stage.web(&[], local)?;
+    policies_are(&stage, ["Cluster", "Local"], rejected)?;
+    let shown = services(&stage)?;
+    assert_eq!(shown.matches(rejected).count(), 4, "{shown}");
     for protocol in ["tcp", "udp-connected"] {
         for to in stage.addresses(protocol) {
             let failure = refusal(&stage.client, protocol, to)?;
             assert_eq!(failure, "connection refused", "{protocol} {to}");
         }
     }
+    // Nobody here, and nobody outside to be told apart.
+    stage.web(&[there], |web| {
+        web.set("type", "ClusterIP")
+            .set("externalIPs", json!([]))
+            .set("internalTrafficPolicy", "Local")
+    })?;
+    policies_are(&stage, ["Local", ""], dropped)?;
+    let shown = services(&stage)?;
+    let row = format!("{dropped}, 1 resting");
+    assert_eq!(shown.matches(&row).count(), 4, "{shown}");
     Ok(())
+}
+
+/// What `penstock services` prints.
+fn services(stage: &Stage) -> Result<String> {
+    let said = stage.nodes[0].penstock("services", &[])?;
+    ensure!(said.code == 0, "{said:?}");
+    Ok(said.output)
+}
+
+/// Waits until all ports of "web" are said to have these policies for clients inside and outside, and to meet
+/// whom nobody may serve with that.
+fn policies_are(stage: &Stage, [inside, outside]: [&str; 2], on_empty: &str) -> Result<()> {
+    eventually("the policies are shown", || {
+        for port in ports_of_web(&stage.agents[0])? {
+            let shown = &port.policies;
+            ensure!(shown.internal_policy == inside, "{port:?}");
+            ensure!(
+                shown.external_policy.as_deref().unwrap_or_default() == outside,
+                "{port:?}"
+            );
+            ensure!(shown.on_empty == on_empty, "{port:?}");
+        }
+        Ok(())
+    })
 }
 
 /// A pod of another node is told by its address, where it keeps that on the way to this one.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use penstock_agent::report::Port;
 use penstock_testbed::{
     Agent, Host, Node, Pod, Process, Service, Slice, Source, Testbed, eventually, list, text,
 };
@@ -163,6 +164,14 @@ impl Stage {
         }
         all
     }
+}
+
+/// What an agent says of "web": two ports in two families.
+pub fn ports_of_web(agent: &Agent) -> Result<Vec<Port>> {
+    let mut ports: Vec<Port> = serde_json::from_value(agent.show("services")?)?;
+    ports.retain(|port| port.service.as_deref() == Some("default/web"));
+    ensure!(ports.len() == 4, "{ports:?}");
+    Ok(ports)
 }
 
 fn ips(pods: &[&Pod]) -> BTreeSet<String> {

@@ -17,7 +17,7 @@ use nix::sched::{CloneFlags, setns};
 use penstock_testbed::{
     Agent, Host, Node, PROTOCOLS, Process, Source, eventually, require_kernel, text,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::stage::{Answer, BALANCER, EXTERNAL, Pods, Stage, ask, nothing_is_tracked, same_family};
 
@@ -83,7 +83,7 @@ fn told(agent: &Agent, interface: &str) -> Result<(Option<String>, Option<String
     Ok((text("xdp"), text("xdp_error")))
 }
 
-fn wait_for(agent: &Agent, interface: &str, mode: &str) -> Result<()> {
+pub fn wait_for(agent: &Agent, interface: &str, mode: &str) -> Result<()> {
     eventually("XDP is on the interface", || {
         let told = told(agent, interface)?;
         ensure!(told == (Some(mode.to_owned()), None), "{told:?}");
@@ -494,6 +494,58 @@ fn xdp_is_where_it_can_be_and_leaves_when_it_is_not_wanted() -> Result<()> {
         restart(&mut stage, "native")?;
         wait_for(&stage.agents[0], "eth0", "native")?;
     }
+    Ok(())
+}
+
+#[test]
+fn auto_takes_xdp_in_the_driver_and_elsewhere_says_nothing() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let stage = Stage::with(Pods::Routed, &["--xdp", "auto"])?;
+    let (node, agent, client) = (&stage.nodes[0], &stage.agents[0], &stage.client);
+    stage.web(&[&stage.servers[1]], |web| web)?;
+    // A bridge has none in its driver; here it leads to the client.
+    let link = format!("link add up9 type veth peer name up9 netns {}", client.name);
+    let via_bridge = format!("route replace {} via 172.31.9.1", BALANCER[0]);
+    for (host, line) in [
+        (&node.host, "link add br9 type bridge"),
+        (&node.host, "addr add 172.31.9.1/24 dev br9"),
+        (&node.host, "link set br9 up"),
+        (&node.host, link.as_str()),
+        (&node.host, "link set up9 master br9 up"),
+        (client, "addr add 172.31.9.2/24 dev up9"),
+        (client, "link set up9 up"),
+        (client, via_bridge.as_str()),
+        // The last: what there was before it, the agent has looked at by then.
+        (&node.host, "tuntap add tap9 mode tap"),
+        (&node.host, "link set tap9 up"),
+        (&node.host, "addr add 172.31.8.1/24 dev tap9"),
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        host.run("ip", &words)?;
+    }
+    wait_for(agent, "tap9", "native")?;
+    let mode = attached(&node.host, "tap9")?.map(|(mode, _)| mode);
+    assert_eq!(mode, Some(number("native")));
+    // Pairs have it, and lose what they should send.
+    for interface in ["br9", "eth0"] {
+        assert_eq!(told(agent, interface)?, (None, None), "{interface}");
+        assert_eq!(attached(&node.host, interface)?, None, "{interface}");
+    }
+    let status = agent.status()?;
+    assert_eq!(status["problems"], json!([]));
+    let shown = node.penstock("status", &[])?.output;
+    let lines: Vec<&str> = shown.lines().filter(|line| line.contains("XDP")).collect();
+    assert_eq!(lines, ["  XDP on tap9: native"], "{shown}");
+
+    for to in stage.addresses("tcp") {
+        let before = agent.count("external_request")?;
+        // The client's new address may have to be found first.
+        eventually("TC serves there", || ask(client, "tcp", to))?;
+        assert!(agent.count("external_request")? > before, "{to}");
+    }
+    assert_eq!(agent.count("external_xdp")?, 0);
     Ok(())
 }
 
