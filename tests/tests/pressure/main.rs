@@ -313,12 +313,15 @@ fn withstands(
         let reply = uplink.pass(family.backend(*to), from, TCP, tcp::ACK);
         assert_eq!(reply, Some((family.frontend(*to), *client)));
     }
-    // What the flood cost: all but a table's worth of its flows gave way to others of it.
-    let room = u64::from(limits::FLOWS - ESTABLISHED);
-    let lost = u64::from(dropped);
-    let created = u64::from(ESTABLISHED + openings) - node.count(Counter::FlowCreated);
-    assert!(created <= lost, "{created} were not created, {lost} lost");
-    let evicted = (u64::from(openings) - room).abs_diff(node.count(Counter::FlowEvicted));
+    // What the flood cost: all but a table's worth of its flows gave way to others of it. One that has to before its own
+    // packet is through, at XDP, is begun once more, at TC.
+    let (all, lost) = (u64::from(ESTABLISHED + openings), u64::from(dropped));
+    let created = node.count(Counter::FlowCreated);
+    let twice = u64::from(openings / 100_000);
+    let is_all = (all - lost..=all + twice).contains(&created);
+    assert!(is_all, "{created} of {all} were created, {lost} lost");
+    let gone = created - u64::from(limits::FLOWS);
+    let evicted = gone.abs_diff(node.count(Counter::FlowEvicted));
     assert!(evicted <= lost, "{evicted} off, {lost} lost");
     let reasons = [
         Counter::FlowTableFull,
