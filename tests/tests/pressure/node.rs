@@ -38,6 +38,7 @@ pub mod tcp {
 pub const SHOT: i32 = 2;
 pub const REDIRECT: i32 = 7;
 /// Those at XDP (uapi/linux/bpf.h).
+const XDP_DROP: i32 = 1;
 const XDP_PASS: i32 = 2;
 const XDP_REDIRECT: i32 = 4;
 /// Frames of test runs come in by the loopback interface.
@@ -595,6 +596,7 @@ impl Uplink<'_> {
         if let Some(xdp) = self.xdp {
             match test(xdp, frame, output) {
                 XDP_REDIRECT => return REDIRECT,
+                XDP_DROP => return SHOT,
                 XDP_PASS => {}
                 verdict => panic!("verdict {verdict} of XDP for {:?}", ends(frame)),
             }
