@@ -279,9 +279,14 @@ impl Lane {
     /// What tells that traffic to services took this way.
     fn witnesses(&self) -> Vec<Witness> {
         let node = self.node.host.clone();
-        let arrives = Witness::interface(&node, &self.server.interface, Counts::Requests);
+        // On its own network Penstock puts packets into pods from the other side: they never leave by the node's ends.
+        let (requests, replies) = match self.way {
+            Way::Network => (Counts::Strays, Counts::Strays),
+            _ => (Counts::Requests, Counts::Replies),
+        };
+        let arrives = Witness::interface(&node, &self.server.interface, requests);
         // A pod's node puts what is for the client into its interface.
-        let returns = Witness::interface(&node, &self.client_interface, Counts::Replies);
+        let returns = Witness::interface(&node, &self.client_interface, replies);
         let ours = |counters: &'static [&'static str], counts| {
             self.agent.as_ref().map(|agent| {
                 let agent = agent.clone();
@@ -293,31 +298,18 @@ impl Lane {
         const AT_SOCKETS: &[&str] = &["socket_connect", "socket_datagram"];
         const REQUESTS: &[&str] = &["packet_request"];
         const REPLIES: &[&str] = &["packet_reply"];
-        const DELIVERED: &[&str] = &["delivered"];
-        if self.way == Way::Network {
-            // Put into pods from the other side, packets never leave by the node's ends.
-            let strays = [&self.server.interface, &self.client_interface]
-                .map(|interface| Witness::interface(&node, interface, Counts::Strays));
-            let ours = [
-                ours(DELIVERED, Counts::BothWays),
-                ours(AT_SOCKETS, Counts::Connections),
-                ours(REQUESTS, Counts::Never),
-                ours(REPLIES, Counts::Never),
-            ];
-            return strays
-                .into_iter()
-                .chain(ours.into_iter().flatten())
-                .collect();
-        }
         let mut all = vec![arrives, returns];
         match self.way {
-            Way::Direct | Way::Network => {}
+            Way::Direct => {}
             Way::Pod => {
                 all.extend(ours(AT_SOCKETS, Counts::Never));
                 all.extend(ours(REQUESTS, Counts::Never));
                 all.extend(ours(REPLIES, Counts::Never));
             }
-            Way::Socket => {
+            Way::Socket | Way::Network => {
+                if self.way == Way::Network {
+                    all.extend(ours(&["delivered"], Counts::BothWays));
+                }
                 all.extend(ours(AT_SOCKETS, Counts::Connections));
                 all.extend(ours(REQUESTS, Counts::Never));
                 all.extend(ours(REPLIES, Counts::Never));

@@ -591,6 +591,11 @@ pub struct Uplink<'a> {
 }
 
 impl Uplink<'_> {
+    /// Whether packets meet XDP first.
+    pub fn is_past_xdp(&self) -> bool {
+        self.xdp.is_some()
+    }
+
     /// The program's verdict, and what became of the frame in `output`; TC's where XDP leaves it alone.
     pub fn run(&self, frame: &[u8], output: &mut [u8]) -> i32 {
         if let Some(xdp) = self.xdp {
