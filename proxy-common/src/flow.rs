@@ -6,7 +6,7 @@
 //! reader compares the record with the packet before it uses it.
 
 use crate::{
-    net::{Addr, Be16, Proto, V4, V6, mixed},
+    net::{Addr, Be16, Proto, V4, V6, mixed, place},
     plain::map_types,
     service::{BackendId, ServiceId},
 };
@@ -60,7 +60,7 @@ impl<A: Addr> FlowKey<A> {
     pub fn port_place(&self) -> PortPlace {
         let hash = mixed(mixed(seed(self.proto, self.src_port), self.src), self.dst);
         PortPlace {
-            base: (hash >> 32) as u32 % crate::limits::PORT_CHUNKS,
+            base: place(hash, crate::limits::PORT_CHUNKS),
             check: hash as u32,
         }
     }
@@ -81,7 +81,10 @@ impl Responder {
     /// Where the flows are counted of which this is an end, with those of others that share the element.
     #[inline(always)]
     pub fn new<A: Addr>(proto: Proto, addr: A, port: Be16) -> Self {
-        Self((mixed(seed(proto, port), addr) >> 32) as u32 % crate::limits::RESPONDERS)
+        Self(place(
+            mixed(seed(proto, port), addr),
+            crate::limits::RESPONDERS,
+        ))
     }
 }
 

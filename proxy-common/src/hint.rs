@@ -2,7 +2,7 @@
 
 use crate::{
     flow::{FlowId, FlowKey},
-    net::{Addr, mixed},
+    net::{Addr, mixed, place},
     plain::map_types,
 };
 
@@ -91,7 +91,7 @@ impl<A: Addr> FlowKey<A> {
         let kind = u64::from(self.proto.0) << 1 | u64::from(self.direction);
         let hash = mixed(mixed(kind << 32 | ports, self.src), self.dst);
         HintPlace {
-            index: (hash >> 32) as u32 & ids,
+            index: place(hash, ids.wrapping_add(1)),
             tag: hash as u32 & !ids,
             ids,
         }

@@ -1,7 +1,7 @@
 //! Where pods are: those of this node by interface, those of other nodes by range.
 
 use crate::{
-    net::{Addr, V4, V6, mixed},
+    net::{Addr, V4, V6, mixed, place},
     plain::map_types,
 };
 
@@ -136,7 +136,10 @@ impl<A: Addr> Shortcut<A> {
     /// Where the one of these packets is.
     #[inline(always)]
     pub fn index(ifindex: u32, src: A, dst: A) -> u32 {
-        (mixed(mixed(ifindex.into(), src), dst) >> 32) as u32 % crate::limits::SHORTCUTS
+        place(
+            mixed(mixed(ifindex.into(), src), dst),
+            crate::limits::SHORTCUTS,
+        )
     }
 }
 
