@@ -9,6 +9,7 @@
 //! | map | kind | key → value | written by | when full |
 //! | --- | --- | --- | --- | --- |
 //! | `ADDRESSES4/6` | hash | address → [`Address`] | agent | the service is reported and retried |
+//! | `ADDRESS_FILTER4/6` | array | [`FilterBit`]'s element → bits of addresses that `ADDRESSES` has, or is about to have or has just had | agent | addresses share bits |
 //! | `FRONTENDS4/6` | hash | [`FrontendKey`] → [`Frontend`] | agent | the service is reported and retried |
 //! | `SLOTS` | array | slot → [`BackendId`] | agent | the service is reported and retried |
 //! | `BACKENDS4/6` | array | [`BackendId`] → [`Backend`] | agent | the service is reported and retried |
@@ -55,6 +56,7 @@ mod algorithm;
 mod config;
 mod count;
 mod counter;
+mod filter;
 mod flow;
 mod forwarding;
 mod hint;
@@ -69,6 +71,7 @@ pub use algorithm::{Algorithm, client_hash};
 pub use config::{Config, NetworkFlags, Timeouts};
 pub use count::{BackendCounts, BackendLife, Connections, FlowCounts, Load, Traffic};
 pub use counter::Counter;
+pub use filter::FilterBit;
 pub use flow::{
     Dialled, Fins, Flow, FlowFlags, FlowId, FlowKey, FlowState, Fragment as FragmentKey,
     FragmentPorts, MASQUERADE_PORTS, PortChunk, PortPlace, PortRange, REMAPPED_PORTS, Responder,
@@ -93,7 +96,7 @@ pub use socket::{
 
 /// The layout of every map. Changing a key, a value, a map's kind or a flag's meaning means
 /// incrementing it.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// How many entries each map holds.
 pub mod limits {
@@ -101,6 +104,8 @@ pub mod limits {
     pub const FRONTENDS: u32 = 262_144;
     /// Addresses of one family that belong to services or to this node.
     pub const ADDRESSES: u32 = 262_144;
+    /// Bits of one family's filter: with 10,000 addresses, one of a hundred others is looked up in vain.
+    pub const FILTERED: u32 = 1 << 20;
     /// Ranges of clients of one family that services let in, over all services.
     pub const SOURCE_RANGES: u32 = 65_536;
     /// Slots of all blocks together.

@@ -21,14 +21,14 @@ use crate::{
 /// How old a note grows before it is written anew, in seconds.
 const FRESH_SECS: u32 = 1;
 
-/// A packet that the kernel sends to a pod, after [`crate::pod::returning`].
+/// A packet that the kernel sends to a pod, after [`crate::pod::returning`], if anything of it
+/// [`is_noted`].
 #[inline(always)]
 pub fn received<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    if is_noted(maps, Dialled::BY_KERNEL)
-        && let Some(ends) = parse::addrs::<F>(packet, ETHERNET)
+    if let Some(ends) = parse::addrs::<F>(packet, ETHERNET)
         && !maps.is(&ends.0, AddressKind::NODE)
     {
         note::<F, M>(packet, maps, &ends, Dialled::BY_KERNEL);
@@ -44,9 +44,9 @@ pub fn came<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
         return Ok(Verdict::Pass);
     };
     let changed = maps.changed();
-    if note::<F, M>(packet, maps, &ends, Dialled::PAST_KERNEL)
-        && let Some(to) = maps.endpoint(&ends.1)
-    {
+    let is_done = !is_noted(maps, Dialled::PAST_KERNEL)
+        || note::<F, M>(packet, maps, &ends, Dialled::PAST_KERNEL);
+    if is_done && let Some(to) = maps.endpoint(&ends.1) {
         let way = Way {
             kind: ShortcutKind::POD,
             to,
@@ -59,7 +59,7 @@ pub fn came<F: Family, M: Maps<F>>(packet: &mut impl Packet, maps: &M) -> Result
 
 /// Whether anything is remembered of who sends packets that come this way.
 #[inline(always)]
-fn is_noted(maps: &impl Env, way: u32) -> bool {
+pub fn is_noted(maps: &impl Env, way: u32) -> bool {
     let network = maps.network();
     let wanted = NetworkFlags::FORWARD | NetworkFlags::MASQUERADE;
     network & wanted == wanted || way == Dialled::BY_KERNEL && network & NetworkFlags::CHAINED != 0
@@ -76,9 +76,6 @@ fn note<F: Family, M: Maps<F>>(
     way: u32,
 ) -> bool {
     let is_chained = way == Dialled::BY_KERNEL && maps.network() & NetworkFlags::CHAINED != 0;
-    if !is_noted(maps, way) {
-        return true;
-    }
     let Some(header) = F::network(packet, ETHERNET) else {
         return false;
     };

@@ -158,6 +158,8 @@ pub trait Maps<F: Family>: Env {
     fn node(&self) -> F::Addr;
     /// This node's address in the overlay, unspecified if it has none of this family.
     fn overlay_addr(&self) -> F::Addr;
+    /// Whether [`Self::address`] may know an address, as far as is told at once.
+    fn may_be_known(&self, addr: &F::Addr) -> bool;
     /// Whether an address is of interest.
     fn address(&self, addr: &F::Addr) -> Option<Address>;
     /// Whether an address is of a kind ([`penstock_common::AddressKind`]).

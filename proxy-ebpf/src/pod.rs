@@ -109,6 +109,15 @@ pub enum Verdict {
     Overlay(Route),
 }
 
+/// Whether a packet that a pod sent is certainly one that [`classify`] leaves to the kernel, as far as is
+/// told at once. Where the pods' network is somebody else's, most are.
+#[inline(always)]
+pub fn is_kernels<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> bool {
+    let ends = parse::addrs::<F>(packet, ETHERNET);
+    maps.network() & NetworkFlags::FORWARD == 0
+        && ends.is_some_and(|(_, dst)| !maps.may_be_known(&dst))
+}
+
 /// Sorts a packet that a pod sent, and sends it where others like it went a moment ago.
 ///
 /// That spares what tables say of source and destination, which between pods would be most of the
@@ -357,18 +366,20 @@ pub fn to_node<F: Family, M: Maps<F>>(
     })
 }
 
+/// Whether a packet on its way to a pod may be one that [`returning`] has anything to do with, as far as
+/// is told at once. Most are not.
+#[inline(always)]
+pub fn may_return<F: Family, M: Maps<F>>(packet: &impl Packet, maps: &M) -> bool {
+    let ends = parse::addrs::<F>(packet, ETHERNET);
+    ends.is_none_or(|(src, _)| may_be_back::<F, M>(packet, maps, ETHERNET, src))
+}
+
 /// A packet on its way to a pod: [`Verdict::Untouched`], which is [`dialled`]'s, where it is no reply.
 #[inline(always)]
 pub fn returning<F: Family, M: Maps<F>>(
     packet: &mut impl Packet,
     maps: &M,
 ) -> Result<Verdict, Counter> {
-    // Most packets to pods are told from replies at once, and there is one of these for each.
-    if let Some((src, _)) = parse::addrs::<F>(packet, ETHERNET)
-        && !may_be_back::<F, M>(packet, maps, ETHERNET, src)
-    {
-        return Ok(Verdict::Untouched);
-    }
     Ok(match back::<F, M>(packet, maps)? {
         Back::Request => Verdict::Untouched,
         _ => Verdict::Pass,

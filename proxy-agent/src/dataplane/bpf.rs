@@ -11,8 +11,10 @@ use penstock_common::{
 };
 
 use super::{
-    ApplyError, Change, Dataplane, FamilyChange, FamilyState, MapError, MapState, batch,
+    ApplyError, Change, Dataplane, FamilyChange, FamilyState, MapError, MapState,
+    batch::{self, Stopped},
     changed::Changed,
+    filter::Filter,
     pins::{PinError, Pins},
 };
 
@@ -20,9 +22,10 @@ use super::{
 const CHUNK: usize = 8_192;
 
 /// The service maps of one family.
-struct FamilyMaps {
+struct FamilyMaps<A> {
     names: [&'static str; 4],
     addresses: MapData,
+    filter: Filter<A>,
     frontends: MapData,
     backends: MapData,
     source_ranges: MapData,
@@ -30,8 +33,8 @@ struct FamilyMaps {
 
 /// The kernel's service maps.
 pub struct Bpf {
-    v4: FamilyMaps,
-    v6: FamilyMaps,
+    v4: FamilyMaps<V4>,
+    v6: FamilyMaps<V6>,
     slots: MapData,
     changed: Changed,
 }
@@ -39,23 +42,31 @@ pub struct Bpf {
 impl Bpf {
     /// Opens the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self, PinError> {
-        let family = |names: [&'static str; 4]| {
-            let [addresses, frontends, backends, source_ranges] = names;
-            Ok::<_, PinError>(FamilyMaps {
-                names,
-                addresses: pins.map(addresses)?,
-                frontends: pins.map(frontends)?,
-                backends: pins.map(backends)?,
-                source_ranges: pins.map(source_ranges)?,
-            })
-        };
+        let v4 = ["ADDRESSES4", "FRONTENDS4", "BACKENDS4", "SOURCE_RANGES4"];
+        let v6 = ["ADDRESSES6", "FRONTENDS6", "BACKENDS6", "SOURCE_RANGES6"];
         Ok(Self {
-            v4: family(["ADDRESSES4", "FRONTENDS4", "BACKENDS4", "SOURCE_RANGES4"])?,
-            v6: family(["ADDRESSES6", "FRONTENDS6", "BACKENDS6", "SOURCE_RANGES6"])?,
+            v4: open_family(pins, v4, "ADDRESS_FILTER4")?,
+            v6: open_family(pins, v6, "ADDRESS_FILTER6")?,
             slots: pins.map("SLOTS")?,
             changed: Changed::open(pins)?,
         })
     }
+}
+
+fn open_family<A: Addr + Ord>(
+    pins: &Pins,
+    names: [&'static str; 4],
+    filter: &'static str,
+) -> Result<FamilyMaps<A>, PinError> {
+    let [addresses, frontends, backends, source_ranges] = names;
+    Ok(FamilyMaps {
+        names,
+        addresses: pins.map(addresses)?,
+        filter: Filter::open(pins, filter)?,
+        frontends: pins.map(frontends)?,
+        backends: pins.map(backends)?,
+        source_ranges: pins.map(source_ranges)?,
+    })
 }
 
 fn error(map: &'static str, operation: &'static str) -> impl Fn(io::Error) -> MapError {
@@ -67,7 +78,7 @@ fn error(map: &'static str, operation: &'static str) -> impl Fn(io::Error) -> Ma
 }
 
 /// Reads a family's maps.
-fn observe_family<A>(maps: &FamilyMaps) -> Result<FamilyState<A>, MapError>
+fn observe_family<A>(maps: &FamilyMaps<A>) -> Result<FamilyState<A>, MapError>
 where
     A: Addr + Ord,
     FrontendKey<A>: Plain + Default + Ord,
@@ -154,7 +165,7 @@ where
         true
     }
 
-    fn write(&self, maps: &FamilyMaps) -> Result<(), (usize, MapError)> {
+    fn write(&self, maps: &mut FamilyMaps<A>) -> Result<(), (usize, MapError)> {
         let [addresses, frontends, backends, source_ranges] = maps.names;
         let (map, operation, result) = match self {
             Self::Backends(keys, values) => (
@@ -172,16 +183,23 @@ where
                 "deleting",
                 batch::delete(maps.frontends.fd().as_fd(), keys),
             ),
-            Self::Addresses(keys, values) => (
-                addresses,
-                "writing",
-                batch::update(maps.addresses.fd().as_fd(), keys, values),
-            ),
-            Self::DeleteAddresses(keys) => (
-                addresses,
-                "deleting",
-                batch::delete(maps.addresses.fd().as_fd(), keys),
-            ),
+            Self::Addresses(keys, values) => {
+                let map = maps.addresses.fd().as_fd();
+                if let Err(source) = maps.filter.admit(map, keys) {
+                    return Err((0, error(maps.filter.name(), "writing")(source)));
+                }
+                let result = batch::update(map, keys, values);
+                let (there, not) = keys.split_at(done(&result, keys.len()));
+                settle(&mut maps.filter, map, there, not);
+                (addresses, "writing", result)
+            }
+            Self::DeleteAddresses(keys) => {
+                let map = maps.addresses.fd().as_fd();
+                let result = batch::delete(map, keys);
+                let (gone, _) = keys.split_at(done(&result, keys.len()));
+                settle(&mut maps.filter, map, &[], gone);
+                (addresses, "deleting", result)
+            }
             Self::SourceRanges(keys) => (
                 source_ranges,
                 "writing",
@@ -201,9 +219,23 @@ where
     }
 }
 
+/// How many elements a batch of so many got done.
+fn done(result: &Result<(), Stopped>, all: usize) -> usize {
+    result
+        .as_ref()
+        .map_or_else(|stopped| stopped.done.min(all), |()| all)
+}
+
+/// [`Filter::settle`], without which programs look up more than they have to.
+fn settle<A: Addr + Ord>(filter: &mut Filter<A>, map: BorrowedFd<'_>, there: &[A], gone: &[A]) {
+    if let Err(error) = filter.settle(map, there, gone) {
+        tracing::warn!("writing map {}: {error}", filter.name());
+    }
+}
+
 /// How many of the first changes belong to one family's run, and what writing them gave.
 fn write_run<'a, A>(
-    maps: &FamilyMaps,
+    maps: &mut FamilyMaps<A>,
     first: &FamilyChange<A>,
     rest: impl Iterator<Item = Option<&'a FamilyChange<A>>>,
 ) -> (usize, Result<(), (usize, MapError)>)
@@ -282,12 +314,12 @@ fn is_of_address(change: &Change) -> bool {
 }
 
 impl Bpf {
-    fn write(&self, changes: &[Change]) -> Result<(), ApplyError> {
+    fn write(&mut self, changes: &[Change]) -> Result<(), ApplyError> {
         let mut applied = 0;
         while let Some((first, rest)) = changes.get(applied..).and_then(<[Change]>::split_first) {
             let (length, result) = match first {
                 Change::V4(first) => write_run(
-                    &self.v4,
+                    &mut self.v4,
                     first,
                     rest.iter().map(|change| match change {
                         Change::V4(change) => Some(change),
@@ -295,7 +327,7 @@ impl Bpf {
                     }),
                 ),
                 Change::V6(first) => write_run(
-                    &self.v6,
+                    &mut self.v6,
                     first,
                     rest.iter().map(|change| match change {
                         Change::V6(change) => Some(change),

@@ -7,6 +7,7 @@ pub mod batch;
 pub mod bpf;
 pub mod changed;
 pub mod faulty;
+mod filter;
 pub mod memory;
 pub mod pins;
 pub mod sizes;

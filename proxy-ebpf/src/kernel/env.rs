@@ -14,9 +14,10 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Addr, Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    Counter, Dialled, Endpoint, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend,
-    FrontendKey, HintPlace, Hints, Hop, Load, NetworkFlags, Plain, PortChunk, Proto, Responder,
-    Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink, limits,
+    Counter, Dialled, Endpoint, FilterBit, FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts,
+    Frontend, FrontendKey, HintPlace, Hints, Hop, Load, NetworkFlags, Plain, PortChunk, Proto,
+    Responder, Route, ServiceId, Shortcut, SourceRange, Traffic, Uplink, V4, V6, Vtep, XdpUplink,
+    limits,
 };
 use penstock_ebpf::{
     env::{Env, Maps, NextHop, Overlay, Way},
@@ -338,7 +339,7 @@ fn hop_of(counts: *mut FlowCounts, is_reply: bool) -> *mut Hop {
 static NOTHING: BackendCounts = BackendCounts::new(ServiceId(0));
 
 macro_rules! family {
-    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident, $about:ident, $quote:ident, $requote:ident, $evict:ident, $take_port:ident, $evict_port:ident, $succeed:ident: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+    ($family:ty, $counts_of:ident, $begin_life:ident, $settle:ident, $load_of:ident, $lighter:ident, $back:ident, $about:ident, $quote:ident, $requote:ident, $evict:ident, $take_port:ident, $evict_port:ident, $succeed:ident: $addresses:ident, $filter:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $dialled:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $hints:ident, $node:ident, $overlay:ident) => {
         /// The counts of a backend's life, which begin if need be; none without room for them.
@@ -531,7 +532,17 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn may_be_known(&self, addr: &$family) -> bool {
+                let bit = FilterBit::of(*addr);
+                let bits = $filter.get_ptr(bit.element()).map(copy);
+                bits.unwrap_or_default() & bit.mask() != 0
+            }
+
+            #[inline(always)]
             fn address(&self, addr: &$family) -> Option<Address> {
+                if !Maps::<$family>::may_be_known(self, addr) {
+                    return None;
+                }
                 $addresses.get_ptr(addr).map(copy)
             }
 
@@ -894,7 +905,7 @@ macro_rules! family {
     };
 }
 
-family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4, about_request4, quote4, requote4, evict4, take_port4, evict_port4, succeed4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, DIALLED4, ENDPOINTS4, ROUTES4,
+family!(V4, counts_of4, begin_life4, settle4, load_of4, lighter4, back4, about_request4, quote4, requote4, evict4, take_port4, evict_port4, succeed4: ADDRESSES4, ADDRESS_FILTER4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, DIALLED4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, HINTS4, node4, overlay4);
-family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6, about_request6, quote6, requote6, evict6, take_port6, evict_port6, succeed6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, DIALLED6, ENDPOINTS6, ROUTES6,
+family!(V6, counts_of6, begin_life6, settle6, load_of6, lighter6, back6, about_request6, quote6, requote6, evict6, take_port6, evict_port6, succeed6: ADDRESSES6, ADDRESS_FILTER6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, DIALLED6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, HINTS6, node6, overlay6);

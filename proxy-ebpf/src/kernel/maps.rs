@@ -9,20 +9,22 @@ use aya_ebpf::{
 };
 use penstock_common::{
     Address, Affinity, AffinityKey, Backend, BackendCounts, BackendId, BackendLife, Config,
-    ConnectedUdp, Connections, Datagram, DatagramKey, Dialled, Endpoint, Flow, FlowCounts, FlowId,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hints, Load, Netns, PortChunk,
-    Route, ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer, Uplink, V4, V6,
-    Vtep, XdpUplink, limits,
+    ConnectedUdp, Connections, Datagram, DatagramKey, Dialled, Endpoint, FilterBit, Flow,
+    FlowCounts, FlowId, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Hints, Load,
+    Netns, PortChunk, Route, ServiceId, Shortcut, SockEndpoint, SocketPeer, SourceRange, TcpPeer,
+    Uplink, V4, V6, Vtep, XdpUplink, limits,
 };
 
 /// A family's maps: a static cannot be generic.
 macro_rules! family_maps {
-    ($family:ty: $addresses:ident, $frontends:ident, $backends:ident, $affinity:ident,
+    ($family:ty: $addresses:ident, $filter:ident, $frontends:ident, $backends:ident, $affinity:ident,
         $index:ident, $flows:ident, $vteps:ident, $counts:ident, $connections:ident, $loads:ident, $backend_counts:ident, $free:ident, $fragments:ident, $dialled:ident, $endpoints:ident, $routes:ident,
         $source_ranges:ident, $openings:ident, $hands:ident, $shortcuts:ident, $hints:ident) => {
         #[map]
         pub(crate) static $addresses: HashMap<$family, Address> =
             HashMap::pinned(limits::ADDRESSES, BPF_F_NO_PREALLOC);
+        #[map]
+        pub(crate) static $filter: Array<u64> = Array::pinned(FilterBit::ELEMENTS, 0);
         #[map]
         pub(crate) static $frontends: HashMap<FrontendKey<$family>, Frontend> =
             HashMap::pinned(limits::FRONTENDS, BPF_F_NO_PREALLOC);
@@ -83,9 +85,9 @@ macro_rules! family_maps {
     };
 }
 
-family_maps!(V4: ADDRESSES4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, DIALLED4, ENDPOINTS4, ROUTES4,
+family_maps!(V4: ADDRESSES4, ADDRESS_FILTER4, FRONTENDS4, BACKENDS4, AFFINITY4, FLOW_INDEX4, FLOWS4, FLOW_VTEPS4, FLOW_COUNTS4, CONNECTIONS4, LOADS4, BACKEND_COUNTS4, FREE_FLOWS4, FRAGMENTS4, DIALLED4, ENDPOINTS4, ROUTES4,
     SOURCE_RANGES4, OPENINGS4, HANDS4, SHORTCUTS4, HINTS4);
-family_maps!(V6: ADDRESSES6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, DIALLED6, ENDPOINTS6, ROUTES6,
+family_maps!(V6: ADDRESSES6, ADDRESS_FILTER6, FRONTENDS6, BACKENDS6, AFFINITY6, FLOW_INDEX6, FLOWS6, FLOW_VTEPS6, FLOW_COUNTS6, CONNECTIONS6, LOADS6, BACKEND_COUNTS6, FREE_FLOWS6, FRAGMENTS6, DIALLED6, ENDPOINTS6, ROUTES6,
     SOURCE_RANGES6, OPENINGS6, HANDS6, SHORTCUTS6, HINTS6);
 
 #[map]

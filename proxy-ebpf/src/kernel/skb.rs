@@ -68,6 +68,12 @@ impl<'a> Skb<'a> {
         Self(context)
     }
 
+    /// As much of the packet as is readable already.
+    #[inline(always)]
+    pub(crate) const fn peek(context: &'a TcContext) -> Self {
+        Self(context)
+    }
+
     /// Sends the packet out of the interface at whose hook it is.
     #[inline(always)]
     pub(crate) fn turn_around(&self) -> i32 {

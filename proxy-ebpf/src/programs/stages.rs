@@ -5,7 +5,7 @@
 //! (kernel commit 51c39bb1d5d1).
 
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
-use penstock_common::{Counter, V4, V6};
+use penstock_common::{Counter, Dialled, V4, V6};
 use penstock_ebpf::{
     dialled,
     env::Env,
@@ -30,7 +30,7 @@ macro_rules! family {
         $from_overlay:ident, $to_overlay:ident, $from_uplink:ident,
         $unwrap:ident, $arrived:ident, $admit:ident, $outward:ident, $answer:ident, $shorten:ident, $to_uplink:ident, $sent:ident,
         $hand_over:ident, $split:ident, $rejoin:ident, $shorten_as_it_came:ident, $accept:ident, $admit_handed:ident,
-        $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident, $towards_pod:ident, $begin:ident) => {
+        $hand_back:ident, $came_back:ident, $outbound:ident, $into_overlay:ident, $towards_pod:ident, $may_return:ident, $begin:ident) => {
         family!(stage $classify, pod::classify, $family);
         family!(stage $request, pod::request, $family);
         family!(stage $open, pod::open, $family);
@@ -160,12 +160,15 @@ macro_rules! family {
         pub(super) fn $inward(skb: *mut __sk_buff, decided: i32) -> i32 {
             let mut verdict = decided;
             if verdict == LOCAL {
-                return match $returning(skb) {
+                if $may_return(skb) {
+                    match $returning(skb) {
+                        UNTOUCHED => {}
+                        NEXT => return $deliver(skb),
+                        verdict => return verdict,
+                    }
+                }
+                return match $came(skb) {
                     NEXT => $deliver(skb),
-                    UNTOUCHED => match $came(skb) {
-                        NEXT => $deliver(skb),
-                        verdict => verdict,
-                    },
                     verdict => verdict,
                 };
             }
@@ -193,6 +196,13 @@ macro_rules! family {
                 LOCAL => $deliver(skb),
                 verdict => verdict,
             }
+        }
+
+        /// [`pod::may_return`]: here, and not in a function of its own, which would cost more than it does.
+        #[inline(always)]
+        fn $may_return(skb: *mut __sk_buff) -> bool {
+            let context = TcContext::new(skb);
+            pod::may_return::<$family, _>(&Skb::peek(&context), &Kernel { context: &context })
         }
 
         /// From one pod of this node into another one, as the service's if it is a reply.
@@ -244,9 +254,17 @@ macro_rules! family {
         /// What the kernel sends to a pod.
         #[inline(always)]
         pub(super) fn $towards_pod(skb: *mut __sk_buff) -> i32 {
-            match $returning(skb) {
-                UNTOUCHED => $received(skb),
-                verdict => verdict,
+            if $may_return(skb) {
+                let verdict = $returning(skb);
+                if verdict != UNTOUCHED {
+                    return verdict;
+                }
+            }
+            let context = TcContext::new(skb);
+            if dialled::is_noted(&Kernel { context: &context }, Dialled::BY_KERNEL) {
+                $received(skb)
+            } else {
+                NEXT
             }
         }
 
@@ -262,6 +280,10 @@ macro_rules! family {
         #[inline(always)]
         pub(super) fn $from_pod(context: &TcContext) -> i32 {
             let skb = context.skb.skb;
+            // As `may_return`.
+            if pod::is_kernels::<$family, _>(&Skb::peek(context), &Kernel { context }) {
+                return NEXT;
+            }
             let mut verdict = $classify(skb);
             if verdict == NODE {
                 verdict = $node(skb);
@@ -290,12 +312,12 @@ family!(V4: from_pod4, onward4, inward4, uplinked4, overlaid4, into_pod4, end4, 
     returning4, received4, came4, forward4, deliver4, held4, masquerade4, disguise4, leave4, from_overlay4, to_overlay4,
     from_uplink4, unwrap4, arrived4, admit4, outward4, answer4, shorten4, to_uplink4, sent4,
     hand_over4, split4, rejoin4, shorten_as_it_came4, accept4, admit_handed4,
-    hand_back4, came_back4, outbound4, into_overlay4, towards_pod4, begin4);
+    hand_back4, came_back4, outbound4, into_overlay4, towards_pod4, may_return4, begin4);
 family!(V6: from_pod6, onward6, inward6, uplinked6, overlaid6, into_pod6, end6, classify6, request6, open6, refuse6, icmp6, node6,
     returning6, received6, came6, forward6, deliver6, held6, masquerade6, disguise6, leave6, from_overlay6, to_overlay6,
     from_uplink6, unwrap6, arrived6, admit6, outward6, answer6, shorten6, to_uplink6, sent6,
     hand_over6, split6, rejoin6, shorten_as_it_came6, accept6, admit_handed6,
-    hand_back6, came_back6, outbound6, into_overlay6, towards_pod6, begin6);
+    hand_back6, came_back6, outbound6, into_overlay6, towards_pod6, may_return6, begin6);
 
 /// What a stage answers to the hook.
 #[inline(always)]

@@ -13,13 +13,16 @@ use aya::{
     programs::{SchedClassifier, TestRunOptions, TestRunResult, Xdp},
 };
 use penstock_common::{
-    Addr, Address, AddressKind, Algorithm, Backend, BackendCounts, BackendFlags, BackendId,
-    BackendLife, Be16, Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts,
-    FlowId, FlowState, FragmentKey, FragmentPorts, Frontend, FrontendFlags, FrontendKey, Load,
-    Proto, Route, ServiceId, SlotRange, SourceRange, Timeouts, V4, V6, limits,
+    Addr, AddressKind, Algorithm, Backend, BackendCounts, BackendFlags, BackendId, BackendLife,
+    Be16, Config, Connections, Counter, Endpoint as PodEndpoint, Flow, FlowCounts, FlowId,
+    FlowState, FragmentKey, FragmentPorts, Frontend, FrontendFlags, FrontendKey, Load, Proto,
+    Route, ServiceId, SlotRange, SourceRange, Timeouts, V4, V6, limits,
 };
 
-use crate::model::{Endpoint, Hook, Model, Service, Tally, load_before, service_id, weight};
+use crate::{
+    addresses,
+    model::{Endpoint, Hook, Model, Service, Tally, load_before, service_id, weight},
+};
 
 /// How short the kernel lets a frame be in a test run: with its whole IP header (seen from
 /// Linux 6.18 on).
@@ -242,10 +245,7 @@ impl Kernel {
     }
 
     pub fn put_address(&mut self, address: IpAddr, kind: u32) {
-        match address {
-            IpAddr::V4(ip) => self.put("ADDRESSES4", V4::from(ip), Address { kind }),
-            IpAddr::V6(ip) => self.put("ADDRESSES6", V6::from(ip), Address { kind }),
-        }
+        addresses::put(&mut self.ebpf, address, kind);
     }
 
     fn put_load(&mut self, id: u32, address: IpAddr, load: Load) {

@@ -11,6 +11,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod addresses;
 mod affinity;
 mod answers;
 mod beginnings;

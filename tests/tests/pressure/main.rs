@@ -10,6 +10,8 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "../packets/addresses.rs"]
+mod addresses;
 mod handover;
 mod node;
 mod owners;

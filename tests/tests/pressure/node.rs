@@ -18,10 +18,12 @@ use penstock_agent::{
     flows::{Lifetimes, Sweeper},
 };
 use penstock_common::{
-    Addr, Address, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId,
-    FlowKey, Forwarding, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Plain, Proto, Route,
-    RouteKind, ServiceId, SlotRange, Timeouts, Uplink as UplinkOwner, V4, V6, XdpUplink, limits,
+    Addr, AddressKind, Backend, BackendFlags, BackendId, Be16, Config, Counter, FlowId, FlowKey,
+    Forwarding, Frontend, FrontendFlags, FrontendKey, NetworkFlags, Plain, Proto, Route, RouteKind,
+    ServiceId, SlotRange, Timeouts, Uplink as UplinkOwner, V4, V6, XdpUplink, limits,
 };
+
+use crate::addresses;
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -293,11 +295,7 @@ impl Node {
         }
         for family in [Family::V4, Family::V6] {
             for ip in [family.node(), family.overlay()] {
-                let kind = AddressKind::NODE;
-                match ip {
-                    IpAddr::V4(ip) => self.put("ADDRESSES4", V4::from(ip), Address { kind }),
-                    IpAddr::V6(ip) => self.put("ADDRESSES6", V6::from(ip), Address { kind }),
-                }
+                addresses::put(&mut self.ebpf, ip, AddressKind::NODE);
             }
             let route = Route {
                 kind: RouteKind::OVERLAY,
