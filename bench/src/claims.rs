@@ -278,29 +278,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{cni::Calls, load::Summary, machine::Machine};
+    use crate::{cni::Calls, machine::Machine};
 
     fn outcome(title: &str, what: &str, turns: &[(&str, u64)]) -> Outcome {
-        let turns = turns.iter().map(|(contender, value)| Turns {
-            contender: (*contender).to_owned(),
-            summaries: vec![
-                Summary {
-                    p50: *value,
-                    per_second: *value as f64,
-                    ..Summary::default()
-                };
-                6
-            ],
-            evidence: Vec::new(),
-        });
-        Outcome {
-            title: title.to_owned(),
-            what: what.to_owned(),
-            metrics: vec![Metric::P50],
-            turns: turns.collect(),
-            command: "this".to_owned(),
-            quiet: None,
-        }
+        Outcome::of(title, what, Metric::P50, turns)
     }
 
     fn told(results: Results) -> String {

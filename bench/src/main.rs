@@ -22,6 +22,7 @@ mod programs;
 mod report;
 mod results;
 mod services;
+mod slower;
 mod turns;
 
 use std::path::{Path, PathBuf};

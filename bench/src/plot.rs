@@ -229,28 +229,10 @@ fn label(area: &Area, text: &str, at: (i32, i32), horizontal: HPos, size: i32) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::load::Summary;
 
     fn outcome(title: &str, nanos: u64) -> Outcome {
-        let turns = |name: &str, p50| Turns {
-            contender: name.to_owned(),
-            summaries: vec![
-                Summary {
-                    p50,
-                    ..Summary::default()
-                };
-                6
-            ],
-            evidence: Vec::new(),
-        };
-        Outcome {
-            title: title.to_owned(),
-            what: GROWING.to_owned(),
-            metrics: vec![Metric::P50],
-            turns: vec![turns("direct", 20_000), turns("other", nanos)],
-            command: String::new(),
-            quiet: None,
-        }
+        let turns = [("direct", 20_000), ("other", nanos)];
+        Outcome::of(title, GROWING, Metric::P50, &turns)
     }
 
     #[test]
@@ -264,30 +246,13 @@ mod tests {
     fn bars_say_how_much_of_kube_proxys_they_are() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("bars.svg");
-        let turns = |name: &str, per_second| Turns {
-            contender: name.to_owned(),
-            summaries: vec![
-                Summary {
-                    per_second,
-                    ..Summary::default()
-                };
-                6
-            ],
-            evidence: Vec::new(),
-        };
-        let outcome = Outcome {
-            title: "Packets".to_owned(),
-            what: "UDP packets".to_owned(),
-            metrics: vec![Metric::Packets],
-            turns: vec![
-                turns("kube-proxy, iptables", 400_000.0),
-                turns("kube-proxy's rules, nftables", 500_000.0),
-                turns("Penstock, XDP", 1_500_000.0),
-                turns("no service", 900_000.0),
-            ],
-            command: String::new(),
-            quiet: None,
-        };
+        let rates = [
+            ("kube-proxy, iptables", 400_000),
+            ("kube-proxy's rules, nftables", 500_000),
+            ("Penstock, XDP", 1_500_000),
+            ("no service", 900_000),
+        ];
+        let outcome = Outcome::of("Packets", "UDP packets", Metric::Packets, &rates);
         draw(&path, &outcome)?;
         let text = std::fs::read_to_string(&path)?;
         for wanted in [

@@ -8,16 +8,14 @@ use crate::{
     claims,
     cni::Calls,
     figures::{self, Median},
-    outside, plot,
+    plot,
     results::Results,
+    slower,
     turns::{Metric, Outcome, Turns},
 };
 
 /// The title of the picture that shows how connecting grows with the number of services.
 pub const GROWTH: &str = "Connect, request, close by the number of services";
-
-/// Why Penstock is slower where it is, by comparison, trial and way.
-const CAUSES: &str = include_str!("../../docs/slower.md");
 
 /// Says what came out of a trial.
 pub fn print(outcome: &Outcome) {
@@ -89,7 +87,7 @@ pub fn markdown(results: &Results, plots: &[(String, String)]) -> String {
          its table, round by round; one whose interval includes 1 is called no difference, and one whose \
          interval is wider than its distance from 1 is not named.\n",
     );
-    slower(&mut text, results);
+    slower::table(&mut text, results);
     claims::table(&mut text, results);
     beside_kube_proxy(&mut text, results);
     for (title, file) in plots.iter().filter(|(title, _)| title == GROWTH) {
@@ -273,65 +271,6 @@ fn programmed(results: &Results, agent: &Value) -> String {
     )
 }
 
-/// Every difference to Penstock's disadvantage, with its cause.
-fn slower(text: &mut String, results: &Results) {
-    let mut rows = Vec::new();
-    let mut compared = 0;
-    for outcome in &results.outcomes {
-        let (ours, others): (Vec<_>, Vec<_>) =
-            outcome.turns.iter().partition(|turns| turns.is_ours());
-        for metric in &outcome.metrics {
-            for (ours, other) in ours
-                .iter()
-                .flat_map(|ours| others.iter().map(move |other| (ours, other)))
-            {
-                let ratio = ours.ratio(other, *metric);
-                compared += 1;
-                if ratio.is_difference() && (ratio.value > 1.0) == metric.is_less_better() {
-                    let who = beside(&ours.contender, &other.contender);
-                    let why = cause(CAUSES, &outcome.title, &outcome.what, &who);
-                    rows.push(format!(
-                        "| {}: {}, {} | {} | {} | {} | {} |",
-                        outcome.title,
-                        outcome.what,
-                        metric.name(),
-                        ours.contender,
-                        other.contender,
-                        ratio.shown(),
-                        why.unwrap_or("cause not known"),
-                    ));
-                }
-            }
-        }
-    }
-    text.push_str("\n## Where Penstock is slower\n\n");
-    if rows.is_empty() {
-        text.push_str("Nowhere, as far as these rounds can tell.\n");
-        return;
-    }
-    let _ = writeln!(
-        text,
-        "{} of {compared} comparisons. Of each forty that are between equals, one is here by chance: a 95 % \
-         interval is above 1 so often.\n",
-        rows.len()
-    );
-    text.push_str("| measured | Penstock | slower than | ratio | because of |\n");
-    text.push_str("| --- | --- | --- | --- | --- |\n");
-    for row in rows {
-        text.push_str(&row);
-        text.push('\n');
-    }
-}
-
-/// Whom causes are looked for of: a way of Penstock's, and whether it is compared with one that does half of it.
-fn beside(ours: &str, other: &str) -> String {
-    if other == outside::Way::ThereOnly.name(None) {
-        format!("{ours} beside one way")
-    } else {
-        ours.to_owned()
-    }
-}
-
 /// How a way of Penstock's compares with each of kube-proxy's modes, by mode.
 pub fn ratios_to_kube_proxy<'a>(
     outcome: &'a Outcome,
@@ -423,36 +362,6 @@ fn beside_kube_proxy(text: &mut String, results: &Results) {
     }
 }
 
-/// The first cause whose words are all in what was measured: a row of the table in docs/slower.md.
-fn cause<'a>(causes: &'a str, title: &str, what: &str, contender: &str) -> Option<&'a str> {
-    rows(causes).find_map(|[in_title, in_what, in_contender, cause]| {
-        let places = [
-            (title, in_title),
-            (what, in_what),
-            (contender, in_contender),
-        ];
-        let is_met = places.iter().all(|(text, cell)| holds_one_of(text, cell));
-        is_met.then_some(cause)
-    })
-}
-
-/// Whether a text holds one of those of a cell, between which "or" stands. An empty cell has none.
-fn holds_one_of(text: &str, cell: &str) -> bool {
-    let mut wanted = cell.split(" or ").filter(|wanted| !wanted.is_empty());
-    wanted.any(|wanted| text.contains(wanted))
-}
-
-/// The rows of a table of four columns, without its head.
-fn rows(text: &str) -> impl Iterator<Item = [&str; 4]> {
-    let rows = text.lines().filter_map(|line| {
-        let row = line.strip_prefix("| ")?.strip_suffix(" |")?;
-        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        cells.try_into().ok()
-    });
-    rows.skip_while(|[first, ..]: &[&str; 4]| *first != "---")
-        .skip(1)
-}
-
 fn table(text: &mut String, outcome: &Outcome) {
     let heads: Vec<String> = outcome
         .metrics
@@ -480,40 +389,13 @@ fn table(text: &mut String, outcome: &Outcome) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{load::Summary, machine::Machine};
-
-    fn outcome(title: &str, metric: Metric, medians: &[(&str, u64)]) -> Outcome {
-        let turns = |(contender, value): &(&str, u64)| Turns {
-            contender: (*contender).to_owned(),
-            summaries: vec![
-                Summary {
-                    p50: *value,
-                    per_second: *value as f64,
-                    ..Summary::default()
-                };
-                6
-            ],
-            evidence: Vec::new(),
-        };
-        Outcome {
-            title: title.to_owned(),
-            what: "UDP request".to_owned(),
-            metrics: vec![metric],
-            turns: medians.iter().map(turns).collect(),
-            command: String::new(),
-            quiet: None,
-        }
-    }
+    use crate::machine::Machine;
 
     #[test]
     fn how_connecting_grows_is_a_table_too() {
-        let at = |title: &str, nanos| Outcome {
-            what: plot::GROWING.to_owned(),
-            ..outcome(
-                title,
-                Metric::P50,
-                &[("pod", 20_000), ("Penstock, socket", nanos)],
-            )
+        let at = |title: &str, nanos| {
+            let medians = [("pod", 20_000), ("Penstock, socket", nanos)];
+            Outcome::of(title, plot::GROWING, Metric::P50, &medians)
         };
         let results = Results {
             outcomes: vec![
@@ -555,112 +437,17 @@ mod tests {
             ("no service", 900),
         ];
         let results = Results {
-            outcomes: vec![outcome("Packets", Metric::Packets, &medians)],
+            outcomes: vec![Outcome::of(
+                "Packets",
+                "UDP request",
+                Metric::Packets,
+                &medians,
+            )],
             ..Results::new(Machine::look())
         };
         let text = markdown(&results, &[]);
         let row = "| Packets: UDP request, packets (more is better) | Penstock, XDP | iptables: 3.750 (95 % \
                    interval 3.750 to 3.750)<br>nftables: 3.000 (95 % interval 3.000 to 3.000) |";
         assert!(text.contains(row), "{text}");
-    }
-
-    #[test]
-    fn what_is_slower_is_named_and_what_is_faster_is_not() {
-        let results = Results {
-            outcomes: vec![
-                outcome("a", Metric::P50, &[("other", 10), ("Penstock, slow", 12)]),
-                outcome("b", Metric::P50, &[("other", 10), ("Penstock, fast", 8)]),
-                outcome("c", Metric::Rate, &[("Penstock, few", 8), ("other", 10)]),
-                outcome("d", Metric::Rate, &[("Penstock, many", 12), ("other", 10)]),
-            ],
-            ..Results::new(Machine::look())
-        };
-        let mut text = String::new();
-        slower(&mut text, &results);
-        for (name, is_slower) in [
-            ("slow", true),
-            ("few", true),
-            ("fast", false),
-            ("many", false),
-        ] {
-            assert_eq!(
-                text.contains(&format!("Penstock, {name}")),
-                is_slower,
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_first_cause_that_fits_is_told() {
-        let causes = "| in | what | who | why |\n| --- | --- | --- | --- |\n\
-                      | node port | stream | XDP | segments |\n| node port | stream or one | TC | work |\n\
-                      | Pods |  | Penstock | nobody looked |\n";
-        let why = |title, what, who| cause(causes, title, what, who);
-        assert_eq!(
-            why("A node port of 1", "TCP stream", "Penstock, XDP"),
-            Some("segments")
-        );
-        assert_eq!(
-            why("A node port of 1", "TCP stream", "Penstock, TC"),
-            Some("work")
-        );
-        assert_eq!(why("A node port of 1", "one", "Penstock, TC"), Some("work"));
-        assert_eq!(why("A node port of 1", "one", "Penstock, XDP"), None);
-        // An empty cell is no cause for whatever there may be.
-        assert_eq!(why("Pods", "TCP stream", "Penstock"), None);
-    }
-
-    #[test]
-    fn answers_that_the_other_leaves_out_are_the_cause_but_of_dsr() {
-        let title = "A node port of 1, the backend on another node";
-        let why = |what, ours, way: outside::Way| {
-            let who = beside(ours, way.name(None));
-            cause(CAUSES, title, what, &who)
-        };
-        for ours in [
-            "Penstock, TC",
-            "Penstock, TC, overlay",
-            "Penstock, TC, tunnel",
-        ] {
-            let why = why("8 x TCP stream", ours, outside::Way::ThereOnly);
-            assert!(why.is_some_and(|why| why.starts_with("answers")), "{ours}");
-        }
-        let [rr, stream] = [
-            "TCP request and response, one processor for both",
-            "TCP stream",
-        ];
-        let dsr = why(rr, "Penstock, TC, dsr", outside::Way::ThereOnly);
-        assert!(dsr.is_some_and(|why| why.starts_with("tunnels")));
-        assert_eq!(why(stream, "Penstock, TC", outside::Way::Direct), None);
-    }
-
-    #[test]
-    fn what_was_not_looked_into_has_no_cause() {
-        let why = |title, what, who| cause(CAUSES, title, what, who);
-        let [rr, stream] = [
-            "TCP request and response, one processor for both",
-            "TCP stream by iperf3, one processor for both",
-        ];
-        for (title, who) in [
-            ("1 service", "Penstock, packet by packet"),
-            (
-                "A node port of 1, the backend on another node",
-                "Penstock, TC, tunnel",
-            ),
-            ("Pods of two nodes", "Penstock's VXLAN"),
-        ] {
-            assert!(why(title, rr, who).is_some(), "{title}");
-            assert_eq!(why(title, stream, who), None, "{title}");
-        }
-        assert_eq!(why("CNI plugins", "ADD beside 50 pods", "Penstock"), None);
-    }
-
-    #[test]
-    fn the_table_of_causes_can_be_read() {
-        let written = CAUSES.lines().filter(|line| line.starts_with("| ")).count();
-        // All but the head and the line under it.
-        assert_eq!(rows(CAUSES).count(), written - 2);
-        assert!(rows(CAUSES).all(|row| row.iter().all(|cell| !cell.is_empty())));
     }
 }

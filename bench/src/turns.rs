@@ -455,6 +455,33 @@ pub fn take(
 }
 
 #[cfg(test)]
+impl Outcome {
+    /// One in which each contender had the same in six rounds.
+    pub fn of(title: &str, what: &str, metric: Metric, medians: &[(&str, u64)]) -> Self {
+        let turns = |(contender, value): &(&str, u64)| Turns {
+            contender: (*contender).to_owned(),
+            summaries: vec![
+                Summary {
+                    p50: *value,
+                    per_second: *value as f64,
+                    ..Summary::default()
+                };
+                crate::figures::LEAST
+            ],
+            evidence: Vec::new(),
+        };
+        Self {
+            title: title.to_owned(),
+            what: what.to_owned(),
+            metrics: vec![metric],
+            turns: medians.iter().map(turns).collect(),
+            command: "this".to_owned(),
+            quiet: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
