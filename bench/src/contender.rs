@@ -258,7 +258,7 @@ impl Contender {
             rounds: 1,
             turn_ms: 1,
             warm_up_ms: 0,
-            only: None,
+            only: Vec::new(),
             contenders: Vec::new(),
             is_brief: false,
             command: String::new(),

@@ -67,9 +67,9 @@ struct TurnArgs {
     #[arg(long, global = true, value_name = "MILLISECONDS")]
     warm_up_ms: Option<u64>,
     /// Only what has this in its name, such as "connect" or "one processor"; after an equals sign, what is
-    /// called exactly so (`list` prints all names).
+    /// called exactly so (may be repeated; `list` prints all names).
     #[arg(long, global = true, value_name = "TEXT")]
-    only: Option<String>,
+    only: Vec<String>,
     /// Only contenders that have this in their names (may be repeated; `list` prints all).
     #[arg(long = "contender", global = true, value_name = "TEXT")]
     contenders: Vec<String>,
@@ -95,7 +95,7 @@ impl TurnArgs {
             warm_up_ms: self.warm_up_ms.unwrap_or(warm_up_ms),
             only: self.only.clone(),
             contenders: self.contenders.clone(),
-            is_brief: !is_full && !is_named && self.only.is_none(),
+            is_brief: !is_full && !is_named && self.only.is_empty(),
             command: String::new(),
         }
     }
@@ -175,7 +175,7 @@ fn measure(cli: &Cli, folder: &Path) -> Result<Keeper> {
         // What is measured stays, should the next comparison fail.
         keeper.write()?;
     }
-    if effort.only.is_some() || !effort.contenders.is_empty() {
+    if !effort.only.is_empty() || !effort.contenders.is_empty() {
         anyhow::ensure!(
             !keeper.results.outcomes.is_empty(),
             "nothing of what was asked for could be measured: {:?}",

@@ -23,7 +23,7 @@ pub struct Effort {
     /// How long it is done before, unmeasured.
     pub warm_up_ms: u64,
     /// Only trials whose names hold this are done; after an equals sign it has to be all of the name.
-    pub only: Option<String>,
+    pub only: Vec<String>,
     /// Only contenders whose names hold one of these take turns; all, if there are none.
     pub contenders: Vec<String>,
     /// Whether only those trials are done that tell most in the least time.
@@ -52,13 +52,7 @@ impl Effort {
 
     /// Whether what has this name is to be measured.
     pub fn wants(&self, name: &str) -> bool {
-        match self.only.as_deref() {
-            None => true,
-            Some(only) => match only.strip_prefix('=') {
-                Some(whole) => name == whole,
-                None => name.contains(only),
-            },
-        }
+        self.only.is_empty() || self.only.iter().any(|only| is_named(only, name))
     }
 
     /// What of these trials is to be measured.
@@ -86,15 +80,15 @@ impl Effort {
 
     /// Whether anything of a comparison with these trials and contenders was asked for.
     pub fn concerns(&self, trials: &[String], contenders: &[String]) -> bool {
-        let is_wanted = self.only.is_none() || trials.iter().any(|name| self.wants(name));
+        let is_wanted = self.only.is_empty() || trials.iter().any(|name| self.wants(name));
         is_wanted && (self.contenders.is_empty() || contenders.iter().any(|name| self.names(name)))
     }
 
     /// Refuses what is called like nothing among these: it would measure nothing, and say so to nobody.
     pub fn check(&self, trials: &[String], contenders: &[String]) -> Result<()> {
-        if let Some(only) = &self.only {
+        for only in &self.only {
             ensure!(
-                trials.iter().any(|name| self.wants(name)),
+                trials.iter().any(|name| is_named(only, name)),
                 "--only {}: no trial here is called so; {}",
                 quoted(only),
                 choice(trials)
@@ -115,6 +109,14 @@ impl Effort {
     pub fn names(&self, contender: &str) -> bool {
         let mut wanted = self.contenders.iter();
         self.contenders.is_empty() || wanted.any(|wanted| contender.contains(wanted))
+    }
+}
+
+/// Whether a name has this in it, or is what follows an equals sign.
+fn is_named(only: &str, name: &str) -> bool {
+    match only.strip_prefix('=') {
+        Some(whole) => name == whole,
+        None => name.contains(only),
     }
 }
 
@@ -522,7 +524,7 @@ mod tests {
             rounds: 6,
             turn_ms: 50,
             warm_up_ms: 10,
-            only: only.map(str::to_owned),
+            only: only.map(str::to_owned).into_iter().collect(),
             contenders: Vec::new(),
             is_brief,
             command: "services --services 5".to_owned(),
@@ -542,6 +544,12 @@ mod tests {
         assert_eq!(chosen(Some("TCP connect, request, close")), 3);
         assert_eq!(chosen(Some("=TCP connect, request, close")), 1);
         assert_eq!(chosen(Some("=TCP connect")), 0);
+        let only = ["500 a second", "=TCP connect, request, close"].map(str::to_owned);
+        let both = Effort {
+            only: only.to_vec(),
+            ..effort(None, false)
+        };
+        assert_eq!(both.chosen(&trials).len(), 2);
     }
 
     #[test]
@@ -579,7 +587,14 @@ mod tests {
             "{error}"
         );
         assert!(!concerns);
-        // Each of them has to be somebody.
+        // Each of them has to be something, or somebody.
+        let only = ["trial", "nothing"].map(str::to_owned);
+        let effort = Effort {
+            only: only.to_vec(),
+            ..effort(None, false)
+        };
+        let error = effort.check(&names, &contenders).unwrap_err();
+        assert!(error.to_string().contains("--only nothing:"), "{error}");
         let (error, _) = check(None, &["Penstock", "nobody's"]);
         let error = error.unwrap_err();
         assert!(error.contains("--contender \"nobody's\":"), "{error}");
