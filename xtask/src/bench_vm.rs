@@ -62,6 +62,7 @@ const ASSETS: &[&str] = &["etcd", "kube-apiserver", "kube-proxy", "kubectl"];
 const PROGRAMS: &[(&str, &str)] = &[
     ("penstock-agent", "penstock"),
     ("penstock-bench", "penstock-bench"),
+    ("penstock-cni", "penstock-cni"),
     ("penstock-testbed", "penstock-traffic"),
 ];
 
