@@ -14,6 +14,7 @@ use crate::emulation::{
 /// What kube-proxy's modes are made of. Nothing is there to load what its rules ask for, so all of it is
 /// said; some of it is in `nf_tables` since Linux 6.2 and is no module there.
 const MODULES: &[&str] = &[
+    "vxlan",
     // IPVS, the schedulers without which kube-proxy refuses it (CanUseIPVSProxier), and the interface that
     // holds services' addresses.
     "ip_vs",
