@@ -6,7 +6,12 @@ use anyhow::{Context, Result};
 use penstock_testbed::{Pod, Service, Slice};
 use serde_json::Value;
 
-use super::{ACK, Kind, Programs, Run, SYN, Subject, Turn, answer, check, frame, worked};
+use super::{
+    ACK, Kind, SYN, Subject, Turn, check,
+    frames::{answer, frame},
+    loaded::{Programs, Run},
+    worked,
+};
 
 /// Flows of one client's, where there are many.
 const PER_CLIENT: usize = 100;

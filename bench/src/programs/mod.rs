@@ -6,6 +6,8 @@
 //! program takes for the same frames is what measuring takes, and is subtracted.
 
 mod crowd;
+mod frames;
+mod loaded;
 
 use std::{
     collections::BTreeMap,
@@ -15,18 +17,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use aya::{
-    Ebpf, EbpfLoader, TestRun,
-    maps::HashMap,
-    programs::{Program, SchedClassifier, TestRunOptions, TestRunResult, Xdp},
-};
+use aya::maps::HashMap;
 use nix::sched::{CloneFlags, setns};
-use penstock_agent::dataplane::pins::Pins;
 use penstock_common::{XdpUplink, limits};
 use penstock_testbed::{Agent, Node, Pod, Service, Slice, Source, Testbed, eventually, list};
 use serde_json::{Value, json};
 
 use crowd::Crowd;
+use frames::{answer, frame};
+use loaded::{Programs, Run};
 
 use crate::{
     figures::{self, Median},
@@ -65,11 +64,24 @@ struct Subject {
     crowd: Option<u8>,
 }
 
+impl Subject {
+    /// A pod of another node that pods dial by its own address, where the programs are those of pods' interfaces.
+    fn peer(&self, is_v4: bool) -> Option<IpAddr> {
+        let (v4, v6) = (
+            Ipv4Addr::new(10, 244, 200, 9),
+            Ipv6Addr::new(0xfd00, 0x10, 0x244, 200, 0, 0, 0, 9),
+        );
+        let of = |is_v4| if is_v4 { v4.into() } else { v6.into() };
+        (self.request == "from_pod").then(|| of(is_v4))
+    }
+}
+
 /// What a program got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Empty,
     Nothing,
+    Passed,
     First,
     Known,
     Reply,
@@ -84,6 +96,7 @@ impl Kind {
         match self {
             Self::Empty => "an empty program instead",
             Self::Nothing => "not IP",
+            Self::Passed => "a packet of pods that dial each other",
             Self::First => "a flow's first packet",
             Self::Known => "a known flow's packet",
             Self::Reply => "a reply",
@@ -377,6 +390,28 @@ fn turn(programs: &mut Programs, subject: &Subject, is_v4: bool, round: usize) -
         done.push((name, Kind::Nothing, times(runs)));
     }
 
+    if let Some(peer) = subject.peer(is_v4) {
+        let ends = |index: usize| ((client, (first_port + index) as u16), (peer, 8080));
+        let there = (0..PACKETS)
+            .map(ends)
+            .map(|(pod, peer)| frame(pod, peer, ACK));
+        let back = (0..PACKETS)
+            .map(ends)
+            .map(|(pod, peer)| frame(peer, pod, ACK));
+        for (name, frames) in [
+            (subject.request, there.collect::<Vec<_>>()),
+            (subject.reply, back.collect()),
+        ] {
+            let runs = programs.run_all(name, &frames)?;
+            let passed = runs
+                .iter()
+                .filter(|run| run.verdict == NEXT && !run.is_changed);
+            let times: Times = passed.map(|run| run.nanos).collect();
+            check(name, Kind::Passed, (times.len(), PACKETS))?;
+            done.push((name, Kind::Passed, times));
+        }
+    }
+
     let first: Vec<_> = (0..PACKETS).map(|index| request(index, SYN)).collect();
     // XDP leaves some to TC, as it should; what follows is about the others.
     let mut times = Vec::new();
@@ -487,199 +522,6 @@ fn families(v4: IpAddr, v6: IpAddr) -> Result<(Ipv4Addr, Ipv6Addr)> {
         (IpAddr::V4(v4), IpAddr::V6(v6)) => Ok((v4, v6)),
         both => Err(anyhow!("{both:?} is not one of each family")),
     }
-}
-
-/// A TCP segment without data. Its checksum is nobody's: programs change it, and don't look.
-fn frame(src: (IpAddr, u16), dst: (IpAddr, u16), flags: u8) -> Vec<u8> {
-    let mut frame = LOOPBACK.1.to_vec();
-    frame.extend([2, 0, 0, 0, 0, 5]);
-    match (src.0, dst.0) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => {
-            frame.extend([0x08, 0x00, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0x12, 0x34]);
-            frame.extend(from.octets());
-            frame.extend(to.octets());
-        }
-        (IpAddr::V6(from), IpAddr::V6(to)) => {
-            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, 6, 64]);
-            frame.extend(from.octets());
-            frame.extend(to.octets());
-        }
-        // Not of one family: no packet.
-        _ => {}
-    }
-    frame.extend(src.1.to_be_bytes());
-    frame.extend(dst.1.to_be_bytes());
-    frame.extend([
-        0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0x10, 0, 0x56, 0x78, 0, 0,
-    ]);
-    frame
-}
-
-/// What a backend answers to a translated frame.
-fn answer(translated: &[u8], is_v4: bool) -> Option<Vec<u8>> {
-    let (at, ports) = if is_v4 { (26, 34) } else { (22, 54) };
-    let address = |at: usize| -> Option<IpAddr> {
-        Some(if is_v4 {
-            let octets: [u8; 4] = translated.get(at..at + 4)?.try_into().ok()?;
-            octets.into()
-        } else {
-            let octets: [u8; 16] = translated.get(at..at + 16)?.try_into().ok()?;
-            octets.into()
-        })
-    };
-    let port = |at: usize| -> Option<u16> {
-        Some(u16::from_be_bytes(
-            translated.get(at..at + 2)?.try_into().ok()?,
-        ))
-    };
-    let length = if is_v4 { 4 } else { 16 };
-    let src = (address(at)?, port(ports)?);
-    let dst = (address(at + length)?, port(ports + 2)?);
-    Some(frame(dst, src, ACK))
-}
-
-/// The programs, loaded once more, over the maps that the agent's use.
-struct Programs {
-    ours: Ebpf,
-    /// One for each kind of hook, which do nothing.
-    empty: Ebpf,
-}
-
-/// What a program made of a frame. Not the frame: what the benchmark itself keeps of each would drive flows out of
-/// the processor's cache.
-#[derive(Clone, Copy)]
-struct Run {
-    nanos: u64,
-    verdict: i32,
-    is_changed: bool,
-}
-
-impl Programs {
-    fn load(node: &Node, flows: usize) -> Result<Self> {
-        let mut programs = Self {
-            ours: Pins::at(&node.bpffs).load(true, false, limits::FLOWS)?,
-            empty: EbpfLoader::new()
-                .map_max_entries("RECORDS", flows as u32)
-                .load(load::OBJECT)
-                .context("loading empty programs")?,
-        };
-        for name in ["from_pod", "to_pod", "from_uplink"] {
-            programs.classifier(name)?.load()?;
-        }
-        programs.xdp()?.load()?;
-        for name in ["pass", "look"] {
-            let empty: &mut Xdp = programs.nothing(name)?.try_into()?;
-            empty.load()?;
-        }
-        let empty: &mut SchedClassifier = programs.nothing("nothing")?.try_into()?;
-        empty.load()?;
-        Ok(programs)
-    }
-
-    fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
-        let program = self.ours.program_mut(name).context("a program")?;
-        Ok(program.try_into()?)
-    }
-
-    fn xdp(&mut self) -> Result<&mut Xdp> {
-        let program = self.ours.program_mut("xdp_uplink").context("a program")?;
-        Ok(program.try_into()?)
-    }
-
-    fn nothing(&mut self, name: &str) -> Result<&mut Program> {
-        self.empty.program_mut(name).context("an empty program")
-    }
-
-    /// Has an empty program of the same kind of hook get the frames.
-    fn run_empty(&mut self, name: &str, frames: &[Vec<u8>]) -> Result<Vec<Run>> {
-        if name == "xdp_uplink" {
-            let empty: &mut Xdp = self.nothing("pass")?.try_into()?;
-            run_all(empty, frames)
-        } else {
-            let empty: &mut SchedClassifier = self.nothing("nothing")?.try_into()?;
-            run_all(empty, frames)
-        }
-    }
-
-    /// Has a program that looks at one element of an array get the frames, each of another one.
-    fn look(&mut self, frames: usize) -> Result<Vec<Run>> {
-        let look: &mut Xdp = self.nothing("look")?.try_into()?;
-        let frames: Vec<_> = (0..frames as u32).map(elements_frame).collect();
-        let frames = crowd::scattered(&frames);
-        // As known flows' packets do, each turn comes once before it counts.
-        run_all(look, &frames)?;
-        run_all(look, &frames)
-    }
-
-    fn run_all(&mut self, name: &str, frames: &[Vec<u8>]) -> Result<Vec<Run>> {
-        if name == "xdp_uplink" {
-            run_all(self.xdp()?, frames)
-        } else {
-            run_all(self.classifier(name)?, frames)
-        }
-    }
-
-    /// Has a subject's program translate flows' first packets; which of them it did, and what came out.
-    fn translate(
-        &mut self,
-        subject: &Subject,
-        frames: &[Vec<u8>],
-    ) -> Result<Vec<(usize, Run, Vec<u8>)>> {
-        let mut all = Vec::new();
-        let mut index = 0;
-        let note = |run: Run, frame: &[u8]| {
-            if run.verdict == subject.verdict && run.is_changed {
-                all.push((index, run, frame.to_vec()));
-            }
-            index += 1;
-        };
-        if subject.request == "xdp_uplink" {
-            run_each(self.xdp()?, frames, note)?;
-        } else {
-            run_each(self.classifier(subject.request)?, frames, note)?;
-        }
-        Ok(all)
-    }
-}
-
-/// What says to the program `look` which element of its array to look at.
-fn elements_frame(index: u32) -> Vec<u8> {
-    let mut frame = vec![0, 0];
-    frame.extend(index.to_ne_bytes());
-    frame.resize(64, 0);
-    frame
-}
-
-fn run_all<P>(program: &P, frames: &[Vec<u8>]) -> Result<Vec<Run>>
-where
-    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
-{
-    let mut runs = Vec::with_capacity(frames.len());
-    run_each(program, frames, |run, _| runs.push(run))?;
-    Ok(runs)
-}
-
-/// Has a program get the frames, and tells of each what came out.
-fn run_each<P>(program: &P, frames: &[Vec<u8>], mut tell: impl FnMut(Run, &[u8])) -> Result<()>
-where
-    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
-{
-    let mut out = [0; 256];
-    for input in frames {
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(input),
-            data_out: Some(&mut out),
-            ..TestRunOptions::new()
-        })?;
-        let came_out = out.get(..result.data_size_out as usize).unwrap_or(&out);
-        let run = Run {
-            nanos: result.duration.as_nanos() as u64,
-            verdict: result.return_value as i32,
-            is_changed: came_out != input.as_slice(),
-        };
-        tell(run, came_out);
-    }
-    Ok(())
 }
 
 #[cfg(test)]
