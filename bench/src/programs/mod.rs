@@ -67,12 +67,14 @@ struct Subject {
 impl Subject {
     /// A pod of another node that pods dial by its own address, where the programs are those of pods' interfaces.
     fn peer(&self, is_v4: bool) -> Option<IpAddr> {
-        let (v4, v6) = (
-            Ipv4Addr::new(10, 244, 200, 9),
-            Ipv6Addr::new(0xfd00, 0x10, 0x244, 200, 0, 0, 0, 9),
-        );
-        let of = |is_v4| if is_v4 { v4.into() } else { v6.into() };
-        (self.request == "from_pod").then(|| of(is_v4))
+        let peer = || {
+            if is_v4 {
+                Ipv4Addr::new(10, 244, 200, 9).into()
+            } else {
+                Ipv6Addr::new(0xfd00, 0x10, 0x244, 200, 0, 0, 0, 9).into()
+            }
+        };
+        (self.request == "from_pod").then(peer)
     }
 }
 
