@@ -395,6 +395,36 @@ fn order(lanes: &mut [Lane], count: usize) -> Result<[Places; 2]> {
     places.map_or_else(|| objects::ends(count), Ok)
 }
 
+/// Has older rules that are written as later versions would be those that kube-proxy wrote last: it orders them by
+/// chance, and anew whenever it hears of a change, so that first and last would be others.
+fn follow(
+    lanes: &mut [Lane],
+    order: &[Places; 2],
+    testbed: &Testbed,
+    kube_proxy: Option<&Program>,
+) -> Result<()> {
+    let later = |lane: &Lane| lane.way == Way::Iptables122;
+    let Some(lane) = lanes.iter().find(|lane| later(lane)) else {
+        return Ok(());
+    };
+    if lane.places == Some(*order) {
+        return Ok(());
+    }
+    let server = lane.server.host.ip4;
+    let Some(rules) = lanes.iter_mut().find_map(|lane| lane.rules_for(server)) else {
+        return Ok(());
+    };
+    let rules = rules?;
+    for lane in lanes.iter_mut().filter(|lane| later(lane)) {
+        lane.take_over(testbed, kube_proxy, &rules)?;
+        anyhow::ensure!(
+            lane.places == Some(*order),
+            "kube-proxy writes its rules in another order again and again"
+        );
+    }
+    Ok(())
+}
+
 fn with(
     count: usize,
     ways: &[Way],
@@ -421,6 +451,7 @@ fn with(
     }
     for (index, which) in ["first", "last"].into_iter().enumerate() {
         let order = order(&mut lanes, count)?;
+        follow(&mut lanes, &order, &testbed, kube_proxy)?;
         let [first, last] = order;
         if effort.is_brief && index == 0 && first != last {
             continue;
