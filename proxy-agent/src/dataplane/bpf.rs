@@ -189,8 +189,9 @@ where
                     return Err((0, error(maps.filter.name(), "writing")(source)));
                 }
                 let result = batch::update(map, keys, values);
-                let (there, not) = keys.split_at(done(&result, keys.len()));
-                settle(&mut maps.filter, map, there, not);
+                // The others may have been there before, with another value.
+                let (there, _) = keys.split_at(done(&result, keys.len()));
+                settle(&mut maps.filter, map, there, &[]);
                 (addresses, "writing", result)
             }
             Self::DeleteAddresses(keys) => {

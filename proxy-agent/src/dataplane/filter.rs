@@ -63,7 +63,7 @@ impl<A: Addr + Ord> Filter<A> {
         self.write(map, &bits, |_, _| true)
     }
 
-    /// Says which of some addresses are in this map now, and which are not; what can be spared of looking up the
+    /// Says which addresses are in this map now, and which were taken out; what can be spared of looking up the
     /// latter is.
     pub(super) fn settle(
         &mut self,
