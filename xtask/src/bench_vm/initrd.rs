@@ -11,9 +11,10 @@ use crate::emulation::{
     tree::{MOUNTS, NETWORK_MODULES, NETWORK_TOOLS, Tree},
 };
 
-/// What kube-proxy's modes are made of. Nothing is there to load what its rules ask for, so all of it is
+/// What kube-proxy's modes and Penstock's network are made of. Nothing is there to load what its rules ask for, so all of it is
 /// said; some of it is in `nf_tables` since Linux 6.2 and is no module there.
 const MODULES: &[&str] = &[
+    // What Penstock's own network is made of.
     "vxlan",
     // IPVS, the schedulers without which kube-proxy refuses it (CanUseIPVSProxier), and the interface that
     // holds services' addresses.
