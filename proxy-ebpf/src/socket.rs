@@ -197,12 +197,13 @@ fn connect_to<F: Family, M: Maps<F>>(
             }
         }
     }
+    // Atomic, so that it waits for all that was written before: the peer's place comes from memory.
+    maps.count_connection(chosen.id, chosen.backend.generation, chosen.backend.service);
     socket.set_peer(&SocketPeer {
         frontend: dialled.endpoint,
         backend,
     });
     socket.redirect(&backend);
-    maps.count_connection(chosen.id, chosen.backend.generation, chosen.backend.service);
     maps.count(Counter::SocketConnect);
     Outcome::Proceed
 }

@@ -119,3 +119,34 @@ fn programs_look_up_what_is_there_and_what_shares_its_bit() -> Result<()> {
     drop(programs);
     Ok(())
 }
+
+#[test]
+fn an_address_stays_looked_up_when_its_new_value_cannot_be_written() -> Result<()> {
+    let Some(()) = require_kernel() else {
+        return Ok(());
+    };
+    let testbed = Testbed::new()?;
+    let pins = Pins::create(&Path::new("/sys/fs/bpf").join(format!("{}-full", testbed.prefix())))?;
+    let _programs = pins.load(true, false, limits::FLOWS)?;
+    let of = |kind| Address { kind };
+    let (service, node) = (of(AddressKind::SERVICE), of(AddressKind::NODE));
+    let others: Vec<V4> = (1..limits::ADDRESSES)
+        .map(|count| V4::from_octets((10 << 24 | count).to_be_bytes()))
+        .collect();
+    let shared: BTreeSet<u32> = others.iter().map(|addr| number(*addr)).collect();
+    let mut alone = (0..=255)
+        .map(|last| V4::from_octets([192, 168, 0, last]))
+        .filter(|addr| !shared.contains(&number(*addr)));
+    let (known, new) = alone.next().zip(alone.next()).expect("two with own bits");
+
+    let mut dataplane = Bpf::open(&pins)?;
+    let put = |addr, address| Change::V4(FamilyChange::PutAddress(addr, address));
+    let first = others.iter().chain([&known]);
+    dataplane.apply(&first.map(|addr| put(*addr, service)).collect::<Vec<_>>())?;
+    let refused = dataplane.apply(&[put(new, node), put(known, node)]);
+    assert!(refused.is_err(), "the map is full");
+    let bits = bits(&pins, "ADDRESS_FILTER4")?;
+    assert!(bits.contains(&number(known)), "it is still there");
+    assert!(bits.is_superset(&shared), "so are all others");
+    Ok(())
+}

@@ -280,7 +280,8 @@ impl Socket for HookSocket<'_> {
             pass_on(place, cookie, 0);
             return;
         }
-        if self.peer().is_none() {
+        // SAFETY: as above.
+        if unsafe { SOCKETS.get_ptr_mut(self.context) }.is_null() {
             return;
         }
         // SAFETY: as above; `sk` is the context's own socket.
