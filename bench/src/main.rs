@@ -60,10 +60,10 @@ struct TurnArgs {
     /// How often each contender gets its turn [default: 7, 6 if no comparison is named, 15 with --full].
     #[arg(long, global = true, value_parser = rounds)]
     rounds: Option<usize>,
-    /// How long a turn is [default: 300, 70 if no comparison is named, 2,000 with --full].
+    /// How long a turn is [default: 300, 70 if no comparison is named, 400 with --full].
     #[arg(long, value_name = "MILLISECONDS", global = true)]
     turn_ms: Option<u64>,
-    /// How long it goes on before, unmeasured [default: 100, 20 if no comparison is named, 500 with --full].
+    /// How long it goes on before, unmeasured [default: 100, 20 if no comparison is named, 100 with --full].
     #[arg(long, global = true, value_name = "MILLISECONDS")]
     warm_up_ms: Option<u64>,
     /// Only what has this in its name, such as "connect" or "one processor"; after an equals sign, what is
@@ -85,7 +85,7 @@ impl TurnArgs {
     /// A comparison that is named gets more than each of all.
     fn effort(&self, is_full: bool, is_named: bool) -> Effort {
         let (rounds, turn_ms, warm_up_ms) = match (is_full, is_named) {
-            (true, _) => (15, 2_000, 500),
+            (true, _) => (15, 400, 100),
             (false, true) => (7, 300, 100),
             (false, false) => (figures::LEAST, 70, 20),
         };
