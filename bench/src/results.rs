@@ -160,6 +160,9 @@ impl Results {
     /// Puts a later run's in the place of its own, or beside them.
     fn take_in(&mut self, later: Self) {
         self.machine.quiet.extend(later.machine.quiet);
+        for (what, is) in later.machine.programs {
+            self.machine.found(&what, is);
+        }
         self.commands.extend(later.commands);
         for outcome in later.outcomes {
             let is_same =
@@ -363,6 +366,8 @@ mod tests {
         assert!(text.contains(line), "{text}");
         // And of runs that are put together, all.
         let mut later = Results::new(Machine::look());
+        let disk = ("plugins' state".to_owned(), "ext4".to_owned());
+        later.machine.programs.push(disk.clone());
         later.absent = vec![
             read.absent[0].clone(),
             Absent {
@@ -372,6 +377,7 @@ mod tests {
         ];
         read.take_in(later);
         assert_eq!(read.absent.len(), 2);
+        assert!(read.machine.programs.contains(&disk));
     }
 
     #[test]
