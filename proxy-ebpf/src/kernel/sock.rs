@@ -140,6 +140,13 @@ impl HookSocket<'_> {
         let place = place(cookie)?;
         (holder(place) == cookie).then_some((cookie, place))
     }
+
+    /// Its own storage, null where it has none.
+    #[inline(always)]
+    fn storage(&self) -> *mut SocketPeer {
+        // SAFETY: the storage belongs to this context's socket, which lives while the program runs.
+        unsafe { SOCKETS.get_ptr_mut(self.context) }
+    }
 }
 
 impl Socket for HookSocket<'_> {
@@ -238,12 +245,9 @@ impl Socket for HookSocket<'_> {
             // a `SocketPeer`.
             return Some(unsafe { addr_of!((*place).peer).read_volatile() });
         }
-        // SAFETY: the storage belongs to this context's socket, which lives while the program
-        // runs; the copy is volatile and any bytes are a `SocketPeer`.
-        unsafe {
-            let peer = SOCKETS.get_ptr_mut(self.context);
-            (!peer.is_null()).then(|| peer.read_volatile())
-        }
+        let peer = self.storage();
+        // SAFETY: this socket's storage; the copy is volatile and any bytes are a `SocketPeer`.
+        (!peer.is_null()).then(|| unsafe { peer.read_volatile() })
     }
 
     #[inline(always)]
@@ -258,7 +262,7 @@ impl Socket for HookSocket<'_> {
                 return;
             }
         }
-        // SAFETY: as above.
+        // SAFETY: the storage of this context's socket, as `storage` says.
         unsafe {
             let stored = SOCKETS.get_or_insert_ptr_mut(self.context, None);
             if !stored.is_null() {
@@ -280,11 +284,10 @@ impl Socket for HookSocket<'_> {
             pass_on(place, cookie, 0);
             return;
         }
-        // SAFETY: as above.
-        if unsafe { SOCKETS.get_ptr_mut(self.context) }.is_null() {
+        if self.storage().is_null() {
             return;
         }
-        // SAFETY: as above; `sk` is the context's own socket.
+        // SAFETY: `sk` is the context's own socket, which lives while the program runs.
         unsafe {
             let sk = (*self.raw()).__bindgen_anon_1.sk;
             bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk.cast());
